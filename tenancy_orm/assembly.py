@@ -495,10 +495,12 @@ class Assembly:
         self._opened.append(self.secrets.close)
         services = FleetServices(
             config=config,
+            control=self.control,
             registry=self.registry,
             servers=self.servers,
             names=self.names,
             provisioner=self.provisioner,
+            schema=schema,
             events=self.events,
         )
         self.migrations = FleetMigrator(services)

@@ -81,7 +81,10 @@
     ├── JobLostError                         another process does by now what this one had claimed
     ├── MigrationError
     │   ├── FleetMigrationError
-    │   └── PreflightError                   checks of pending revisions do not pass; no tenant was touched
+    │   ├── PreflightError                   checks of pending revisions do not pass; no tenant was touched
+    │   ├── RunNotFoundError (LookupError)   no run has that number
+    │   ├── RunStateError                    a run's state does not allow it
+    │   └── RunMismatchError                 this code is not the one that a run was started with
     ├── ReadOnlyError                        a read-only session was to write, or to end its transaction by SQL
     ├── QueryError                           a query over the fleet was refused in a tenant's database
     ├── FleetQueryError                      a query failed for some tenants, and was answered by the others
@@ -1107,6 +1110,35 @@ class PreflightError(MigrationError):
         )
         self.failures = dict(failures)
         self.total = total
+
+
+class RunNotFoundError(MigrationError, LookupError):
+    """No run of the fleet has the number that was given."""
+
+    def __init__(self, run: int) -> None:
+        """Give the number."""
+        super().__init__(f"there is no run {run}; list them with: tenancy migrate runs")
+        self.run = run
+
+
+class RunStateError(MigrationError):
+    """A run of the fleet cannot be cancelled, resumed, retried or joined, because of its state."""
+
+    def __init__(self, run: int, state: str, action: str) -> None:
+        """Give the run's number and state, and what was to be done, as "cancelled"."""
+        super().__init__(f"run {run} is {state}, and cannot be {action}")
+        self.run = run
+        self.state = state
+
+
+class RunMismatchError(MigrationError):
+    """This process has other revisions, options or ``-x`` arguments than the run was started with."""
+
+    def __init__(self, run: int, reason: str) -> None:
+        """Give the run's number, and what differs."""
+        super().__init__(f"run {run} was started with {reason}; no tenant was touched")
+        self.run = run
+        self.reason = reason
 
 
 class JobLostError(TenancyError):

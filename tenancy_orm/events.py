@@ -607,6 +607,27 @@ class TenantRevisionRefused(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationRunStarted(Event):
+    """This process takes part in a recorded run over the fleet, for so many ``tenants``."""
+
+    run: int
+    command: str
+    target: str
+    tenants: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationRunEnded(Event):
+    """A run that this process took part in has ended or paused; ``state``: "done", "failed", "cancelled", "paused"."""
+
+    run: int
+    command: str
+    target: str
+    state: str
+    failed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TenantSeeded(TenantEvent):
     """An existing tenant got the seeds and reference data of these ``names``. Creations do not emit it."""
 

@@ -31,6 +31,7 @@ from . import (
     migrate,
     migrate_compatible,
     migrate_preflight,
+    migrate_runs,
     quotas,
     revocations,
     schedule,
@@ -60,6 +61,7 @@ app.add_typer(revocations.app, name="revocations")
 app.add_typer(migrate.app, name="migrate")
 migrate.app.command("preflight")(migrate_preflight.preflight)
 migrate.app.command("compatible")(migrate_compatible.compatible)
+migrate_runs.register(migrate.app)
 app.add_typer(quotas.app, name="quotas")
 app.add_typer(usage.app, name="usage")
 app.add_typer(tiers.app, name="tiers")

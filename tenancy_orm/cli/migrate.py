@@ -9,18 +9,23 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress as ProgressBar
 
+from ..events import MigrationRunStarted
 from ..migrations.selection import NO_TENANTS
 from ..runs import FleetReport, Progress, TenantOutcome
 from ..tenancy import Tenancy
 from . import seed
-from .output import console, failures_listed, print_json, print_table, progress_bar
-from .runtime import EXIT_FAILED, Json, run
+from .output import console, failures_listed, note, print_json, print_table, progress_bar
+from .runtime import EXIT_FAILED, Json, operator, run
 
 app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_help=True)
 
 Only = Annotated[list[str] | None, typer.Option("--tenant", "-t", help="Only this tenant; repeatable.")]
 Concurrency = Annotated[int, typer.Option(min=1, max=64, help="Tenants migrated at once.")]
 SkipPreflight = Annotated[bool, typer.Option("--skip-preflight", help="Ask no check of a revision's preflight().")]
+ServerConcurrency = Annotated[
+    int | None,
+    typer.Option(min=1, max=1024, help="Tenants migrated at once on one server, by all processes of the run."),
+]
 Stop = Annotated[bool, typer.Option("--stop-on-failure", help="Start no further tenant after a failure.")]
 
 
@@ -29,6 +34,8 @@ def upgrade(
     revision: Annotated[str, typer.Argument(help="An Alembic revision.")] = "head",
     tenant: Only = None,
     concurrency: Concurrency = 8,
+    server_concurrency: ServerConcurrency = None,
+    join: Annotated[bool, typer.Option("--join", help="Take part in such an upgrade that is running.")] = False,
     stop_on_failure: Stop = False,
     skip_preflight: SkipPreflight = False,
     as_json: Json = False,
@@ -40,12 +47,15 @@ def upgrade(
             revision,
             tenants=tenant,
             concurrency=concurrency,
+            server_concurrency=server_concurrency,
+            join=join,
             stop_on_failure=stop_on_failure,
             skip_preflight=skip_preflight,
             progress=progress,
+            actor=operator(),
         )
 
-    _run("upgrade", command, as_json)
+    run_migration("upgrade", command, as_json)
 
 
 @app.command()
@@ -60,10 +70,15 @@ def downgrade(
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
         return await tenancy.migrations.downgrade(
-            revision, tenants=tenant, concurrency=concurrency, stop_on_failure=stop_on_failure, progress=progress
+            revision,
+            tenants=tenant,
+            concurrency=concurrency,
+            stop_on_failure=stop_on_failure,
+            progress=progress,
+            actor=operator(),
         )
 
-    _run("downgrade", command, as_json)
+    run_migration("downgrade", command, as_json)
 
 
 @app.command()
@@ -76,9 +91,11 @@ def stamp(
     """Record a revision in every tenant's database without running migrations."""
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
-        return await tenancy.migrations.stamp(revision, tenants=tenant, concurrency=concurrency, progress=progress)
+        return await tenancy.migrations.stamp(
+            revision, tenants=tenant, concurrency=concurrency, progress=progress, actor=operator()
+        )
 
-    _run("stamp", command, as_json)
+    run_migration("stamp", command, as_json)
 
 
 @app.command()
@@ -86,9 +103,11 @@ def extensions(tenant: Only = None, concurrency: Concurrency = 8, as_json: Json 
     """Install the extensions of the setting `extensions` in tenants' databases that lack them. Upgrade does so too."""
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
-        return await tenancy.migrations.install_extensions(tenants=tenant, concurrency=concurrency, progress=progress)
+        return await tenancy.migrations.install_extensions(
+            tenants=tenant, concurrency=concurrency, progress=progress, actor=operator()
+        )
 
-    _run("install extensions", command, as_json)
+    run_migration("install extensions", command, as_json)
 
 
 @app.command()
@@ -138,9 +157,16 @@ class _Bar:
         self._bar.update(self._task, advance=1, description=f"{self._verb} {outcome.slug}")
 
 
-def _run(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:
+def run_migration(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:
+    """Run a migration with a bar, print its report, and exit with status 1 where a tenant is not at the target."""
     with failures_listed(), progress_bar(shown=not as_json) as bar:
-        report = run(lambda tenancy: migrate(tenancy, _Bar(bar, verb)))
+
+        async def command(tenancy: Tenancy) -> FleetReport:
+            # first: others may join it, and go on with it if this process is killed
+            tenancy.events.subscribe(MigrationRunStarted, lambda started: note(f"run {started.run}"))
+            return await migrate(tenancy, _Bar(bar, verb))
+
+        report = run(command)
     _show(report, as_json)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)

@@ -436,6 +436,9 @@ class MigrationConfig(Section, frozen=True):
     notice: SecondsOrZero = 0.25
     """How long a migration waits before it changes the schema of a tenant with open connections, in seconds: so that
     every process has heard of it by then."""
+    code_version: str | None = None
+    """The version of the application that runs are recorded with. Where None, the commit that ``GITHUB_SHA``,
+    ``CI_COMMIT_SHA``, ``GIT_COMMIT``, ``BUILD_SOURCEVERSION`` or ``SOURCE_VERSION`` names."""
     catch_up: bool = True
     """Whether a tenant that older code has created after the migration of all the others is upgraded by itself: before
     its first use by new code, or by housekeeping."""
@@ -531,3 +534,6 @@ class RetentionConfig(Section, frozen=True):
     """How long audit entries are kept before housekeeping removes their month; 0 is for ever."""
     template_seconds: SecondsOrZero = 7 * 86_400.0
     """How long a template is kept that no process has used, before housekeeping drops it; 0 is for ever."""
+    run_seconds: SecondsOrZero = 400 * 86_400.0
+    """How long the records of a migration run are kept, which an undo needs, before housekeeping removes them; 0 is for
+    ever."""

@@ -62,6 +62,7 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "migration_runs": "SELECT, INSERT, UPDATE, DELETE",
     "migration_run_tenants": "SELECT, INSERT, UPDATE, DELETE",
     "tenant_upgrades": "SELECT, INSERT, UPDATE, DELETE",
+    "migration_run_processes": "SELECT, INSERT, UPDATE, DELETE",
     "warm_databases": "SELECT, INSERT, UPDATE, DELETE",
     "active_tenants": "SELECT",
     "tier_distribution": "SELECT",

@@ -582,8 +582,10 @@ migration_runs = Table(
     # the arguments, the waves, the concurrency
     Column("plan", JSONB, nullable=False),
     Column("state", Text, nullable=False, server_default="running"),
-    # the wave that runs now, from 0
-    Column("wave", Integer, nullable=False, server_default="0"),
+    # the wave that runs now, from 0; -1 while the run is prepared
+    Column("wave", Integer, nullable=False, server_default=text("'-1'::integer")),
+    # the process that prepares the next wave, or ends the run
+    Column("gate", Uuid, nullable=True),
     # why it is paused, or failed as a whole
     Column("reason", Text, nullable=True),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
@@ -602,12 +604,16 @@ migration_run_tenants = Table(
     # the order within its wave
     Column("position", Integer, nullable=False),
     Column("state", Text, nullable=False, server_default="waiting"),
-    # the process that migrates it, and until when no other does
+    # the revision that it is brought to, where each tenant has its own
+    Column("target", Text, nullable=True),
+    # the process that migrates it, or will; of a row that waits, it has not begun to
     Column("claim", Uuid, nullable=True),
     Column("host", Text, nullable=True),
-    Column("claimed_until", DateTime(timezone=True), nullable=True),
     Column("attempts", Integer, nullable=False, server_default="0"),
-    # the revision that it had before this run, and whether that was read; written before the tenant is changed
+    # how often its process was lost
+    Column("losses", Integer, nullable=False, server_default="0"),
+    # the revision that it had before this run; is_read from when that was read under the tenant's lock, just before the
+    # run's first change of it
     Column("revision_before", Text, nullable=True),
     Column("is_read", Boolean, nullable=False, server_default="false"),
     Column("revision_after", Text, nullable=True),
@@ -621,7 +627,15 @@ migration_run_tenants = Table(
     Column("detail", JSONB, nullable=False, server_default=_EMPTY_OBJECT),
     PrimaryKeyConstraint("run", "tenant_id"),
     CheckConstraint("state IN ('waiting', 'running', 'done', 'failed', 'skipped')", name="state"),
-    Index("migration_run_tenants_state_idx", "run", "wave", "state", "position"),
+    # what can be claimed
+    Index(
+        "migration_run_tenants_waiting_idx",
+        "run",
+        "server",
+        "wave",
+        "position",
+        postgresql_where=text("state = 'waiting' AND claim IS NULL"),
+    ),
     Index("migration_run_tenants_tenant_id_idx", "tenant_id"),
 )
 
@@ -641,6 +655,24 @@ tenant_upgrades = Table(
     Column("sqlstate", Text, nullable=True),
     Column("failed_at", DateTime(timezone=True), nullable=True),
     Column("next_at", DateTime(timezone=True), nullable=True),
+)
+
+migration_run_processes = Table(
+    "migration_run_processes",
+    metadata,
+    Column("run", BigInteger, ForeignKey("migration_runs.id", ondelete="CASCADE"), nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    # how many tenants it may migrate at once, by server
+    Column("slots", JSONB, nullable=False, server_default=_EMPTY_OBJECT),
+    # until when its tenants are its own, unless it renews that
+    Column("claimed_until", DateTime(timezone=True), nullable=False),
+    Column("joined_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("left_at", DateTime(timezone=True), nullable=True),
+    # it did not renew its claims in time
+    Column("is_lost", Boolean, nullable=False, server_default="false"),
+    PrimaryKeyConstraint("run", "id"),
 )
 
 # --- warm databases ---------------------------------------------------------------------------------------------------

@@ -264,8 +264,7 @@ class DatabaseMigration:
 
     async def _migrate(self, connection: Connection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         expected = self._path.end
-        if self.plan.command != "stamp":
-            await self._give_notice(connection)
+        await self._give_notice(connection)
         async with self.adapter.adapt(connection, self.target.url) as adapted:
             if state.has_invalid_indexes and self.plan.command != "stamp":
                 self._dropped += await drop_invalid(connection)
@@ -287,6 +286,8 @@ class DatabaseMigration:
             return
         self.announced = True
         await self._announce()
+        if self.plan.command == "stamp":
+            return
         if await connection.fetchval(_IN_USE, tenant.placement.role, timeout=self.limits.connect):
             await asyncio.sleep(self.limits.notice)
 

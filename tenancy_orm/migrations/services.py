@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import TenancyConfig
+from ..control.database import ControlDatabase
 from ..control.names import Names
 from ..events import EventBus
 from ..provisioning import Provisioner
+from ..provisioning.templates import SchemaSource
 from ..registry.registry import Registry
 from ..servers import Servers
 
@@ -17,8 +19,10 @@ class FleetServices:
     """The services of an open ``Tenancy`` that migrations use."""
 
     config: TenancyConfig
+    control: ControlDatabase
     registry: Registry
     servers: Servers
     names: Names
     provisioner: Provisioner
+    schema: SchemaSource
     events: EventBus

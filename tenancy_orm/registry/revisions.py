@@ -44,6 +44,28 @@ _END = text(
     "WHERE id = :id AND migrating_to IS NOT NULL) SELECT pg_notify(:channel, :payload)"
 )
 
+# For many tenants at once, within a statement that has ended their migrations: it has them as the rows of ``finished``,
+# with tenant_id, after, has_read (whether "after" was read) and is_announced; :held is as for ``set_revision``.
+RECORD_FINISHED: Final = (
+    "recorded AS (UPDATE tenancy.tenants n SET "
+    "schema_revision = CASE WHEN f.has_read THEN f.after ELSE n.schema_revision END, "
+    "migrating_to = NULL, migrating_until = NULL, "
+    "migrated_at = CASE WHEN f.has_read AND n.schema_revision IS DISTINCT FROM f.after THEN now() "
+    "ELSE n.migrated_at END, "
+    "held_at = CASE WHEN NOT f.has_read OR n.schema_revision IS NOT DISTINCT FROM f.after THEN n.held_at "
+    "WHEN :held THEN clock_timestamp() END "
+    "FROM finished f WHERE n.id = f.tenant_id AND (f.has_read AND n.schema_revision IS DISTINCT FROM f.after "
+    "OR (f.has_read OR f.is_announced) AND n.migrating_to IS NOT NULL) RETURNING n.id), "
+    "forgotten AS (DELETE FROM tenancy.tenant_upgrades u USING finished f, tenancy.tenants t "
+    "WHERE u.tenant_id = f.tenant_id AND t.id = f.tenant_id AND f.has_read "
+    "AND t.schema_revision IS DISTINCT FROM f.after AND coalesce(u.claimed_until < clock_timestamp(), true))"
+)
+# For one tenant, within the statement of ``ControlDatabase.fetch`` that has begun its migration: the row of ``begun``.
+MARK_BEGUN: Final = (
+    "marked AS (UPDATE tenancy.tenants n SET migrating_to = {target}, "
+    "migrating_until = clock_timestamp() + make_interval(secs => {seconds}) FROM begun b WHERE n.id = b.tenant_id)"
+)
+
 
 _COUNTS = text(
     "SELECT schema_revision AS revision, count(*) AS tenants, "

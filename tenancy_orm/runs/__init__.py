@@ -2,6 +2,7 @@
 
 from .catch_up import CatchUpReport
 from .migrator import FleetMigrator
+from .records import ProcessRecord, RunRecord, TenantRecord
 from .report import FleetReport, Progress, TenantOutcome
 from .served import CompatibilityReport, RevisionCount
 from .status import TenantRevision
@@ -12,9 +13,12 @@ __all__ = [
     "CompatibilityReport",
     "FleetMigrator",
     "FleetReport",
+    "ProcessRecord",
     "Progress",
     "RevisionCount",
+    "RunRecord",
     "TenantOutcome",
+    "TenantRecord",
     "TenantRevision",
     "Wave",
     "Waves",

@@ -102,7 +102,7 @@ class CatchUp:
         if not known:
             return None
         # a tenant that does not pass is not to stop the others
-        report = await self._migrations.execute(plan, known, checks="in_place")
+        report = await self._migrations.bring(plan, known, checks="in_place")
         await self._record(report, {tenant.id: tenant for tenant in known}, actor, action)
         return report
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection as SyncConnection
 
+from ..audit.actor import SYSTEM, Actor
 from ..config.revisions import Declared
 from ..context import refuse_while_bound
 from ..errors import ConfigurationError
@@ -24,17 +26,22 @@ from ..migrations.scripts import Environment, load
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
+from .commands import RunCommands, check_concurrency
 from .compatibility import load_compatibility
-from .extensions import ExtensionRun
+from .extensions import ExtensionWork
+from .recorded import RunOptions
+from .records import RunRecord
 from .report import FleetReport, Progress
-from .run import Run
+from .run import RunWork
 from .served import CompatibilityReport, compatibility_report, with_declaration
+from .single import bring
 from .status import TenantRevision
+from .work import MigrationWork
 
 DEFAULT_CONCURRENCY = 8
 
 
-class FleetMigrator:
+class FleetMigrator(RunCommands):
     """Upgrades, downgrades, stamps and inspects the schemas of all tenants (``tenancy.migrations``).
 
     Only operators may do this: while a tenant is bound, everything here raises ``CrossTenantError``.
@@ -47,7 +54,7 @@ class FleetMigrator:
     """
 
     def __init__(self, services: FleetServices) -> None:
-        self.services = services
+        super().__init__(services)
         self._connections = Connections(services)
         self._selection = Selection(services.registry)
 
@@ -63,6 +70,9 @@ class FleetMigrator:
         progress: Progress | None = None,
         x: Sequence[str] = (),
         skip_preflight: bool = False,
+        server_concurrency: int | None = None,
+        join: bool = False,
+        actor: Actor = SYSTEM,
     ) -> FleetReport:
         """Upgrade tenants to ``revision``.
 
@@ -80,22 +90,34 @@ class FleetMigrator:
             x: The arguments that ``context.get_x_argument`` returns to the revisions of these tenants, after the
                 setting ``migration.x_arguments``. Templates do not get them.
             skip_preflight: Whether no check of a revision's ``preflight()`` is asked.
+            server_concurrency: How many at once on one server, over all processes that take part in the run; as many
+                as ``concurrency`` where None.
+            join: Take part in the upgrade of all tenants to the same target that is running; start one if there is
+                none.
+            actor: Who does this, for the records.
 
         Raises:
-            ConfigurationError: there is no migration directory, or its env.py cannot be used for a fleet.
+            ConfigurationError: there is no migration directory, or its env.py cannot be used for a fleet; or ``join``
+                is given with ``tenants``.
             PreflightError: a check does not pass for some tenants; no tenant was touched.
             MigrationError: the revision does not exist, or fails on the template; no tenant was touched.
             TenantNotFoundError: one of ``tenants`` does not exist.
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("migrating tenants")
+        if join and tenants is not None:
+            raise ConfigurationError("a run over all tenants can be joined; leave out either join or tenants")
         plan = Plan.of(await self.environment(x), "upgrade", revision)
+        options = RunOptions(
+            concurrency=concurrency, server_concurrency=server_concurrency, stop_on_failure=stop_on_failure, x=x
+        )
         return await self.execute(
             plan,
             tenants,
-            concurrency,
-            stop_on_failure=stop_on_failure,
+            options=options,
+            join=join,
             progress=progress,
+            actor=actor,
             checks="never" if skip_preflight else "ahead",
         )
 
@@ -116,7 +138,7 @@ class FleetMigrator:
             ConfigurationError, MigrationError, TenantNotFoundError, ControlUnavailableError: as ``upgrade``.
         """
         refuse_while_bound("looking at all tenants' rows")
-        _check_concurrency(concurrency)
+        check_concurrency(concurrency)
         plan = Plan.of(await self.environment(x), "upgrade", revision)
         asking = Preflight(plan, self._connections, self._selection, concurrency=concurrency, health=Health())
         return await asking.ask(await self._selection.choose(tenants))
@@ -130,11 +152,16 @@ class FleetMigrator:
         stop_on_failure: bool = False,
         progress: Progress | None = None,
         x: Sequence[str] = (),
+        server_concurrency: int | None = None,
+        actor: Actor = SYSTEM,
     ) -> FleetReport:
         """Downgrade tenants to ``revision`` (``base``, a revision, or relative: ``-1``); otherwise as ``upgrade``."""
         refuse_while_bound("migrating tenants")
         plan = Plan.of(await self.environment(x), "downgrade", revision)
-        return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
+        options = RunOptions(
+            concurrency=concurrency, server_concurrency=server_concurrency, stop_on_failure=stop_on_failure, x=x
+        )
+        return await self.execute(plan, tenants, options=options, progress=progress, actor=actor)
 
     async def stamp(
         self,
@@ -145,11 +172,14 @@ class FleetMigrator:
         concurrency: int = DEFAULT_CONCURRENCY,
         stop_on_failure: bool = False,
         progress: Progress | None = None,
+        actor: Actor = SYSTEM,
     ) -> FleetReport:
         """Write ``revision`` into tenants' version tables without running it; ``purge`` empties these first."""
         refuse_while_bound("migrating tenants")
         plan = Plan.of(await self.environment(), "stamp", revision, purge=purge)
-        return await self.execute(plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress)
+        return await self.execute(
+            plan, tenants, concurrency, stop_on_failure=stop_on_failure, progress=progress, actor=actor
+        )
 
     async def install_extensions(
         self,
@@ -157,6 +187,7 @@ class FleetMigrator:
         tenants: Iterable[TenantRef] | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
         progress: Progress | None = None,
+        actor: Actor = SYSTEM,
     ) -> FleetReport:
         """Install the extensions of the setting ``extensions`` that tenants lack, and run no migration.
 
@@ -168,9 +199,16 @@ class FleetMigrator:
             TenancyError: as ``upgrade``.
         """
         refuse_while_bound("installing extensions")
-        _check_concurrency(concurrency)
-        run = ExtensionRun(self.services, self._connections, concurrency=concurrency, progress=progress)
-        return await run.execute(tenants)
+        check_concurrency(concurrency)
+        return await self._recorded.start(
+            ExtensionWork(self.services, self._connections),
+            tenants,
+            RunOptions(concurrency=concurrency),
+            command="extensions",
+            target=", ".join(self.services.config.extensions) or "none",
+            progress=progress,
+            actor=actor,
+        )
 
     async def status(
         self,
@@ -235,23 +273,45 @@ class FleetMigrator:
         concurrency: int = DEFAULT_CONCURRENCY,
         *,
         stop_on_failure: bool = False,
+        options: RunOptions | None = None,
+        join: bool = False,
         progress: Progress | None = None,
         checks: ChecksAsked = "ahead",
+        actor: Actor = SYSTEM,
     ) -> FleetReport:
-        """Apply ``plan`` to tenants; the arguments are as for ``upgrade``. ``checks`` says when to ask checks."""
+        """Apply ``plan`` to tenants, as a recorded run; the arguments are as for ``upgrade``, or in ``options``.
+
+        ``checks`` says when checks of revisions are asked.
+        """
         refuse_while_bound("migrating tenants")
-        _check_concurrency(concurrency)
+        options = options or RunOptions(concurrency=concurrency, stop_on_failure=stop_on_failure, x=plan.environment.x)
+        check_concurrency(options.concurrency)
         local.install()
-        run = Run(
-            plan,
-            self.services,
-            self._connections,
-            concurrency=concurrency,
-            stop_on_failure=stop_on_failure,
+        given = plan.revision if isinstance(plan.revision, str) else list(plan.revision)
+        return await self._recorded.start(
+            MigrationWork(plan, self.services, self._connections, checks=checks, concurrency=options.concurrency),
+            tenants,
+            replace(options, more={"revision": given, "purge": plan.purges, "checks": checks}),
+            command=plan.command,
+            target=plan.target,
+            join=join,
             progress=progress,
-            checks=checks,
+            actor=actor,
         )
-        return await run.execute(tenants)
+
+    async def bring(
+        self,
+        plan: Plan,
+        tenants: Iterable[TenantRef],
+        concurrency: int = DEFAULT_CONCURRENCY,
+        *,
+        checks: ChecksAsked = "in_place",
+    ) -> FleetReport:
+        """Apply ``plan`` to a few tenants, without a recorded run: for what happens by itself."""
+        refuse_while_bound("migrating tenants")
+        check_concurrency(concurrency)
+        local.install()
+        return await bring(plan, tenants, self.services, self._connections, concurrency, checks=checks)
 
     async def run_command(
         self,
@@ -275,6 +335,16 @@ class FleetMigrator:
                 await adapted.run_sync(function)
         finally:
             await close(connection)
+
+    async def _work(self, record: RunRecord, x: Sequence[str]) -> RunWork:
+        if record.command == "extensions":
+            return ExtensionWork(self.services, self._connections)
+        local.install()
+        given = record.plan
+        plan = Plan.of(await self.environment(x), record.command, given["revision"], purge=given["purge"])
+        return MigrationWork(
+            plan, self.services, self._connections, checks=given["checks"], concurrency=given["concurrency"]
+        )
 
     async def _status(
         self, tenant: Tenant, environment: Environment | None, heads: Heads, health: Health
@@ -304,11 +374,6 @@ class FleetMigrator:
             # every database has plpgsql
             other_extensions=() if found is None else tuple(sorted(found.extensions - {*configured, "plpgsql"})),
         )
-
-
-def _check_concurrency(concurrency: int) -> None:
-    if concurrency < 1:
-        raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
 
 
 __all__ = ["DEFAULT_CONCURRENCY", "FleetMigrator"]

@@ -40,7 +40,8 @@ class TenantOutcome:
 class FleetReport:
     """The results for all tenants, in order of their creation.
 
-    ``skipped`` has the slugs of those that were not started, because an earlier failure stopped the run.
+    ``skipped`` has the slugs of those that were not started. ``run`` is the number of the recorded run, ``state`` how
+    that ended: "done", "failed", "cancelled", "paused".
     """
 
     command: str
@@ -48,6 +49,8 @@ class FleetReport:
     outcomes: tuple[TenantOutcome, ...]
     seconds: float
     skipped: tuple[str, ...] = ()
+    run: int | None = None
+    state: str = "done"
 
     @property
     def failures(self) -> tuple[TenantOutcome, ...]:
@@ -82,7 +85,7 @@ class FleetReport:
     def reasons(self) -> dict[str, str]:
         """The reason, by slug, for every tenant that is not at the target."""
         reasons = {outcome.slug: outcome.error or "" for outcome in self.failures}
-        return reasons | dict.fromkeys(self.skipped, "not started: an earlier failure stopped the run")
+        return reasons | dict.fromkeys(self.skipped, f"not started: {_WHY.get(self.state, _WHY['failed'])}")
 
     def summary(self) -> str:
         """Return one line: how many tenants, how many of them migrated or failed, and how long it took."""
@@ -93,7 +96,16 @@ class FleetReport:
         counts = [f"{migrated} migrated", f"{len(done) - migrated} unchanged", f"{len(self.failures)} failed"]
         if self.skipped:
             counts.append(f"{len(self.skipped)} not started")
-        return f"{self.command} {self.target}: {counted(self.total)}, {', '.join(counts)}, {self.seconds:.1f} s"
+        number = "" if self.run is None else f" (run {self.run})"
+        return f"{self.command} {self.target}: {counted(self.total)}, {', '.join(counts)}, {self.seconds:.1f} s{number}"
+
+
+_WHY = {
+    "failed": "an earlier failure stopped the run",
+    "cancelled": "the run was cancelled",
+    "paused": "the run is paused",
+    "running": "the run was interrupted",
+}
 
 
 class Progress(Protocol):

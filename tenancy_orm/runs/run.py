@@ -1,234 +1,269 @@
-"""One run of a plan over the fleet: which tenants, in what order, and the result for each."""
+"""``Run``: one process's work in one recorded run, from its preparation to the report."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable, Mapping
-from uuid import UUID
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Protocol
 
-from ..cancellation import run_to_completion
-from ..errors import (
-    ControlUnavailableError,
-    MigrationError,
-    NotOpenError,
-    TenancyError,
-)
-from ..events import TenantMigrated, TenantMigrationFailed
-from ..migrations.concurrency import interleave, map_concurrently
-from ..migrations.connections import Connections, Health, placement_of, prepare_servers
-from ..migrations.database import DatabaseMigration, close
+from ..audit.actor import SYSTEM, Actor
+from ..errors import ControlUnavailableError, JobLostError
+from ..events import EventBus, MigrationRunEnded, MigrationRunStarted
+from ..jobs import Claimant
 from ..migrations.failures import describe
-from ..migrations.logs import TENANT_FAILED, logger, warning_once
-from ..migrations.plan import Plan, format_revision
-from ..migrations.preflight import ChecksAsked, Preflight
-from ..migrations.selection import Selection
-from ..migrations.services import FleetServices
-from ..postgres.errors import sqlstate_of
-from ..tenant import Tenant, TenantRef
+from ..migrations.logs import logger, warning_once
+from ..tenant import Tenant
+from .claims import GIVEN_UP, Claimed, Finished, RunClaims
+from .participation import CONTROL_FAILURES, PATIENCE_SECONDS, Participation
+from .records import RunRecord, RunRecords, RunState, TenantRecord
 from .report import FleetReport, Progress, TenantOutcome
+from .tenant_migration import Begin, MigrationResult
 
 _PASSES = 10  # how often a run looks for tenants that were created during it
+_PAUSE = 0.5  # between attempts to record the beginning of a change
+
+
+class RunWork(Protocol):
+    """What a run does: each process has its own.
+
+    ``holds`` is whether it brings tenants to a revision that they are not upgraded from by themselves.
+    """
+
+    @property
+    def holds(self) -> bool:
+        """As in the class."""
+
+    async def prepare(self, servers: Iterable[str]) -> None:
+        """Check the servers and make what new tenants need, in each process, before it claims a tenant.
+
+        Raises:
+            MigrationError: no tenant can be migrated.
+        """
+
+    async def open(self, record: RunRecord, tenants: Callable[[], Awaitable[Sequence[Tenant]]]) -> None:
+        """Do what comes once, before the first tenant is claimed, in the process that has the gate.
+
+        Raises:
+            MigrationError: the run cannot be started; no tenant was touched.
+        """
+
+    async def migrate(self, claimed: Claimed, begin: Begin) -> MigrationResult:
+        """Migrate one tenant."""
+
+    def emit(self, outcome: TenantOutcome) -> None:
+        """Announce the outcome of one tenant."""
+
+    async def close(self, record: RunRecord, outcomes: Callable[[], Awaitable[list[TenantRecord]]]) -> None:
+        """Record what the whole run has brought about, once it is done."""
 
 
 class Run:
-    """One run of a plan over the fleet.
+    """One process's work in one recorded run.
 
     Args:
-        plan: The plan.
-        services: The services of an open ``Tenancy``.
-        connections: Connects to the databases.
-        concurrency: How many tenants at once.
-        stop_on_failure: Start no other tenant after a failure.
+        records: The records of runs.
+        run: Its number.
+        claimant: This process, which takes part already.
+        work: What it does.
+        concurrency: How many tenants this process migrates at once; as many as the one that started it where None.
         progress: Called as the run proceeds.
-        checks: When checks of revisions are asked: of all tenants before the first is changed, of each right before a
-            revision runs, or never.
+        actor: Who works here.
+        events: Where the run is announced.
+        limit: How long the migration of one tenant can take, in seconds.
     """
 
     def __init__(
         self,
-        plan: Plan,
-        services: FleetServices,
-        connections: Connections,
+        records: RunRecords,
+        run: int,
+        claimant: Claimant,
+        work: RunWork,
         *,
-        concurrency: int,
-        stop_on_failure: bool,
-        progress: Progress | None,
-        checks: ChecksAsked = "ahead",
+        concurrency: int | None = None,
+        progress: Progress | None = None,
+        actor: Actor = SYSTEM,
+        events: EventBus,
+        limit: float,
     ) -> None:
-        self.plan = plan
-        self.services = services
-        self.connections = connections
-        self.selection = Selection(services.registry)
-        self.concurrency = concurrency
-        self.stop_on_failure = stop_on_failure
-        self.progress = progress
-        self.health = Health()
-        self.outcomes: dict[UUID, TenantOutcome] = {}
-        self.order: dict[UUID, str] = {}  # every tenant this run has seen, with its slug
-        self.gone: set[UUID] = set()
-        self.stopped = False
-        self.checks = checks
-        self.deferred: Mapping[UUID, frozenset[str]] = {}  # by tenant: the revisions with checks that are still to ask
+        self._records = records
+        self._events = events
+        self._run = run
+        self._work = work
+        self._concurrency = concurrency
+        self._progress = progress
+        self._actor = actor
+        self._claims = RunClaims(records.control, run, claimant, held=work.holds)
+        self._limit = limit
+        self._passes = 0
 
-    async def execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
-        """Apply the plan to ``tenants``, or to all, and return the report."""
-        with warning_once():
-            return await self._execute(tenants)
-
-    async def _execute(self, tenants: Iterable[TenantRef] | None) -> FleetReport:
+    async def execute(self) -> FleetReport:
+        """Take part until the run ends or pauses, and return the report of the whole run."""
         started = time.monotonic()
-        pending = await self.selection.choose(tenants)
-        await self._prepare(pending)
-        if self.checks == "ahead":
-            preflight = Preflight(
-                self.plan, self.connections, self.selection, concurrency=self.concurrency, health=self.health
-            )
-            self.deferred = await preflight.before_run(pending)
-        if tenants is None and self.plan.command != "upgrade":
-            # until it has ended nobody knows where the fleet is, and no tenant may be upgraded by itself
-            await self.services.registry.set_fleet_revision(None)
-        for _ in range(_PASSES):
-            await self._migrate_all(pending)
-            if tenants is not None or self.stopped or self.plan.is_relative:
-                break
-            # tenants that older code cloned from its template after the list was made
-            pending = [t for t in await self.selection.choose(None) if t.id not in self.order]
-            if not pending:
-                break
-        report = self._report(time.monotonic() - started)
-        if tenants is None and report.ok:
-            await self._record_fleet(report)
+        record = await self._records.get(self._run)
+        names: dict[str, Any] = {"run": record.id, "command": record.command, "target": record.target}
+        total = sum(record.tenants.values())
+        self._events.emit(MigrationRunStarted(**names, tenants=total))
+        if self._progress is not None:
+            self._progress.total(total)
+        with warning_once():
+            while record.state == "running":
+                try:
+                    await self._take_part(record)
+                    break
+                except JobLostError:
+                    logger.warning("run %d: this process was silent for too long, and joins again", self._run)
+                    claimant = Claimant()
+                    self._claims = RunClaims(self._records.control, self._run, claimant, held=self._work.holds)
+                    await self._records.join(self._run, claimant)
+                    record = await self._records.get(self._run)
+        report = await self._report(time.monotonic() - started)
+        self._events.emit(MigrationRunEnded(**names, state=report.state, failed=len(report.failures)))
         return report
 
-    async def _record_fleet(self, report: FleetReport) -> None:
-        try:
-            await self.services.registry.set_fleet_revision(self._reached(report))
-        except ControlUnavailableError as exc:
-            logger.error("the fleet's revision could not be recorded, so run this command again: %s", exc)
-
-    def _reached(self, report: FleetReport) -> str | None:
-        """The revision that all tenants are at now; None if they are not all at the same one."""
-        if self.plan.reaches_head:
-            return format_revision(self.plan.environment.script.revision_map._real_heads)
-        found = {outcome.after for outcome in report.outcomes}
-        return found.pop() if len(found) == 1 else None
-
-    def _report(self, seconds: float) -> FleetReport:
-        done = self.outcomes
-        skipped = (slug for key, slug in self.order.items() if key not in done and key not in self.gone)
-        return FleetReport(
-            command=self.plan.command,
-            target=self.plan.target,
-            outcomes=tuple(done[key] for key in self.order if key in done),
-            seconds=seconds,
-            skipped=tuple(skipped),
+    async def _take_part(self, record: RunRecord) -> None:
+        plan = record.plan
+        concurrency = self._concurrency or int(plan["concurrency"])
+        part = Participation(
+            self._claims,
+            prepare=self._prepare,
+            migrate=self._migrate,
+            gate=self._pass_gate,
+            concurrency=concurrency,
+            per_server=int(plan["server_concurrency"]),
+            stop_on_failure=bool(plan["stop_on_failure"]),
         )
-
-    async def _prepare(self, tenants: list[Tenant]) -> None:
-        """Check which servers answer, and build the template on each, before a tenant is touched."""
-        names = dict.fromkeys(placement_of(t).server for t in tenants) or dict.fromkeys(self.services.servers)
-        await prepare_servers(names, self._prepare_server, self.health)
-
-    async def _prepare_server(self, name: str) -> None:
-        if self.plan.command == "upgrade":
-            await self.services.provisioner.extensions.check(name)
-        if self.plan.reaches_head:
-            await self.services.provisioner.template(name)
-        else:
-            await close(await self.connections.connect(name, None, self.health))
-
-    async def _migrate_all(self, tenants: list[Tenant]) -> None:
-        for tenant in tenants:
-            self.order[tenant.id] = tenant.slug
-        if self.progress is not None:
-            self.progress.total(len(self.order))
-        await map_concurrently(self._migrate, interleave(tenants), self.concurrency, proceed=lambda: not self.stopped)
-
-    async def _migrate(self, tenant: Tenant) -> None:
-        started = time.monotonic()
-        migration = DatabaseMigration(
-            self.plan,
-            self.connections.target(tenant, self.health),
-            adapter=self.connections.adapter(placement_of(tenant).server),
-            limits=self.connections.limits,
-            announce=lambda: self._announce(tenant, migration),
-            checks=frozenset() if self.checks == "never" else self.deferred.get(tenant.id),
-        )
-        error: Exception | None = None
         try:
-            await migration.run()
-            if migration.changed:
-                await self.services.provisioner.apply_grants(tenant)
-        except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
-            if await self.selection.is_gone(tenant, exc):
-                self.gone.add(tenant.id)
-                return
-            logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
-            error = exc
-        except BaseException:
-            # interrupted: without this, processes would go on to prepare every statement again
-            if migration.announced:
-                await run_to_completion(self._record_end(tenant))
+            await part.run()
+        except (JobLostError, ControlUnavailableError):
             raise
-        unrecorded = await self._record(tenant, migration)
-        self._done(tenant, migration, error or unrecorded, time.monotonic() - started)
+        except Exception as exc:
+            await self._records.fail_unstarted(self._run, describe(exc), actor=self._actor)
+            raise
 
-    async def _announce(self, tenant: Tenant, migration: DatabaseMigration) -> None:
-        """Tell every process that the schema changes now, so that open connections prepare their statements again."""
-        try:
-            await self.services.registry.announce_migration(
-                tenant.id, target=migration.target_revision, seconds=self.services.config.migration.timeout
-            )
-        except ControlUnavailableError as exc:
-            logger.warning("open connections cannot be told that the schema changes: %s", exc)
+    async def _prepare(self) -> None:
+        await self._work.prepare(await self._claims.servers())
 
-    async def _record_end(self, tenant: Tenant) -> None:
-        """Tell every process that the migration has ended, at whichever revision."""
-        try:
-            await self.services.registry.announce_migration(tenant.id, ended=True)
-        except (ControlUnavailableError, NotOpenError) as exc:
-            logger.warning("open connections cannot be told that the migration has ended: %s", exc)
+    # --- gates ------------------------------------------------------------------------------------------------------
 
-    async def _record(self, tenant: Tenant, migration: DatabaseMigration) -> Exception | None:
-        """Record the tenant's revision in the registry; return the error if that failed."""
-        if migration.after is None:
+    async def _pass_gate(self, wave: int) -> RunState | None:
+        record = await self._records.get(self._run)
+        if record.state != "running":
+            return record.state
+        if wave < 0:
+            await self._open(record)
             return None
-        if format_revision(migration.after) == tenant.schema_revision and not migration.announced:
-            return None
+        if wave < len(record.plan.get("waves") or (None,)) - 1:
+            return await self._wave_ended(record)
+        if record.plan["all"] and self._passes < _PASSES:
+            self._passes += 1
+            # tenants that older code cloned from its template after the list was made
+            if added := await self._claims.add_missing(wave):
+                if self._progress is not None:
+                    self._progress.total(sum(record.tenants.values()) + added)
+                return None
+        return await self._end(record)
+
+    async def _open(self, record: RunRecord) -> None:
         try:
-            held = self.plan.command != "upgrade"
-            await self.services.registry.set_revision(tenant.id, format_revision(migration.after), held=held)
-        except TenancyError as exc:
-            return MigrationError(
-                f"it is at {format_revision(migration.after) or 'base'}, but the registry could not record that: {exc}"
-            )
+            await self._work.open(record, self._claims.tenants)
+        except ControlUnavailableError:
+            raise
+        except Exception as exc:
+            # for all the processes that take part
+            await self._claims.end("failed", describe(exc), actor=self._actor)
+            raise
+        await self._claims.open_wave(0)
+
+    async def _wave_ended(self, record: RunRecord) -> RunState | None:
+        """Open the wave after the one that has ended."""
+        await self._claims.open_wave(record.wave + 1)
         return None
 
-    def _done(self, tenant: Tenant, migration: DatabaseMigration, error: Exception | None, seconds: float) -> None:
-        after = None if migration.after is None else format_revision(migration.after)
-        outcome = TenantOutcome(
+    async def _end(self, record: RunRecord) -> RunState | None:
+        if not record.tenants["failed"] and not record.tenants["skipped"]:
+            await self._work.close(record, lambda: self._records.tenants(self._run))
+        return await self._claims.end(actor=self._actor)
+
+    # --- tenants ----------------------------------------------------------------------------------------------------
+
+    async def _migrate(self, claimed: Claimed) -> Finished:
+        tenant = claimed.tenant
+        if claimed.losses >= GIVEN_UP:
+            error = f"its migration was begun {claimed.losses} times, and its process was lost each time"
+            return Finished(tenant_id=tenant.id, state="failed", error=error, counts=False)
+
+        async def begin(before: str | None, target: str | None) -> None:
+            await self._begin(claimed, before, target)
+
+        result = await self._work.migrate(claimed, begin)
+        outcome = result.outcome
+        if outcome is None:
+            state, detail = ("waiting", {}) if result.is_interrupted else ("skipped", {"gone": True})
+            return Finished(tenant_id=tenant.id, state=state, is_announced=result.is_announced, detail=detail)
+        self._work.emit(outcome)
+        if self._progress is not None:
+            self._progress.done(outcome)
+        return Finished(
             tenant_id=tenant.id,
-            slug=tenant.slug,
-            server=placement_of(tenant).server,
-            before=None if migration.before is None else format_revision(migration.before),
-            after=after,
-            changed=migration.changed,
-            seconds=seconds,
-            error=None if error is None else describe(error),
-            sqlstate=None if error is None else sqlstate_of(error),
-            extensions=migration.installed,
+            state="done" if outcome.ok else "failed",
+            before=outcome.before,
+            after=outcome.after,
+            has_read=result.has_read,
+            is_announced=result.is_announced,
+            changed=outcome.changed,
+            seconds=outcome.seconds,
+            sqlstate=outcome.sqlstate,
+            error=outcome.error,
+            detail={"extensions": list(outcome.extensions)} if outcome.extensions else {},
         )
-        self.outcomes[tenant.id] = outcome
-        events = self.services.events
-        if outcome.error is None:
-            events.emit(
-                TenantMigrated(
-                    tenant_id=tenant.id, slug=tenant.slug, revision=after, changed=outcome.changed, seconds=seconds
-                )
-            )
-        else:
-            logger.error(TENANT_FAILED, tenant.slug, outcome.error)
-            events.emit(TenantMigrationFailed(tenant_id=tenant.id, slug=tenant.slug, error=outcome.error))
-            self.stopped = self.stopped or self.stop_on_failure
-        if self.progress is not None:
-            self.progress.done(outcome)
+
+    async def _begin(self, claimed: Claimed, before: str | None, target: str | None) -> None:
+        """Record what a tenant has before its first change. Without that it is not changed."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                await self._claims.begin(claimed.tenant.id, before, target=target, seconds=self._limit)
+                return
+            except CONTROL_FAILURES:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(_PAUSE)
+
+    # --- the report -------------------------------------------------------------------------------------------------
+
+    async def _report(self, seconds: float) -> FleetReport:
+        record = await self._records.get(self._run)
+        return report_of(record, await self._records.tenants(self._run), seconds)
+
+
+def report_of(record: RunRecord, tenants: Iterable[TenantRecord], seconds: float) -> FleetReport:
+    """Return the report of a whole run from its records."""
+    known = [one for one in tenants if "gone" not in one.detail]
+    return FleetReport(
+        command="install extensions" if record.command == "extensions" else record.command,
+        target=record.target,
+        outcomes=tuple(_outcome(one) for one in known if one.state in ("done", "failed")),
+        seconds=seconds,
+        skipped=tuple(one.slug for one in known if one.state not in ("done", "failed")),
+        run=record.id,
+        state=record.state,
+    )
+
+
+def _outcome(record: TenantRecord) -> TenantOutcome:
+    return TenantOutcome(
+        tenant_id=record.tenant_id,
+        slug=record.slug,
+        server=record.server,
+        before=record.revision_before,
+        after=record.revision_after,
+        changed=record.changed,
+        seconds=record.seconds or 0.0,
+        error=(record.error or "failed") if record.state == "failed" else None,
+        sqlstate=record.sqlstate,
+        extensions=tuple(record.detail.get("extensions", ())),
+    )
+
+
+__all__ = ["Run", "RunWork", "report_of"]

@@ -272,6 +272,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "action": "x.y",
         "connection": None,
         "revision": "head",
+        "run": 1,
         "plan": None,
         "environment": None,
         "options": {},

@@ -107,10 +107,12 @@ async def test_a_tenant_does_not_block_the_migration_of_others(arena: Arena) -> 
     workshop = arena.workshop
     services = FleetServices(
         config=workshop.config,
+        control=workshop.control,
         registry=workshop.registry,
         servers=workshop.servers,
         names=workshop.names,
         provisioner=workshop.provisioner,
+        schema=workshop.schema,
         events=workshop.events,
     )
     database = placement(arena.victim).database

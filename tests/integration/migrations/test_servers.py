@@ -12,6 +12,8 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import TenancyConfig
+from tenancy_orm.errors import ControlUnavailableError
+from tenancy_orm.runs import participation
 from tests.support.fleet import Fleet, activity, open_fleet, until
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
@@ -80,9 +82,12 @@ async def test_a_server_that_refuses_connections_is_its_own_tenants_failure(
     assert status["initech"].at_head is True
 
 
-async def test_a_registry_that_cannot_record_the_revision_is_a_failure_that_says_so(
-    fleet: Fleet, project: Project, postgres: Postgres, config: TenancyConfig
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+async def test_what_is_migrated_while_the_control_database_is_away_is_recorded_once_it_is_back(
+    fleet: Fleet, project: Project, postgres: Postgres, monkeypatch: pytest.MonkeyPatch, patience: float
 ) -> None:
+    """Whoever does not wait for it is told how to go on; the run finds what is true then."""
+    monkeypatch.setattr(participation, "PATIENCE_SECONDS", patience)
     project.add("0002", RATING, down="0001")
     control = fleet.tenancy.internals.control.database
     async with postgres.connect() as admin, fleet.connect("acme") as holder:
@@ -95,13 +100,13 @@ async def test_a_registry_that_cannot_record_the_revision_is_a_failure_that_says
         await admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", control)
         await transaction.commit()
         try:
-            report = await run
+            await until(lambda: holder.fetchval("SELECT version_num FROM alembic_version"), "0002")
+            if not patience:
+                with pytest.raises(ControlUnavailableError, match="tenancy migrate resume 1"):
+                    await run
         finally:
             await admin.execute(f'ALTER DATABASE "{control}" ALLOW_CONNECTIONS true')
-    (failure,) = report.failures
-    assert failure.changed
-    assert failure.error is not None
-    assert failure.error.startswith("it is at 0002, but the registry could not record that: ")
-    report = await fleet.migrations.upgrade(tenants=["acme"])
+    report = await run if patience else await fleet.migrations.resume(1)
     assert report.ok
+    assert [(one.before, one.after, one.changed) for one in report.outcomes] == [("0001", "0002", True)]
     assert await fleet.recorded("acme") == "0002"

@@ -27,8 +27,10 @@ CREATE TABLE tenancy.migration_runs (
     plan jsonb NOT NULL,
     state text NOT NULL DEFAULT 'running' CONSTRAINT migration_runs_state_check
         CHECK (state IN ('running', 'paused', 'done', 'failed', 'cancelled')),
-    -- the wave that runs now, from 0
-    wave integer NOT NULL DEFAULT 0,
+    -- the wave that runs now, from 0; -1 while the run is prepared
+    wave integer NOT NULL DEFAULT -1,
+    -- the process that prepares the next wave, or ends the run
+    gate uuid,
     -- why it is paused, or failed as a whole
     reason text,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -46,12 +48,16 @@ CREATE TABLE tenancy.migration_run_tenants (
     position integer NOT NULL,
     state text NOT NULL DEFAULT 'waiting' CONSTRAINT migration_run_tenants_state_check
         CHECK (state IN ('waiting', 'running', 'done', 'failed', 'skipped')),
-    -- the process that migrates it, and until when no other does
+    -- the revision that it is brought to, where each tenant has its own
+    target text,
+    -- the process that migrates it, or will; of a row that waits, it has not begun to
     claim uuid,
     host text,
-    claimed_until timestamptz,
     attempts integer NOT NULL DEFAULT 0,
-    -- the revision that it had before this run, and whether that was read; written before the tenant is changed
+    -- how often its process was lost
+    losses integer NOT NULL DEFAULT 0,
+    -- the revision that it had before this run; is_read from when that was read under the tenant's lock, just before
+    -- the run's first change of it
     revision_before text,
     is_read boolean NOT NULL DEFAULT false,
     revision_after text,
@@ -65,8 +71,27 @@ CREATE TABLE tenancy.migration_run_tenants (
     detail jsonb NOT NULL DEFAULT '{}',
     CONSTRAINT migration_run_tenants_pkey PRIMARY KEY (run, tenant_id)
 );
-CREATE INDEX migration_run_tenants_state_idx ON tenancy.migration_run_tenants (run, wave, state, position);
+-- what can be claimed
+CREATE INDEX migration_run_tenants_waiting_idx ON tenancy.migration_run_tenants (run, server, wave, position)
+    WHERE state = 'waiting' AND claim IS NULL;
 CREATE INDEX migration_run_tenants_tenant_id_idx ON tenancy.migration_run_tenants (tenant_id);
+
+CREATE TABLE tenancy.migration_run_processes (
+    run bigint NOT NULL
+        CONSTRAINT migration_run_processes_run_fkey REFERENCES tenancy.migration_runs (id) ON DELETE CASCADE,
+    id uuid NOT NULL,
+    host text NOT NULL,
+    pid integer NOT NULL,
+    -- how many tenants it may migrate at once, by server
+    slots jsonb NOT NULL DEFAULT '{}',
+    -- until when its tenants are its own, unless it renews that
+    claimed_until timestamptz NOT NULL,
+    joined_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    left_at timestamptz,
+    -- it did not renew its claims in time
+    is_lost boolean NOT NULL DEFAULT false,
+    CONSTRAINT migration_run_processes_pkey PRIMARY KEY (run, id)
+);
 """
 
 PROTECTION = """
@@ -76,11 +101,12 @@ SELECT tenancy.protect_rows('tenancy.migration_run_tenants', 'tenant_id');
 
 def upgrade() -> None:
     """Add the tables."""
-    grant = "GRANT SELECT, INSERT, UPDATE, DELETE ON tenancy.migration_runs, tenancy.migration_run_tenants TO %1$I"
+    tables = "tenancy.migration_runs, tenancy.migration_run_tenants, tenancy.migration_run_processes"
+    grant = f"GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} TO %1$I"
     policy = "CREATE POLICY %2$I ON tenancy.migration_run_tenants FOR ALL TO %1$I USING (true) WITH CHECK (true)"
     run_script(TABLES + PROTECTION + for_applications(policy) + for_applications(grant))
 
 
 def downgrade() -> None:
     """Drop the tables: what earlier runs did is forgotten, and cannot be undone as a run."""
-    run_script("DROP TABLE tenancy.migration_run_tenants, tenancy.migration_runs")
+    run_script("DROP TABLE tenancy.migration_run_processes, tenancy.migration_run_tenants, tenancy.migration_runs")

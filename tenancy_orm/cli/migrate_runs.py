@@ -1,0 +1,205 @@
+"""``tenancy migrate runs``, ``show``, ``join``, ``resume``, ``retry`` and ``cancel``: the recorded runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from ..runs import FleetReport, Progress, RunRecord
+from ..tenancy import Tenancy
+from .migrate import run_migration
+from .output import Column, console, note, print_fields, print_json, print_table
+from .runtime import Json, operator, run
+
+Number = Annotated[int, typer.Argument(help="The run's number.", metavar="RUN")]
+OwnConcurrency = Annotated[int | None, typer.Option(min=1, max=64, help="Tenants that this process migrates at once.")]
+Arguments = Annotated[
+    list[str] | None, typer.Option("-x", help="An argument that the run was started with by -x; repeatable.")
+]
+
+_SHOWN = 50  # tenants that "show" lists, unless it is told otherwise
+
+
+def runs(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many.")] = 20,
+    before: Annotated[int | None, typer.Option(help="Only runs before this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recorded runs, the newest first."""
+    found = run(lambda tenancy: tenancy.migrations.runs(limit=limit, before=before))
+    if as_json:
+        print_json([_fields(one) for one in found])
+        return
+    columns = (
+        Column("run", keep=True),
+        "command",
+        "target",
+        "state",
+        Column("tenants", drop=2),
+        Column("failed", drop=1),
+        Column("started", drop=3),
+        Column("by", drop=4),
+    )
+    rows = [
+        (
+            one.id,
+            one.command,
+            one.target,
+            _state(one),
+            sum(one.tenants.values()),
+            one.tenants["failed"],
+            one.created_at,
+            one.actor.id or one.actor.kind,
+        )
+        for one in found
+    ]
+    print_table("runs", columns, rows)
+
+
+def show(
+    number: Number,
+    failed: Annotated[bool, typer.Option("--failed", help="Only tenants that failed.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="How many tenants are listed.")] = _SHOWN,
+    as_json: Json = False,
+) -> None:
+    """Show a run: its plan, who started it, and each tenant's state; failed tenants first."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        migrations = tenancy.migrations
+        record = await migrations.get_run(number)
+        state = "failed" if failed else None
+        tenants = await migrations.run_tenants(number, state=state, limit=None if as_json else limit)  # type: ignore[arg-type]
+        if not failed and not as_json and record.tenants["failed"]:
+            first = await migrations.run_tenants(number, state="failed", limit=limit)
+            known = {one.tenant_id for one in first}
+            tenants = [*first, *(one for one in tenants if one.tenant_id not in known)][:limit]
+        return record, tenants, await migrations.run_processes(number)
+
+    record, tenants, processes = run(command)
+    if as_json:
+        details = {"processes": [asdict(one) for one in processes], "tenants_by_state": record.tenants}
+        print_json({**_fields(record), **details, "tenants": [asdict(one) for one in tenants]})
+        return
+    values = {name: value for name, value in _fields(record).items() if value is not None and name != "fingerprint"}
+    values["tenants"] = ", ".join(f"{number} {state}" for state, number in record.tenants.items() if number)
+    values["processes"] = [f"{one.host}:{one.pid}{_end(one.is_lost, one.left_at)}" for one in processes]
+    print_fields(f"run {record.id}", values)
+    if record.is_interrupted:
+        note(f"no process takes part any more; go on with: tenancy migrate resume {record.id}")
+    if not tenants:
+        return
+    console.print()
+    columns = (
+        "tenant",
+        "state",
+        Column("server", drop=3),
+        Column("before", drop=1),
+        Column("after", drop=1),
+        Column("seconds", drop=2),
+        Column("attempts", drop=4),
+        "sqlstate",
+        "error",
+    )
+    rows = [
+        (
+            one.slug,
+            one.state,
+            one.server,
+            one.revision_before,
+            one.revision_after,
+            _seconds(one.seconds),
+            one.attempts,
+            one.sqlstate,
+            one.error,
+        )
+        for one in tenants
+    ]
+    print_table("tenants", columns, rows)
+    total = record.tenants["failed"] if failed else sum(record.tenants.values())
+    if total > len(rows):
+        note(f"{len(rows)} of {total} tenants; --limit shows more, and --json all")
+
+
+def join(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None, as_json: Json = False) -> None:
+    """Take part in a run that another machine has started, until it ends."""
+
+    async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        return await tenancy.migrations.join(
+            number, concurrency=concurrency, x=x or (), progress=progress, actor=operator()
+        )
+
+    run_migration("join", command, as_json)
+
+
+def resume(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None, as_json: Json = False) -> None:
+    """Go on with a run that was interrupted, cancelled or paused."""
+
+    async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        return await tenancy.migrations.resume(
+            number, concurrency=concurrency, x=x or (), progress=progress, actor=operator()
+        )
+
+    run_migration("resume", command, as_json)
+
+
+def retry(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None, as_json: Json = False) -> None:
+    """Try the failed tenants of a run again, and no others."""
+
+    async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        return await tenancy.migrations.retry(
+            number, concurrency=concurrency, x=x or (), progress=progress, actor=operator()
+        )
+
+    run_migration("retry", command, as_json)
+
+
+def cancel(number: Number, as_json: Json = False) -> None:
+    """Skip the tenants of a run that wait; those that are being migrated are finished."""
+    record = run(lambda tenancy: tenancy.migrations.cancel(number, actor=operator()))
+    if as_json:
+        print_json(_fields(record))
+        return
+    counts = ", ".join(f"{number} {state}" for state, number in record.tenants.items() if number)
+    console.print(f"run {record.id} is cancelled: {counts or 'no tenants'}", highlight=False)
+
+
+def _fields(record: RunRecord) -> dict[str, Any]:
+    return {
+        "run": record.id,
+        "command": record.command,
+        "target": record.target,
+        "undoes": record.undoes,
+        "state": _state(record),
+        "reason": record.reason,
+        "by": record.actor.id or record.actor.kind,
+        "host": record.host,
+        "package_version": record.package_version,
+        "code_version": record.code_version,
+        "fingerprint": record.fingerprint,
+        "plan": dict(record.plan),
+        "wave": record.wave,
+        "started": record.created_at,
+        "ended": record.ended_at,
+        "tenants": dict(record.tenants),
+    }
+
+
+def _state(record: RunRecord) -> str:
+    return "interrupted" if record.is_interrupted else record.state
+
+
+def _seconds(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
+
+
+def _end(is_lost: bool, left_at: datetime | None) -> str:
+    return " (lost)" if is_lost else "" if left_at is None else f" (until {left_at.astimezone(UTC):%H:%M:%S})"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``tenancy migrate``."""
+    for command in (runs, show, join, resume, retry, cancel):
+        app.command()(command)

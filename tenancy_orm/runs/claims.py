@@ -1,0 +1,414 @@
+"""``RunClaims``: what one process writes in the control database while it takes part in a run.
+
+Everything that claims locks the run's row first, so that what all processes hold is counted by one of them at a time. A
+process renews one claim for all its tenants. What it writes about a tenant names that claim: once others have released
+it, nothing that it says counts any more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import bindparam, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..audit.actor import SYSTEM, Actor
+from ..audit.entries import insert_entry
+from ..control.database import ControlDatabase
+from ..control.models import migration_run_tenants, tenants
+from ..control.notifications import CHANNEL, SCHEMA_CHANGED, SCHEMA_CHANGING
+from ..errors import JobLostError
+from ..jobs import CLAIM_SECONDS, Claimant
+from ..registry.revisions import BASE, MARK_BEGUN, RECORD_FINISHED
+from ..registry.rows import TENANT_COLUMNS, tenant_from_row
+from ..tenant import Tenant
+from .records import RELEASE_LOST, RunState, lock_run, set_state
+
+GIVEN_UP = 3
+"""After so many lost processes a tenant is not tried again: its migration may be what ends them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A tenant that this process migrates next, as its row is now.
+
+    ``target`` is the revision that it is brought to, where each tenant has its own.
+    """
+
+    tenant: Tenant
+    target: str | None
+    server: str
+    losses: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The end of a tenant's migration, or of the claim of one that was not begun.
+
+    ``state`` is "done", "failed" or "skipped", and "waiting" for one that others may claim. Where ``has_read`` is not
+    set, its revision was not read.
+    """
+
+    tenant_id: UUID
+    state: str
+    before: str | None = None
+    after: str | None = None
+    has_read: bool = False
+    is_announced: bool = False
+    changed: bool = False
+    seconds: float | None = None
+    sqlstate: str | None = None
+    error: str | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What a process learns when it has written what it knows, and claimed more.
+
+    ``has_gate`` is whether it is this process that opens the next wave or ends the run. ``pending`` is how many tenants
+    up to this wave wait or are being migrated, where that was counted.
+    """
+
+    state: RunState
+    wave: int
+    reason: str | None
+    claimed: tuple[Claimed, ...] = ()
+    slots: Mapping[str, int] = field(default_factory=dict)
+    has_gate: bool = False
+    pending: int | None = None
+    lost: frozenset[UUID] = frozenset()
+
+
+_LIVE_OTHERS = text(
+    "SELECT p.id, p.slots, p.claimed_until < clock_timestamp() AS is_expired FROM tenancy.migration_run_processes p "
+    "WHERE p.run = :run AND p.left_at IS NULL"
+)
+_SERVERS = text("SELECT DISTINCT server FROM tenancy.migration_run_tenants WHERE run = :run ORDER BY 1")
+_RENEW = text(
+    "UPDATE tenancy.migration_run_processes SET claimed_until = clock_timestamp() + make_interval(secs => :seconds) "
+    "WHERE run = :run AND id = :me AND left_at IS NULL RETURNING id"
+)
+_MARK_STARTED = text(
+    "UPDATE tenancy.migration_run_tenants SET state = 'running', started_at = clock_timestamp() "
+    "WHERE run = :run AND tenant_id = ANY(CAST(:ids AS uuid[])) AND claim = :me AND state = 'waiting'"
+)
+# The registry's revision with the outcome, and the notification that every process waits for: all or nothing.
+_FINISH = text(
+    "WITH given AS (SELECT * FROM jsonb_to_recordset(CAST(:finished AS jsonb)) AS g (tenant_id uuid, state text, "  # noqa: S608 - a constant
+    "before text, after text, has_read boolean, is_announced boolean, changed boolean, seconds double precision, "
+    "sqlstate text, error text, detail jsonb, counts boolean)), "
+    "finished AS (UPDATE tenancy.migration_run_tenants t SET state = g.state, claim = NULL, "
+    "attempts = t.attempts - (NOT g.counts)::integer, "
+    "started_at = coalesce(t.started_at, clock_timestamp() - make_interval(secs => g.seconds)), "
+    "ended_at = CASE WHEN g.state IN ('done', 'failed') THEN clock_timestamp() END, seconds = g.seconds, "
+    "revision_before = CASE WHEN t.is_read OR NOT g.has_read THEN t.revision_before ELSE g.before END, "
+    "revision_after = CASE WHEN g.has_read THEN g.after ELSE t.revision_after END, "
+    "changed = t.changed OR g.changed OR (t.is_read AND g.has_read AND t.revision_before IS DISTINCT FROM g.after), "
+    "sqlstate = g.sqlstate, error = g.error, detail = t.detail || g.detail "
+    "FROM given g WHERE t.run = :run AND t.tenant_id = g.tenant_id AND t.claim = :me "
+    "RETURNING t.tenant_id, g.after, g.has_read, g.is_announced), " + RECORD_FINISHED + " "
+    "SELECT f.tenant_id, CASE WHEN f.is_announced OR EXISTS (SELECT FROM recorded r WHERE r.id = f.tenant_id) THEN "
+    "pg_notify(:channel, json_build_object('t', f.tenant_id, 'k', NULL, 'c', CAST(:kind AS text))::text) END "
+    "FROM finished f"
+)
+_CLAIM = text(
+    "WITH mine AS (UPDATE tenancy.migration_run_processes SET slots = CAST(:slots AS jsonb), "
+    "claimed_until = clock_timestamp() + make_interval(secs => :seconds) WHERE run = :run AND id = :me), "
+    "chosen AS (SELECT c.tenant_id FROM unnest(CAST(:servers AS text[]), CAST(:limits AS integer[])) AS s (name, n) "
+    "CROSS JOIN LATERAL (SELECT t.tenant_id FROM tenancy.migration_run_tenants t WHERE t.run = :run "
+    "AND t.state = 'waiting' AND t.claim IS NULL AND t.server = s.name AND t.wave <= :wave "
+    "ORDER BY t.wave, t.position LIMIT s.n FOR UPDATE SKIP LOCKED) c) "
+    "UPDATE tenancy.migration_run_tenants t SET claim = :me, host = :host, attempts = t.attempts + 1 FROM chosen c "
+    "WHERE t.run = :run AND t.tenant_id = c.tenant_id RETURNING t.tenant_id, t.position, t.target, t.server, t.losses"
+)
+# claimed by a transaction whose end this process did not learn
+_FORGET_UNKNOWN = text(
+    "UPDATE tenancy.migration_run_tenants SET claim = NULL, attempts = attempts - 1 "
+    "WHERE run = :run AND claim = :me AND state = 'waiting' AND NOT tenant_id = ANY(CAST(:known AS uuid[]))"
+)
+_PENDING = text(
+    "SELECT count(*) FROM tenancy.migration_run_tenants WHERE run = :run AND wave <= :wave "
+    "AND state IN ('waiting', 'running')"
+)
+_TAKE_GATE = text(
+    "UPDATE tenancy.migration_runs r SET gate = :me WHERE r.id = :run AND (r.gate IS NULL OR r.gate = :me "
+    "OR NOT EXISTS (SELECT FROM tenancy.migration_run_processes p "
+    "WHERE p.run = r.id AND p.id = r.gate AND p.left_at IS NULL AND p.claimed_until >= clock_timestamp())) "
+    "RETURNING r.id"
+)
+_OPEN_WAVE = text(
+    "UPDATE tenancy.migration_runs SET wave = :wave, gate = NULL "
+    "WHERE id = :run AND gate = :me AND state = 'running' RETURNING id"
+)
+_SKIP_REST = text(
+    "UPDATE tenancy.migration_run_tenants SET state = 'skipped' WHERE run = :run AND state = 'waiting' "
+    "AND (claim IS NULL OR claim = :me)"
+)
+_OUTCOMES = text(
+    "SELECT count(*) FILTER (WHERE state = 'failed') AS failed, "
+    "count(*) FILTER (WHERE state = 'skipped' AND NOT detail ? 'gone') AS skipped, count(*) AS total "
+    "FROM tenancy.migration_run_tenants WHERE run = :run"
+)
+_LEAVE = text(
+    "UPDATE tenancy.migration_run_processes SET left_at = clock_timestamp() WHERE run = :run AND id = :me "
+    "AND left_at IS NULL"
+)
+_RELEASE = text(
+    "UPDATE tenancy.migration_run_tenants SET claim = NULL, state = 'waiting', "
+    "attempts = attempts - (state = 'waiting')::integer WHERE run = :run AND claim = :me "
+    "AND state IN ('waiting', 'running')"
+)
+_ADD_MISSING = text(
+    "INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, wave, position) "
+    "SELECT :run, n.id, n.server, CAST(:wave AS integer), (SELECT max(position) FROM tenancy.migration_run_tenants "
+    "WHERE run = :run) + row_number() OVER (ORDER BY n.id) FROM tenancy.tenants n "
+    "WHERE n.status NOT IN ('provisioning', 'purged') AND n.purge_started_at IS NULL "
+    "AND n.sealed_password IS NOT NULL AND NOT EXISTS "
+    "(SELECT FROM tenancy.migration_run_tenants t WHERE t.run = :run AND t.tenant_id = n.id) RETURNING tenant_id"
+)
+# one statement: what it had before is recorded by the time when anybody may see the change
+_BEGIN = (
+    "WITH begun AS (UPDATE tenancy.migration_run_tenants SET state = 'running', "  # noqa: S608 - a constant
+    "started_at = coalesce(started_at, clock_timestamp()), "
+    "revision_before = CASE WHEN is_read THEN revision_before ELSE $4::text END, is_read = true "
+    "WHERE run = $1::bigint AND tenant_id = $2::uuid AND claim = $3::uuid "
+    "AND EXISTS (SELECT FROM tenancy.migration_runs r WHERE r.id = $1::bigint AND r.state = 'running') "
+    "RETURNING tenant_id), "
+    + MARK_BEGUN.format(target="$7::text", seconds="$8::double precision")
+    + " SELECT pg_notify($5::text, $6::text) FROM begun"
+)
+
+
+class RunClaims:
+    """One process's part in a run, in the control database.
+
+    Args:
+        control: The control database.
+        run: The run's number.
+        claimant: The process.
+        held: Whether it brings tenants to a revision that they are not upgraded from by themselves.
+    """
+
+    def __init__(self, control: ControlDatabase, run: int, claimant: Claimant, *, held: bool) -> None:
+        self._control = control
+        self._held = held
+        self.run = run
+        self.claimant = claimant
+        self._names: dict[str, Any] = {"run": run, "me": claimant.id}
+
+    async def servers(self) -> list[str]:
+        """Return the servers that have tenants of the run."""
+        async with self._control.connect() as connection:
+            return list(await connection.scalars(_SERVERS, {"run": self.run}))
+
+    async def tenants(self) -> list[Tenant]:
+        """Return the tenants of the run, in the order in which they are migrated."""
+        query = (
+            select(*TENANT_COLUMNS)
+            .join(migration_run_tenants, migration_run_tenants.c.tenant_id == tenants.c.id)
+            .where(migration_run_tenants.c.run == self.run)
+            .order_by(migration_run_tenants.c.wave, migration_run_tenants.c.position)
+        )
+        async with self._control.connect() as connection:
+            return [tenant_from_row(row) for row in await connection.execute(query)]
+
+    async def renew(self) -> bool:
+        """Renew this process's claim; False if others have released it."""
+        async with self._control.connect() as connection:
+            values = {**self._names, "seconds": CLAIM_SECONDS}
+            return await connection.scalar(_RENEW, values) is not None
+
+    async def begin(self, tenant_id: UUID, before: str | None, *, target: str | None, seconds: float) -> None:
+        """Record the revision that a tenant has before it is changed, and announce the change to every process.
+
+        Args:
+            tenant_id: The tenant.
+            before: The revision that it has now.
+            target: The revision that it is brought to.
+            seconds: How long that can take at most.
+
+        Raises:
+            JobLostError: another process may migrate it by now, or the run goes on no more.
+            ControlUnavailableError: the control database does not answer.
+        """
+        payload = json.dumps({"t": str(tenant_id), "k": None, "c": SCHEMA_CHANGING})
+        args = (self.run, tenant_id, self.claimant.id, before, CHANNEL, payload, target or BASE, seconds)
+        if not await self._control.fetch(_BEGIN, *args):
+            raise JobLostError
+
+    async def turn(
+        self,
+        finished: Sequence[Finished] = (),
+        started: Sequence[UUID] = (),
+        *,
+        wanted: Mapping[str, int],
+        holding: Mapping[str, int],
+        concurrency: int,
+        per_server: int,
+        stop_on_failure: bool = False,
+        count: bool = False,
+        known: Sequence[UUID] | None = None,
+    ) -> Turn:
+        """Write what has ended and begun, renew the claim, and claim further tenants: one transaction.
+
+        Args:
+            finished: The tenants whose migration has ended.
+            started: Those that are being migrated, and were not announced yet.
+            wanted: How many tenants to claim of each server, at most.
+            holding: How many tenants of each server this process may migrate at once until it has the answer.
+            concurrency: How many this process migrates at once.
+            per_server: How many all processes migrate at once on one server.
+            stop_on_failure: End the run where one of ``finished`` has failed.
+            count: Count what is pending if nothing can be claimed, and take the gate where nothing is.
+            known: All that this process has claimed, where it did not learn how its last turn ended.
+
+        Raises:
+            JobLostError: others have released this process's claim; nothing was written.
+            ControlUnavailableError: the control database does not answer.
+        """
+        async with self._control.transaction() as connection:
+            run = await lock_run(connection, self.run)
+            others = await self._others(connection)
+            lost: frozenset[UUID] = frozenset()
+            if finished:
+                lost = await self._finish(connection, finished)
+            if known is not None:
+                await connection.execute(_FORGET_UNKNOWN, {**self._names, "known": list(known)})
+            if started:
+                await connection.execute(_MARK_STARTED, {**self._names, "ids": list(started)})
+            state: RunState = run.state
+            reason: str | None = run.reason
+            if stop_on_failure and state == "running" and any(one.state == "failed" for one in finished):
+                state, reason = "failed", "stopped at the first failure"
+                await connection.execute(_SKIP_REST, self._names)
+                await set_state(connection, self.run, state, reason)
+            slots = _share(wanted, others, concurrency, per_server)
+            going = state == "running" and run.wave >= 0
+            held = {server: max(number, holding.get(server, 0)) for server, number in slots.items()}
+            claimed = await self._claim(connection, held, slots, wanted if going else {}, run.wave)
+            pending, has_gate = None, False
+            if count and not claimed and state == "running":
+                pending = int(await connection.scalar(_PENDING, {"run": self.run, "wave": run.wave}) or 0)
+                if not pending:
+                    has_gate = await connection.scalar(_TAKE_GATE, self._names) is not None
+        return Turn(
+            state=state,
+            wave=run.wave,
+            reason=reason,
+            claimed=claimed,
+            slots=slots,
+            has_gate=has_gate,
+            pending=pending,
+            lost=lost,
+        )
+
+    async def _others(self, connection: AsyncConnection) -> list[Mapping[str, int]]:
+        """Return what the other processes hold, once the claims of lost ones are released."""
+        rows = (await connection.execute(_LIVE_OTHERS, {"run": self.run})).all()
+        mine = self.claimant.id
+        if mine not in {row.id for row in rows}:
+            raise JobLostError
+        if any(row.is_expired and row.id != mine for row in rows):
+            # its own is good for as long as nobody has released it
+            await connection.execute(_RENEW, {**self._names, "seconds": CLAIM_SECONDS})
+            await connection.execute(RELEASE_LOST, {"run": self.run})
+        return [row.slots for row in rows if row.id != mine and not row.is_expired]
+
+    async def _finish(self, connection: AsyncConnection, finished: Sequence[Finished]) -> frozenset[UUID]:
+        given = [{**asdict(one), "tenant_id": str(one.tenant_id)} for one in finished]
+        values = {"finished": json.dumps(given), "channel": CHANNEL, "kind": SCHEMA_CHANGED, "held": self._held}
+        written = await connection.scalars(_FINISH, {**self._names, **values})
+        return frozenset(one.tenant_id for one in finished) - frozenset(written)
+
+    async def _claim(
+        self,
+        connection: AsyncConnection,
+        held: Mapping[str, int],
+        slots: Mapping[str, int],
+        wanted: Mapping[str, int],
+        wave: int,
+    ) -> tuple[Claimed, ...]:
+        limits = {server: number for server, number in wanted.items() if number > 0 and slots.get(server)}
+        values = {
+            "slots": json.dumps(dict(held)),
+            "seconds": CLAIM_SECONDS,
+            "servers": list(limits),
+            "limits": list(limits.values()),
+            "wave": wave,
+            "host": self.claimant.host,
+        }
+        rows = (await connection.execute(_CLAIM, {**self._names, **values})).all()
+        if not rows:
+            return ()
+        found = {row.tenant_id: row for row in rows}
+        query = select(*TENANT_COLUMNS).where(tenants.c.id.in_(bindparam("ids", expanding=True)))
+        current = {row.id: tenant_from_row(row) for row in await connection.execute(query, {"ids": list(found)})}
+        return tuple(
+            Claimed(current[row.tenant_id], row.target, row.server, row.losses)
+            for row in sorted(rows, key=lambda row: row.position)
+        )
+
+    async def open_wave(self, wave: int) -> bool:
+        """Let the processes claim the tenants of ``wave``; False if this process does not have the gate any more."""
+        async with self._control.connect() as connection:
+            return await connection.scalar(_OPEN_WAVE, {**self._names, "wave": wave}) is not None
+
+    async def add_missing(self, wave: int) -> int:
+        """Add the tenants that were created since the run was started; return how many."""
+        async with self._control.transaction() as connection:
+            await lock_run(connection, self.run)
+            return len((await connection.execute(_ADD_MISSING, {"run": self.run, "wave": wave})).all())
+
+    async def end(
+        self, state: RunState | None = None, reason: str | None = None, *, actor: Actor = SYSTEM
+    ) -> RunState | None:
+        """End the run, or pause it; without a state it is "done" where all tenants are, and "failed" otherwise.
+
+        Returns the state; None if this process does not have the gate any more.
+        """
+        async with self._control.transaction() as connection:
+            run = await lock_run(connection, self.run)
+            if run.gate != self.claimant.id or run.state != "running":
+                return None
+            if state in ("failed", "cancelled"):
+                await connection.execute(_SKIP_REST, self._names)
+            counts = (await connection.execute(_OUTCOMES, {"run": self.run})).one()
+            if state is None:
+                state = "failed" if counts.failed or counts.skipped else "done"
+                if counts.failed:
+                    reason = f"{counts.failed} of {counts.total} tenants failed"
+            await set_state(connection, self.run, state, reason)
+            detail = {"run": self.run, "state": state, "failed": counts.failed, "tenants": counts.total}
+            action = "migration.pause" if state == "paused" else "migration.end"
+            await insert_entry(connection, action=action, actor=actor, detail=detail)
+        return state
+
+    async def leave(self, finished: Sequence[Finished] = ()) -> None:
+        """Write what has ended, and give back everything else that this process has claimed."""
+        async with self._control.transaction() as connection:
+            run = await lock_run(connection, self.run)
+            if finished:
+                await self._finish(connection, finished)
+            await connection.execute(_RELEASE, self._names)
+            if run.state in ("failed", "cancelled"):
+                await connection.execute(_SKIP_REST, self._names)
+            await connection.execute(_LEAVE, self._names)
+
+
+def _share(
+    servers: Iterable[str], others: Sequence[Mapping[str, int]], concurrency: int, per_server: int
+) -> dict[str, int]:
+    """Return how many tenants of each server this process may migrate at once.
+
+    That is an equal part of what a server takes. Whoever holds more gives it back as its tenants are done; until then
+    who has come later has less.
+    """
+    part = -(-per_server // (len(others) + 1))
+    free = {server: max(0, per_server - sum(held.get(server, 0) for held in others)) for server in servers}
+    return {server: min(concurrency, part, left) for server, left in free.items()}

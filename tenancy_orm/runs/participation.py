@@ -1,0 +1,339 @@
+"""``Participation``: one process claims tenants of a run, migrates several at once, and writes what it did."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from typing import Final
+from uuid import UUID
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..cancellation import run_to_completion
+from ..errors import ControlUnavailableError, JobLostError
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import reason_of
+from .claims import Claimed, Finished, RunClaims, Turn
+from .records import RunState
+
+logger = logging.getLogger("tenancy_orm.migrations")
+
+PATIENCE_SECONDS = 120.0
+"""How long a control database that does not answer is waited for, once nothing is being migrated any more."""
+
+_HEARTBEAT = 1.0  # within this time a process learns that a run was cancelled
+_FLUSH = 0.25  # how long an outcome waits for others that are written with it
+_BATCH = 100  # or so many of them
+_MARK = 0.2  # a tenant that takes longer is recorded as running
+_AHEAD = 0.5  # for how many seconds tenants are claimed ahead
+_MOST_AHEAD = 400  # or so many of them
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # between attempts to reach the control database
+_LEAVE_SECONDS = 10.0
+
+# of the control database: trying again may help
+CONTROL_FAILURES: Final = (ControlUnavailableError, SQLAlchemyError, *SERVER_FAILURES)
+
+
+class Participation:
+    """One process's part in a run.
+
+    Args:
+        claims: What it writes in the control database.
+        prepare: Prepares this process, before it claims a tenant.
+        migrate: Migrates one tenant and returns how that ended, also where it was cancelled.
+        gate: Opens the wave after the given one, or ends the run; returns the run's state where it has ended.
+        concurrency: How many tenants this process migrates at once.
+        per_server: How many all processes migrate at once on one server.
+        stop_on_failure: Whether the run ends at the first failure.
+    """
+
+    def __init__(
+        self,
+        claims: RunClaims,
+        *,
+        prepare: Callable[[], Awaitable[None]],
+        migrate: Callable[[Claimed], Awaitable[Finished]],
+        gate: Callable[[int], Awaitable[RunState | None]],
+        concurrency: int,
+        per_server: int,
+        stop_on_failure: bool,
+    ) -> None:
+        self._claims = claims
+        self._prepare = prepare
+        self._migrate = migrate
+        self._gate = gate
+        self._concurrency = concurrency
+        self._per_server = per_server
+        self._stop_on_failure = stop_on_failure
+        self._queue: dict[str, deque[Claimed]] = {}  # claimed, and not begun, by server
+        self._slots: dict[str, int] = {}
+        self._busy: Counter[str] = Counter()
+        self._tasks: dict[UUID, asyncio.Task[None]] = {}
+        self._begun: dict[UUID, float] = {}  # not recorded as running yet
+        self._finished: list[Finished] = []
+        self._oldest = 0.0  # when the first of them has ended
+        self._state: RunState = "running"
+        self._at_gate: int | None = None  # the wave at the end of which this process has the gate
+        self._failure: Exception | None = None
+        self._failing_since: float | None = None  # since when the control database does not answer
+        self._is_ready = False  # not before it is prepared
+        self._has_more = True
+        self._stopped = False
+        self._done: Counter[str] = Counter()  # since the last turn, by server
+        self._rates: dict[str, float] = {}  # tenants a second
+        self._changed = asyncio.Event()  # for the body
+        self._wake = asyncio.Event()  # for the keeper
+
+    async def run(self) -> RunState:
+        """Take part until the run ends or pauses, and return its state.
+
+        Raises:
+            JobLostError: this process was silent for so long that others have taken over its tenants.
+            ControlUnavailableError: the control database does not answer.
+        """
+        for server in await self._claims.servers():
+            self._queue[server] = deque()
+        keeper = asyncio.create_task(self._keep())
+        try:
+            await self._work()
+        finally:
+            self._stopped = True
+            keeper.cancel()
+            await asyncio.wait([keeper])
+            await self._stop_tasks()
+            await self._leave()
+        return self._state
+
+    async def _work(self) -> None:
+        await self._prepare()
+        self._is_ready = True
+        self._wake.set()
+        while self._failure is None:
+            self._start()
+            if not self._tasks:
+                if self._state != "running":
+                    return
+                if self._at_gate is not None:
+                    await self._pass_gate(self._at_gate)
+                    continue
+            self._changed.clear()
+            await self._changed.wait()
+        raise self._failure
+
+    async def _pass_gate(self, wave: int) -> None:
+        ended = await self._patiently(wave)
+        self._at_gate = None
+        if ended is not None:
+            self._state = ended
+        self._has_more = True
+        self._wake.set()
+
+    async def _patiently(self, wave: int) -> RunState | None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return await self._gate(wave)
+            except ControlUnavailableError:
+                if time.monotonic() >= deadline or self._failure is not None:
+                    raise
+            await asyncio.sleep(_LONGEST_PAUSE)
+
+    # --- tenants ----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Begin what may be begun now, from each server in turn."""
+        if self._state != "running" or self._failing_since is not None or self._stopped:
+            return
+        while len(self._tasks) < self._concurrency:
+            ready = [s for s, waiting in self._queue.items() if waiting and self._busy[s] < self._slots.get(s, 0)]
+            if not ready:
+                return
+            claimed = self._queue[min(ready, key=lambda s: self._busy[s])].popleft()
+            tenant = claimed.tenant
+            self._busy[claimed.server] += 1
+            self._begun[tenant.id] = time.monotonic()
+            name = f"tenancy-migrate-{tenant.slug}"
+            self._tasks[tenant.id] = asyncio.create_task(self._bring(claimed), name=name)
+
+    async def _bring(self, claimed: Claimed) -> None:
+        tenant_id = claimed.tenant.id
+        try:
+            finished = await self._migrate(claimed)
+            if not self._finished:
+                self._oldest = time.monotonic()
+            self._finished.append(finished)
+            self._done[claimed.server] += 1
+            if self._stop_on_failure and finished.state == "failed":
+                self._stopped = True
+        except Exception as exc:  # noqa: BLE001 - a mistake in the code ends the run
+            self._failure = exc
+        finally:
+            self._busy[claimed.server] -= 1
+            self._begun.pop(tenant_id, None)
+            del self._tasks[tenant_id]
+            self._changed.set()
+            self._wake.set()
+
+    async def _stop_tasks(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            # a second cancellation would interrupt the clean-up that the first one has started
+            if not task.cancelling():
+                task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _leave(self) -> None:
+        if isinstance(self._failure, JobLostError):
+            return
+
+        async def leave() -> None:
+            try:
+                async with asyncio.timeout(_LEAVE_SECONDS):
+                    await self._claims.leave(self._finished)
+            except CONTROL_FAILURES as exc:
+                logger.error(
+                    "run %d: what has ended here could not be recorded (%s); go on with: tenancy migrate resume %d",
+                    self._claims.run,
+                    reason_of(exc),
+                    self._claims.run,
+                )
+
+        await run_to_completion(leave())
+
+    # --- the control database ---------------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        """Take turns: often enough to keep the claim, and whenever something is to be written or claimed."""
+        last = 0.0
+        pause = _FIRST_PAUSE
+        try:
+            while True:
+                if last:
+                    await self._until_due(last)
+                began = time.monotonic()
+                try:
+                    await self._take_turn(began - last if last else 0.0)
+                    last, pause, self._failing_since = began, _FIRST_PAUSE, None
+                except CONTROL_FAILURES as exc:
+                    if self._give_up(exc, began):
+                        return
+                    await asyncio.sleep(pause)
+                    pause = min(_LONGEST_PAUSE, 2 * pause)
+                finally:
+                    self._changed.set()
+        except Exception as exc:  # noqa: BLE001 - the body raises it
+            self._failure = exc
+            self._changed.set()
+
+    def _give_up(self, error: Exception, now: float) -> bool:
+        if self._failing_since is None:
+            self._failing_since = now
+            logger.warning("run %d: the control database cannot be used now: %s", self._claims.run, reason_of(error))
+        if self._tasks or now - self._failing_since < PATIENCE_SECONDS:
+            return False
+        run = self._claims.run
+        self._failure = ControlUnavailableError(
+            f"the control database does not answer; what run {run} has done is found by: tenancy migrate resume {run}"
+        )
+        self._failure.__cause__ = error
+        return True
+
+    async def _until_due(self, last: float) -> None:
+        while not self._is_due():
+            due = last + _HEARTBEAT
+            if self._finished:
+                due = min(due, self._oldest + _FLUSH)
+            if (left := due - time.monotonic()) <= 0:
+                return
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._wake.wait()
+            except TimeoutError:
+                return
+
+    def _is_due(self) -> bool:
+        if len(self._finished) >= _BATCH or (self._stopped and self._finished):
+            return True
+        if self._is_ready and self._at_gate is None and self._has_more:
+            lacking = (s for s, number in self._wanted().items() if number > 0)
+            return any(len(self._queue[s]) <= int(self._rates.get(s, 0.0) * _FLUSH) for s in lacking)
+        # the last ones have ended: whether that is the end of a wave is known after a turn
+        return not self._tasks and not any(self._queue.values()) and bool(self._finished)
+
+    def _wanted(self) -> dict[str, int]:
+        """Return how many tenants to claim of each server: for free slots, and ahead if they are done quickly.
+
+        What is claimed ahead by a process that is slow would wait for it, although others are free.
+        """
+        free = self._concurrency - len(self._tasks)
+        slots = {s: self._slots.get(s, self._concurrency) - self._busy[s] for s in self._queue}
+        ahead = {s: min(_MOST_AHEAD, int(_AHEAD * rate)) for s, rate in self._rates.items()}
+        return {s: max(0, min(free, slots[s])) + ahead.get(s, 0) - len(self._queue[s]) for s in self._queue}
+
+    def _give_back_excess(self) -> None:
+        """Let go of what was claimed ahead when tenants were done more quickly than they are now."""
+        for server, number in self._wanted().items():
+            waiting = self._queue[server]
+            for _ in range(-number - int(2 * _AHEAD * self._rates.get(server, 0.0))):
+                self._finished.append(Finished(tenant_id=waiting.pop().tenant.id, state="waiting", counts=False))
+
+    async def _take_turn(self, seconds: float) -> None:
+        if seconds > 0:
+            for server in self._queue:
+                rate, now = self._rates.get(server, 0.0), self._done[server] / seconds
+                self._rates[server] = 0.5 * rate + 0.5 * now
+            self._done.clear()
+            self._give_back_excess()
+        finished = list(self._finished)
+        idle = not self._tasks and not any(self._queue.values())
+        claiming = self._is_ready and self._state == "running" and self._at_gate is None and not self._stopped
+        wanted = self._wanted() if claiming else dict.fromkeys(self._queue, 0)
+        now = time.monotonic()
+        started = [tenant_id for tenant_id, begun in self._begun.items() if now - begun >= _MARK]
+        turn = await self._claims.turn(
+            finished,
+            started,
+            wanted=wanted,
+            holding={s: max(self._slots.get(s, 0), self._busy[s]) for s in self._queue},
+            concurrency=self._concurrency,
+            per_server=self._per_server,
+            stop_on_failure=self._stop_on_failure,
+            count=idle and claiming,
+            known=self._known() if self._failing_since is not None else None,
+        )
+        del self._finished[: len(finished)]
+        self._oldest = now
+        for tenant_id in started:
+            self._begun.pop(tenant_id, None)
+        if any(number > 0 and turn.slots.get(server) for server, number in wanted.items()):
+            self._has_more = bool(turn.claimed)
+        await self._learn(turn, claiming=claiming)
+
+    async def _learn(self, turn: Turn, *, claiming: bool) -> None:
+        self._slots = dict(turn.slots)
+        self._state = turn.state
+        for claimed in turn.claimed:
+            self._queue[claimed.server].append(claimed)
+        if turn.has_gate:
+            self._at_gate = turn.wave
+        if turn.pending and not turn.claimed and claiming:
+            # of tenants that were created since, or of other servers
+            for server in await self._claims.servers():
+                self._queue.setdefault(server, deque())
+        if turn.state != "running" or self._stopped:
+            self._give_back(turn.state)
+
+    def _give_back(self, state: RunState) -> None:
+        """Let go of what is claimed and was not begun."""
+        as_ = "waiting" if state in ("running", "paused") else "skipped"
+        for waiting in self._queue.values():
+            self._finished += [Finished(tenant_id=one.tenant.id, state=as_, counts=False) for one in waiting]
+            waiting.clear()
+
+    def _known(self) -> list[UUID]:
+        return [*self._tasks, *(one.tenant.id for waiting in self._queue.values() for one in waiting)]

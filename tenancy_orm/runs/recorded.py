@@ -1,0 +1,193 @@
+"""``RecordedRuns``: starts runs, and lets further processes take part in them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Final
+
+from ..audit.actor import SYSTEM, Actor
+from ..config import TenancyConfig
+from ..errors import RunMismatchError, RunStateError
+from ..jobs import Claimant
+from ..migrations.connections import placement_of
+from ..migrations.selection import Selection
+from ..migrations.services import FleetServices
+from ..tenant import TenantRef
+from .records import NewRun, NewTenant, RunRecord, RunRecords
+from .report import FleetReport, Progress
+from .run import Run, RunWork
+
+_CODE_VERSIONS: Final = ("GITHUB_SHA", "CI_COMMIT_SHA", "GIT_COMMIT", "BUILD_SOURCEVERSION", "SOURCE_VERSION")
+"""Variables of CI systems that hold the commit that is deployed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a run proceeds, in every process that takes part."""
+
+    concurrency: int
+    server_concurrency: int | None = None
+    stop_on_failure: bool = False
+    x: Sequence[str] = ()
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_plan(self, *, everyone: bool) -> dict[str, Any]:
+        """Return what is recorded. Values of ``-x`` arguments may be secrets, and are not."""
+        return {
+            "all": everyone,
+            "concurrency": self.concurrency,
+            "server_concurrency": self.server_concurrency or self.concurrency,
+            "stop_on_failure": self.stop_on_failure,
+            "x": [argument.partition("=")[0] for argument in self.x],
+            **self.more,
+        }
+
+
+class RecordedRuns:
+    """Starts runs, and takes part in them.
+
+    Args:
+        services: The services of an open ``Tenancy``.
+    """
+
+    def __init__(self, services: FleetServices) -> None:
+        self._services = services
+        self.records = RunRecords(services.control)
+        self._selection = Selection(services.registry)
+
+    async def start(
+        self,
+        work: RunWork,
+        tenants: Iterable[TenantRef] | None,
+        options: RunOptions,
+        *,
+        command: str,
+        target: str,
+        join: bool = False,
+        progress: Progress | None = None,
+        actor: Actor = SYSTEM,
+    ) -> FleetReport:
+        """Record a run and work on it until it ends or pauses.
+
+        Args:
+            work: What it does.
+            tenants: The tenants; all where None.
+            options: How it proceeds.
+            command: What it does, as it is recorded.
+            target: Where it leads.
+            join: Take part in a run of the same that is running, if there is one.
+            progress: Called as it proceeds.
+            actor: Who starts it.
+        """
+        chosen = await self._selection.choose(tenants)
+        new = NewRun(
+            command=command,
+            target=target,
+            plan=options.as_plan(everyone=tenants is None),
+            fingerprint=await self._fingerprint(command, options.x),
+            actor=actor,
+            code_version=code_version(self._services.config),
+        )
+        rows = [NewTenant(tenant_id=tenant.id, server=placement_of(tenant).server) for tenant in chosen]
+        claimant = Claimant()
+        run = await self.records.create(new, rows, claimant, join=join)
+        return await self._run(run, claimant, work, None, progress, actor)
+
+    async def join(
+        self,
+        run: int,
+        make: Callable[[RunRecord], Awaitable[RunWork]],
+        *,
+        concurrency: int | None = None,
+        x: Sequence[str] = (),
+        progress: Progress | None = None,
+        actor: Actor = SYSTEM,
+    ) -> FleetReport:
+        """Take part in a run until it ends or pauses. One that has ended is reported.
+
+        Raises:
+            RunNotFoundError: there is none of that number.
+            RunMismatchError: this process has other revisions, options or arguments.
+        """
+        record = await self._check(run, x)
+        claimant = Claimant()
+        if record.state == "running":
+            await self.records.join(run, claimant)
+        return await self._run(run, claimant, await make(record), concurrency, progress, actor)
+
+    async def reopen(
+        self,
+        run: int,
+        make: Callable[[RunRecord], Awaitable[RunWork]],
+        *,
+        retry: bool = False,
+        concurrency: int | None = None,
+        x: Sequence[str] = (),
+        progress: Progress | None = None,
+        actor: Actor = SYSTEM,
+    ) -> FleetReport:
+        """Let a run go on, with its failed tenants where ``retry`` is set, and take part in it.
+
+        Raises:
+            RunNotFoundError, RunMismatchError: as ``join``.
+            RunStateError: it has not ended, and cannot be tried again.
+        """
+        record = await self._check(run, x)
+        if retry and record.state == "running" and record.processes:
+            raise RunStateError(run, "running", "retried")
+        work = await make(record)
+        claimant = Claimant()
+        await self.records.reopen(run, claimant, retry=retry, actor=actor)
+        return await self._run(run, claimant, work, concurrency, progress, actor)
+
+    async def _run(
+        self,
+        run: int,
+        claimant: Claimant,
+        work: RunWork,
+        concurrency: int | None,
+        progress: Progress | None,
+        actor: Actor,
+    ) -> FleetReport:
+        part = Run(
+            self.records,
+            run,
+            claimant,
+            work,
+            concurrency=concurrency,
+            progress=progress,
+            actor=actor,
+            events=self._services.events,
+            limit=self._services.config.migration.timeout,
+        )
+        return await part.execute()
+
+    async def _check(self, run: int, x: Sequence[str]) -> RunRecord:
+        """Return a run that this process may take part in."""
+        record = await self.records.get(run)
+        expected = list(record.plan["x"])
+        if [argument.partition("=")[0] for argument in x] != expected:
+            raise RunMismatchError(run, f"the -x arguments {', '.join(expected) or 'none'}: give the same")
+        if record.fingerprint != await self._fingerprint(record.command, x):
+            of = f" of {record.code_version}" if record.code_version else ""
+            raise RunMismatchError(run, f"other revisions or options{of}: use that code, or start another run")
+        return record
+
+    async def _fingerprint(self, command: str, x: Sequence[str]) -> str:
+        """Return what is the same in all processes that may take part in one run."""
+        # in a thread: it may read every revision
+        schema = await asyncio.to_thread(self._services.schema.fingerprint)
+        parts = [command, *x, "", *self._services.config.extensions, "", schema]
+        return sha256("\0".join(parts).encode()).hexdigest()
+
+
+def code_version(config: TenancyConfig) -> str | None:
+    """Return the version of the application: the setting, or the commit that a CI system names."""
+    return config.migration.code_version or next((v for name in _CODE_VERSIONS if (v := os.environ.get(name))), None)
+
+
+__all__ = ["RecordedRuns", "RunOptions"]

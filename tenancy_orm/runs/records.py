@@ -1,0 +1,454 @@
+"""``RunRecords``: the rows of runs in the control database, as operators read and change them."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any, Final, Literal
+from uuid import UUID
+
+from sqlalchemy import Row, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ..audit.actor import SYSTEM, Actor, clean_text
+from ..audit.entries import insert_entry
+from ..control.database import ControlDatabase
+from ..errors import RunNotFoundError, RunStateError
+from ..jobs import CLAIM_SECONDS, Claimant
+
+RunState = Literal["running", "paused", "done", "failed", "cancelled"]
+TenantRunState = Literal["waiting", "running", "done", "failed", "skipped"]
+
+TENANT_STATES: Final[tuple[TenantRunState, ...]] = ("waiting", "running", "done", "failed", "skipped")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run: who started it, what it does, and how far it is.
+
+    ``wave`` is the wave that runs now, from 0; -1 while the run is prepared. ``tenants`` has the number of tenants in
+    each state, ``processes`` how many take part now.
+    """
+
+    id: int
+    command: str
+    target: str
+    undoes: int | None
+    actor: Actor
+    host: str
+    package_version: str
+    code_version: str | None
+    fingerprint: str
+    plan: Mapping[str, Any] = field(repr=False)
+    state: RunState
+    wave: int
+    reason: str | None
+    created_at: datetime
+    ended_at: datetime | None
+    tenants: Mapping[str, int]
+    processes: int
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether it is to go on, and no process takes part any more."""
+        return self.state == "running" and not self.processes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantRecord:
+    """A tenant in a run.
+
+    ``attempts`` is how often its migration was begun, ``losses`` how often that ended with its process. Where
+    ``is_read`` is set the run has begun to change it, and ``revision_before`` is from just before that. ``target`` is
+    the revision that it is brought to, where each tenant has its own.
+    """
+
+    run: int
+    tenant_id: UUID
+    slug: str
+    server: str
+    wave: int
+    position: int
+    state: TenantRunState
+    target: str | None
+    host: str | None
+    attempts: int
+    losses: int
+    revision_before: str | None
+    is_read: bool
+    revision_after: str | None
+    changed: bool
+    started_at: datetime | None
+    ended_at: datetime | None
+    seconds: float | None
+    sqlstate: str | None
+    error: str | None
+    detail: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessRecord:
+    """A process that takes part in a run, or did. ``slots``: how many tenants at once it may migrate, by server."""
+
+    id: UUID
+    host: str
+    pid: int
+    slots: Mapping[str, int]
+    joined_at: datetime
+    left_at: datetime | None
+    is_lost: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRun:
+    """What is recorded of a run before it starts."""
+
+    command: str
+    target: str
+    plan: Mapping[str, Any]
+    fingerprint: str
+    actor: Actor = SYSTEM
+    code_version: str | None = None
+    undoes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTenant:
+    """A tenant that a run is for."""
+
+    tenant_id: UUID
+    server: str
+    wave: int = 0
+    target: str | None = None
+
+
+_STARTS = 0x74656E616E637907  # the advisory lock of the control database under which runs to join are looked for
+
+# --- statements -------------------------------------------------------------------------------------------------------
+
+# of a process: whether it still takes part
+_LIVE = "p.left_at IS NULL AND p.claimed_until >= clock_timestamp()"
+
+_RUNS = f"""
+SELECT r.*, coalesce(c.tenants, '{{}}') AS tenants, (
+    SELECT count(*) FROM tenancy.migration_run_processes p WHERE p.run = r.id AND {_LIVE}
+) AS processes
+FROM tenancy.migration_runs r
+LEFT JOIN LATERAL (
+    SELECT jsonb_object_agg(s.state, s.number) AS tenants FROM (
+        SELECT t.state, count(*) AS number FROM tenancy.migration_run_tenants t WHERE t.run = r.id GROUP BY t.state
+    ) s
+) c ON true
+"""  # noqa: S608 - a constant
+_RUN = text(_RUNS + " WHERE r.id = :run")
+_LATEST = text(
+    _RUNS + " WHERE (CAST(:before AS bigint) IS NULL OR r.id < CAST(:before AS bigint))"
+    " AND (CAST(:state AS text) IS NULL OR r.state = CAST(:state AS text)) ORDER BY r.id DESC LIMIT :limit"
+)
+_TENANTS = text(
+    "SELECT t.*, n.slug FROM tenancy.migration_run_tenants t JOIN tenancy.tenants n ON n.id = t.tenant_id "
+    "WHERE t.run = :run AND (CAST(:after AS uuid) IS NULL OR t.tenant_id > CAST(:after AS uuid)) "
+    "AND (CAST(:states AS text[]) IS NULL OR t.state = ANY(CAST(:states AS text[]))) "
+    "ORDER BY t.tenant_id LIMIT CAST(:limit AS bigint)"
+)
+_PROCESSES = text("SELECT * FROM tenancy.migration_run_processes WHERE run = :run ORDER BY joined_at, id")
+_INSERT = text(
+    "INSERT INTO tenancy.migration_runs "
+    "(command, target, undoes, actor_kind, actor_id, host, package_version, code_version, fingerprint, plan) "
+    "VALUES (:command, :target, :undoes, :actor_kind, :actor_id, :host, :package_version, :code_version, "
+    ":fingerprint, CAST(:plan AS jsonb)) RETURNING id"
+)
+_ADD_TENANTS = text(
+    "INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, wave, target, position) "
+    "SELECT :run, g.tenant_id, g.server, g.wave, g.target, g.position FROM unnest("
+    "CAST(:ids AS uuid[]), CAST(:servers AS text[]), CAST(:waves AS integer[]), CAST(:targets AS text[])"
+    ") WITH ORDINALITY AS g (tenant_id, server, wave, target, position)"
+)
+_ADD_PROCESS = text(
+    "INSERT INTO tenancy.migration_run_processes (run, id, host, pid, claimed_until) "
+    "VALUES (:run, :id, :host, :pid, clock_timestamp() + make_interval(secs => :seconds))"
+)
+_FIND = text(
+    "SELECT id FROM tenancy.migration_runs WHERE state = 'running' AND command = :command AND target = :target "
+    "AND fingerprint = :fingerprint AND plan -> 'all' = 'true' ORDER BY id DESC LIMIT 1"
+)
+# whoever looks for a run to join, and starts one where there is none, does so by itself
+_LOCK_STARTS = text("SELECT pg_advisory_xact_lock(:key)")
+LOCK_RUN = text("SELECT * FROM tenancy.migration_runs WHERE id = :run FOR NO KEY UPDATE")
+_SET_STATE = text(
+    "UPDATE tenancy.migration_runs SET state = CAST(:state AS text), reason = :reason, gate = NULL, "
+    "ended_at = CASE WHEN CAST(:state AS text) IN ('done', 'failed', 'cancelled') THEN clock_timestamp() END "
+    "WHERE id = :run"
+)
+# what a lost process has begun waits again; by the number of its losses it is known what ends its processes
+RELEASE_LOST = text(
+    "WITH lost AS (UPDATE tenancy.migration_run_processes p SET left_at = clock_timestamp(), is_lost = true "
+    "WHERE p.run = :run AND p.left_at IS NULL AND p.claimed_until < clock_timestamp() RETURNING p.id) "
+    "UPDATE tenancy.migration_run_tenants t SET claim = NULL, state = 'waiting', "
+    "attempts = t.attempts - (t.state = 'waiting')::integer, losses = t.losses + (t.state = 'running')::integer "
+    "FROM lost WHERE t.run = :run AND t.claim = lost.id AND t.state IN ('waiting', 'running')"
+)
+_SKIP_WAITING = text(
+    "UPDATE tenancy.migration_run_tenants SET state = 'skipped' "
+    "WHERE run = :run AND state = 'waiting' AND claim IS NULL"
+)
+# not those that were purged
+_WAIT_AGAIN = text(
+    "UPDATE tenancy.migration_run_tenants t SET state = 'waiting', claim = NULL, error = NULL, sqlstate = NULL "
+    "FROM tenancy.tenants n WHERE t.run = :run AND t.state = ANY(CAST(:states AS text[])) AND n.id = t.tenant_id "
+    "AND n.status NOT IN ('provisioning', 'purged') AND n.purge_started_at IS NULL"
+)
+_ANY_LIVE = text(f"SELECT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = :run AND {_LIVE})")  # noqa: S608 - a constant
+_PRUNE = text(
+    "DELETE FROM tenancy.migration_runs r WHERE r.created_at < clock_timestamp() - make_interval(secs => :seconds) "
+    "AND NOT EXISTS (SELECT FROM tenancy.migration_runs u WHERE u.undoes = r.id "
+    "AND u.created_at >= clock_timestamp() - make_interval(secs => :seconds)) "
+    "AND NOT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = r.id AND p.left_at IS NULL "
+    "AND p.claimed_until >= clock_timestamp()) RETURNING r.id"
+)
+
+
+class RunRecords:
+    """Reads and changes the records of runs.
+
+    Args:
+        control: The control database.
+    """
+
+    def __init__(self, control: ControlDatabase) -> None:
+        self.control = control
+
+    # --- starting ---------------------------------------------------------------------------------------------------
+
+    async def create(self, new: NewRun, tenants: Sequence[NewTenant], claimant: Claimant, *, join: bool = False) -> int:
+        """Record a run with its tenants, in which ``claimant`` takes part, and return its number.
+
+        Args:
+            new: The run.
+            tenants: Its tenants, in the order in which they are migrated.
+            claimant: The process that starts it.
+            join: Return the run of the same command, target and code that is running, if there is one.
+        """
+        async with self.control.transaction() as connection:
+            if join:
+                await connection.execute(_LOCK_STARTS, {"key": _STARTS})
+                names = {"command": new.command, "target": new.target, "fingerprint": new.fingerprint}
+                if (found := await connection.scalar(_FIND, names)) is not None:
+                    await lock_run(connection, int(found))
+                    await add_process(connection, int(found), claimant)
+                    return int(found)
+            run = int(await connection.scalar(_INSERT, _new_values(new)) or 0)
+            await add_tenants(connection, run, tenants)
+            await add_process(connection, run, claimant)
+            detail = {"run": run, "command": new.command, "target": new.target, "tenants": len(tenants)}
+            await insert_entry(connection, action="migration.start", actor=new.actor, detail=detail)
+        return run
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    async def get(self, run: int) -> RunRecord:
+        """Return a run.
+
+        Raises:
+            RunNotFoundError: there is none of that number.
+        """
+        async with self.control.connect() as connection:
+            row = (await connection.execute(_RUN, {"run": run})).one_or_none()
+        if row is None:
+            raise RunNotFoundError(run)
+        return _run_from_row(row)
+
+    async def latest(
+        self, *, state: RunState | None = None, limit: int = 20, before: int | None = None
+    ) -> list[RunRecord]:
+        """Return runs, the newest first; ``before`` continues after the last one of the previous page."""
+        async with self.control.connect() as connection:
+            rows = await connection.execute(_LATEST, {"state": state, "limit": limit, "before": before})
+            return [_run_from_row(row) for row in rows]
+
+    async def tenants(
+        self,
+        run: int,
+        *,
+        state: TenantRunState | Iterable[TenantRunState] | None = None,
+        limit: int | None = None,
+        after: UUID | None = None,
+    ) -> list[TenantRecord]:
+        """Return the tenants of a run, in order of their creation."""
+        states = None if state is None else [state] if isinstance(state, str) else [*state]
+        values = {"run": run, "states": states, "limit": limit, "after": after}
+        async with self.control.connect() as connection:
+            return [TenantRecord(**_without_claim(row)) for row in await connection.execute(_TENANTS, values)]
+
+    async def processes(self, run: int) -> list[ProcessRecord]:
+        """Return the processes that take part in a run, or did, in the order in which they joined."""
+        async with self.control.connect() as connection:
+            rows = await connection.execute(_PROCESSES, {"run": run})
+            return [
+                ProcessRecord(
+                    id=row.id,
+                    host=row.host,
+                    pid=row.pid,
+                    slots=row.slots,
+                    joined_at=row.joined_at,
+                    left_at=row.left_at,
+                    is_lost=row.is_lost,
+                )
+                for row in rows
+            ]
+
+    # --- operators' commands ----------------------------------------------------------------------------------------
+
+    async def cancel(self, run: int, *, actor: Actor = SYSTEM) -> RunRecord:
+        """Skip the tenants of a run that wait; those that are being migrated are finished.
+
+        Raises:
+            RunNotFoundError: there is none of that number.
+            RunStateError: it has ended.
+        """
+        async with self.control.transaction() as connection:
+            found = await lock_run(connection, run)
+            if found.state not in ("running", "paused"):
+                raise RunStateError(run, found.state, "cancelled")
+            await connection.execute(RELEASE_LOST, {"run": run})
+            await connection.execute(_SKIP_WAITING, {"run": run})
+            await set_state(connection, run, "cancelled", f"cancelled by {actor.id or actor.kind}")
+            await insert_entry(connection, action="migration.cancel", actor=actor, detail={"run": run})
+        return await self.get(run)
+
+    async def reopen(self, run: int, claimant: Claimant, *, retry: bool = False, actor: Actor = SYSTEM) -> None:
+        """Let a run go on, in which ``claimant`` takes part.
+
+        Args:
+            run: Its number.
+            claimant: The process that goes on with it.
+            retry: Try its failed tenants again, and no others; without it, go on with those that were not started.
+            actor: Who does this.
+
+        Raises:
+            RunNotFoundError: there is none of that number.
+            RunStateError: there is nothing to go on with; or, to retry, it has not ended.
+        """
+        async with self.control.transaction() as connection:
+            found = await lock_run(connection, run)
+            if retry and found.state == "running":
+                raise RunStateError(run, found.state, "retried")
+            await connection.execute(RELEASE_LOST, {"run": run})
+            if found.state in ("failed", "cancelled", "done"):
+                states = ["failed"] if retry else ["skipped"]
+                await connection.execute(_WAIT_AGAIN, {"run": run, "states": states})
+                await set_state(connection, run, "running", None)
+            elif found.state == "paused":
+                await set_state(connection, run, "running", None)
+            await add_process(connection, run, claimant)
+            action = "migration.retry" if retry else "migration.resume"
+            await insert_entry(connection, action=action, actor=actor, detail={"run": run})
+
+    async def join(self, run: int, claimant: Claimant) -> None:
+        """Add ``claimant`` to the processes of a run.
+
+        Raises:
+            RunNotFoundError: there is none of that number.
+        """
+        async with self.control.transaction() as connection:
+            await lock_run(connection, run)
+            await add_process(connection, run, claimant)
+
+    async def fail_unstarted(self, run: int, reason: str, *, actor: Actor = SYSTEM) -> None:
+        """End a run that could not be prepared, unless another process takes part in it."""
+        async with self.control.transaction() as connection:
+            found = await lock_run(connection, run)
+            if found.state != "running" or found.wave >= 0 or await connection.scalar(_ANY_LIVE, {"run": run}):
+                return
+            await connection.execute(_SKIP_WAITING, {"run": run})
+            await set_state(connection, run, "failed", reason)
+            detail = {"run": run, "state": "failed", "reason": reason}
+            await insert_entry(connection, action="migration.end", actor=actor, detail=detail)
+
+    async def prune(self, *, older_than: float) -> int:
+        """Remove the runs that were started more than ``older_than`` seconds ago; return how many."""
+        async with self.control.transaction() as connection:
+            return len((await connection.execute(_PRUNE, {"seconds": older_than})).all())
+
+
+# --- within a transaction ---------------------------------------------------------------------------------------------
+
+
+async def lock_run(connection: AsyncConnection, run: int) -> Row[*tuple[Any, ...]]:
+    """Lock a run's row, which everything that claims does first, and return it.
+
+    Raises:
+        RunNotFoundError: there is none of that number.
+    """
+    row = (await connection.execute(LOCK_RUN, {"run": run})).one_or_none()
+    if row is None:
+        raise RunNotFoundError(run)
+    return row
+
+
+async def set_state(connection: AsyncConnection, run: int, state: RunState, reason: str | None) -> None:
+    """Set the state of a run that is locked."""
+    await connection.execute(_SET_STATE, {"run": run, "state": state, "reason": reason})
+
+
+async def add_tenants(connection: AsyncConnection, run: int, tenants: Sequence[NewTenant]) -> None:
+    """Add tenants to a run that is being created."""
+    values = {
+        "run": run,
+        "ids": [one.tenant_id for one in tenants],
+        "servers": [one.server for one in tenants],
+        "waves": [one.wave for one in tenants],
+        "targets": [one.target for one in tenants],
+    }
+    await connection.execute(_ADD_TENANTS, values)
+
+
+async def add_process(connection: AsyncConnection, run: int, claimant: Claimant) -> None:
+    """Add a process to a run that is locked."""
+    values = {"run": run, "id": claimant.id, "host": claimant.host, "pid": claimant.pid, "seconds": CLAIM_SECONDS}
+    await connection.execute(_ADD_PROCESS, values)
+
+
+def _new_values(new: NewRun) -> dict[str, Any]:
+    return {
+        "command": new.command,
+        "target": new.target,
+        "undoes": new.undoes,
+        "actor_kind": new.actor.kind,
+        "actor_id": clean_text(new.actor.id),
+        "host": socket.gethostname(),
+        "package_version": version("tenancy-orm"),
+        "code_version": clean_text(new.code_version),
+        "fingerprint": new.fingerprint,
+        "plan": json.dumps(dict(new.plan)),
+    }
+
+
+def _run_from_row(row: Row[*tuple[Any, ...]]) -> RunRecord:
+    return RunRecord(
+        id=row.id,
+        command=row.command,
+        target=row.target,
+        undoes=row.undoes,
+        actor=Actor(row.actor_kind, row.actor_id),
+        host=row.host,
+        package_version=row.package_version,
+        code_version=row.code_version,
+        fingerprint=row.fingerprint,
+        plan=row.plan,
+        state=row.state,
+        wave=row.wave,
+        reason=row.reason,
+        created_at=row.created_at,
+        ended_at=row.ended_at,
+        tenants={state: row.tenants.get(state, 0) for state in TENANT_STATES},
+        processes=row.processes,
+    )
+
+
+def _without_claim(row: Row[*tuple[Any, ...]]) -> dict[str, Any]:
+    return {name: value for name, value in row._mapping.items() if name != "claim"}

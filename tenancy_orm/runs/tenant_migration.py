@@ -1,0 +1,150 @@
+"""``TenantMigration``: the migration of one tenant, with its rights, its outcome and its events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from ..errors import JobLostError
+from ..events import TenantMigrated, TenantMigrationFailed
+from ..migrations.connections import Connections, Health, placement_of
+from ..migrations.database import DatabaseMigration
+from ..migrations.failures import describe
+from ..migrations.logs import TENANT_FAILED, logger
+from ..migrations.plan import Plan, format_revision
+from ..migrations.selection import Selection
+from ..migrations.services import FleetServices
+from ..postgres.errors import sqlstate_of
+from ..tenant import Tenant
+from .report import TenantOutcome
+
+Begin = Callable[[str | None, str | None], Awaitable[None]]
+"""Is called before a tenant's first change, with the revision that it has then, and the one that it is brought to; what
+it raises prevents the change."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationResult:
+    """How the migration of one tenant ended.
+
+    ``outcome`` is None where the tenant has been purged, or ``is_interrupted``: it was cancelled, and is whole.
+    ``has_read`` is whether its revision could be read, ``is_announced`` whether every process was told of a change.
+    """
+
+    outcome: TenantOutcome | None
+    has_read: bool = False
+    is_announced: bool = False
+    is_interrupted: bool = False
+
+
+class TenantMigration:
+    """Migrates tenants one by one.
+
+    Args:
+        services: The services of an open ``Tenancy``.
+        connections: Connects to the databases.
+        health: Which servers are down.
+    """
+
+    def __init__(self, services: FleetServices, connections: Connections, health: Health) -> None:
+        self._services = services
+        self._connections = connections
+        self._health = health
+        self._selection = Selection(services.registry)
+
+    async def run(
+        self, plan: Plan, tenant: Tenant, begin: Begin, *, checks: frozenset[str] | None = None
+    ) -> MigrationResult:
+        """Apply ``plan`` to ``tenant``; an error is its outcome, and a cancellation is in the result.
+
+        ``checks`` are the revisions with checks that are asked right before they run; all where None.
+        """
+        started = time.monotonic()
+        if tenant.placement is None:
+            return MigrationResult(outcome=None)
+
+        async def announce() -> None:
+            before = None if migration.after is None else format_revision(migration.after)
+            await begin(before, migration.target_revision)
+
+        error: Exception | None = None
+        migration: DatabaseMigration
+        try:
+            migration = self._migration(plan, tenant, announce, checks)
+        except Exception as exc:  # noqa: BLE001 - its server may not be configured
+            return MigrationResult(outcome=self._failure(tenant, exc, started))
+        try:
+            await migration.run()
+            if migration.changed:
+                await self._services.provisioner.apply_grants(tenant)
+        except (asyncio.CancelledError, JobLostError):
+            return MigrationResult(outcome=None, is_announced=migration.announced, is_interrupted=True)
+        except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
+            if await self._selection.is_gone(tenant, exc):
+                return MigrationResult(outcome=None, is_announced=migration.announced)
+            logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
+            error = exc
+        return MigrationResult(
+            outcome=_outcome(tenant, migration, error, time.monotonic() - started),
+            has_read=migration.after is not None,
+            is_announced=migration.announced,
+        )
+
+    def _migration(
+        self, plan: Plan, tenant: Tenant, announce: Callable[[], Awaitable[None]], checks: frozenset[str] | None
+    ) -> DatabaseMigration:
+        return DatabaseMigration(
+            plan,
+            self._connections.target(tenant, self._health),
+            adapter=self._connections.adapter(placement_of(tenant).server),
+            limits=self._connections.limits,
+            announce=announce,
+            checks=checks,
+        )
+
+    def _failure(self, tenant: Tenant, error: Exception, started: float) -> TenantOutcome:
+        return TenantOutcome(
+            tenant_id=tenant.id,
+            slug=tenant.slug,
+            server=tenant.placement.server if tenant.placement else "",
+            before=None,
+            after=None,
+            changed=False,
+            seconds=time.monotonic() - started,
+            error=describe(error),
+        )
+
+    def emit(self, outcome: TenantOutcome) -> None:
+        """Log a failure, and emit the event of a migration."""
+        names = {"tenant_id": outcome.tenant_id, "slug": outcome.slug}
+        if outcome.error is None:
+            event = TenantMigrated(
+                **names,  # type: ignore[arg-type]
+                revision=outcome.after,
+                changed=outcome.changed,
+                seconds=outcome.seconds,
+            )
+            self._services.events.emit(event)
+        else:
+            logger.error(TENANT_FAILED, outcome.slug, outcome.error)
+            self._services.events.emit(TenantMigrationFailed(**names, error=outcome.error))  # type: ignore[arg-type]
+
+
+def _outcome(tenant: Tenant, migration: DatabaseMigration, error: Exception | None, seconds: float) -> TenantOutcome:
+    return TenantOutcome(
+        tenant_id=tenant.id,
+        slug=tenant.slug,
+        server=placement_of(tenant).server,
+        before=None if migration.before is None else format_revision(migration.before),
+        after=None if migration.after is None else format_revision(migration.after),
+        changed=migration.changed,
+        seconds=seconds,
+        error=None if error is None else describe(error),
+        sqlstate=None if error is None else sqlstate_of(error),
+        extensions=migration.installed,
+    )
+
+
+__all__ = ["Begin", "MigrationResult", "TenantMigration"]

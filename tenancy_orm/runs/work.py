@@ -1,0 +1,117 @@
+"""``MigrationWork``: what a run of a plan does in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from uuid import UUID
+
+from ..errors import ControlUnavailableError
+from ..migrations.connections import Connections, Health, prepare_servers
+from ..migrations.database import close
+from ..migrations.logs import logger
+from ..migrations.plan import Plan, format_revision
+from ..migrations.preflight import ChecksAsked, Preflight
+from ..migrations.selection import Selection
+from ..migrations.services import FleetServices
+from ..tenant import Tenant
+from .claims import Claimed
+from .records import RunRecord, TenantRecord
+from .report import TenantOutcome
+from .tenant_migration import Begin, MigrationResult, TenantMigration
+
+
+class MigrationWork:
+    """What a run of a plan does in one process.
+
+    Args:
+        plan: The plan.
+        services: The services of an open ``Tenancy``.
+        connections: Connects to the databases.
+        checks: When checks of revisions are asked: of all tenants before the first is changed, of each right before a
+            revision runs, or never.
+        concurrency: How many tenants are asked at once.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        services: FleetServices,
+        connections: Connections,
+        *,
+        checks: ChecksAsked = "in_place",
+        concurrency: int = 1,
+    ) -> None:
+        self.plan = plan
+        self.services = services
+        self._connections = connections
+        self._checks = checks
+        self._concurrency = concurrency
+        self._deferred: Mapping[UUID, frozenset[str]] = {}  # by tenant: the revisions with checks that are still to ask
+        self._health = Health()
+        self._migration = TenantMigration(services, connections, self._health)
+
+    @property
+    def holds(self) -> bool:
+        """Whether tenants stay where they are brought: an upgrade before their use must not undo what was wanted."""
+        return self.plan.command != "upgrade"
+
+    async def prepare(self, servers: Iterable[str]) -> None:
+        """Check which servers answer, and build the template on each."""
+        names = dict.fromkeys(servers) or dict.fromkeys(self.services.servers)
+        await prepare_servers(names, self._prepare_server, self._health)
+
+    async def _prepare_server(self, name: str) -> None:
+        if self.plan.command == "upgrade":
+            await self.services.provisioner.extensions.check(name)
+        if self.plan.reaches_head:
+            await self.services.provisioner.template(name)
+        else:
+            await close(await self._connections.connect(name, None, self._health))
+
+    async def open(self, record: RunRecord, tenants: Callable[[], Awaitable[Sequence[Tenant]]]) -> None:
+        """Ask the checks of all tenants, and forget where the fleet is, unless it is upgraded.
+
+        Raises:
+            PreflightError: a check does not pass; no tenant was touched.
+        """
+        if self._checks == "ahead":
+            selection = Selection(self.services.registry)
+            preflight = Preflight(
+                self.plan, self._connections, selection, concurrency=self._concurrency, health=self._health
+            )
+            self._deferred = await preflight.before_run(await tenants())
+        if record.plan["all"] and self.plan.command != "upgrade":
+            # until the run has ended nobody knows where the fleet is, and no tenant may be upgraded by itself
+            await self.services.registry.set_fleet_revision(None)
+
+    async def migrate(self, claimed: Claimed, begin: Begin) -> MigrationResult:
+        """Migrate one tenant."""
+        return await self.migrate_tenant(claimed.tenant, begin)
+
+    async def migrate_tenant(self, tenant: Tenant, begin: Begin) -> MigrationResult:
+        """Migrate a tenant that no run has claimed."""
+        # by a process that did not ask ahead, all are asked right before they run
+        checks = frozenset[str]() if self._checks == "never" else self._deferred.get(tenant.id)
+        return await self._migration.run(self.plan, tenant, begin, checks=checks)
+
+    def emit(self, outcome: TenantOutcome) -> None:
+        """Log a failure, and emit the event of a migration."""
+        self._migration.emit(outcome)
+
+    async def close(self, record: RunRecord, outcomes: Callable[[], Awaitable[list[TenantRecord]]]) -> None:
+        """Record the revision that the fleet is at now, where this was a run over all tenants."""
+        if not record.plan["all"]:
+            return
+        if self.plan.reaches_head:
+            reached = format_revision(self.plan.environment.script.revision_map._real_heads)
+        else:
+            found = {one.revision_after for one in await outcomes() if one.state == "done"}
+            reached = found.pop() if len(found) == 1 else None
+        try:
+            await self.services.registry.set_fleet_revision(reached)
+        except ControlUnavailableError as exc:
+            logger.error("the fleet's revision could not be recorded: %s", exc)
+            raise
+
+
+__all__ = ["MigrationWork"]

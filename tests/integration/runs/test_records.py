@@ -1,0 +1,143 @@
+"""What is recorded of a run, and how operators go on with it."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import pytest
+
+from tenancy_orm import Actor, TenancyConfig
+from tenancy_orm.errors import RunMismatchError, RunNotFoundError, RunStateError
+from tests.support.fleet import Fleet, activity, open_fleet, until
+from tests.support.projects import Project
+
+RATING = 'op.add_column("notes", sa.Column("rating", sa.Integer))'
+NO_RATING = 'op.drop_column("notes", "rating")'
+ALICE = Actor("operator", "cli:alice")
+
+
+@asynccontextmanager
+async def locked(fleet: Fleet, *slugs: str) -> Any:
+    """Hold a lock that 0002 needs, on tenants' tables."""
+    connections: list[asyncpg.Connection[Any]] = []
+    try:
+        for slug in slugs:
+            placement = fleet.tenants[slug].placement
+            assert placement is not None
+            connection = await fleet.provisioner.connect_admin(placement.server, placement.database)
+            connections.append(connection)
+            await connection.execute("BEGIN; LOCK TABLE notes")
+        yield connections[0]
+    finally:
+        for connection in connections:
+            await connection.close()
+
+
+async def is_waiting(connection: asyncpg.Connection[Any]) -> bool:
+    return await activity(connection, "wait_event_type = 'Lock'") > 0
+
+
+async def test_a_run_is_recorded_with_each_of_its_tenants(fleet: Fleet, project: Project) -> None:
+    project.add("0002", RATING, NO_RATING, down="0001")
+    await fleet.execute("globex", "ALTER TABLE notes ADD rating text")
+    report = await fleet.migrations.upgrade(actor=ALICE)
+    assert report.run is not None
+    record = await fleet.migrations.get_run(report.run)
+    assert (record.command, record.target, record.state, record.actor) == ("upgrade", "head", "failed", ALICE)
+    assert record.tenants == {"waiting": 0, "running": 0, "done": 2, "failed": 1, "skipped": 0}
+    assert record.reason == "1 of 3 tenants failed"
+    assert record.ended_at is not None
+    tenants = {one.slug: one for one in await fleet.migrations.run_tenants(report.run)}
+    acme, globex = tenants["acme"], tenants["globex"]
+    assert (acme.state, acme.revision_before, acme.revision_after) == ("done", "0001", "0002")
+    assert acme.changed
+    assert acme.is_read
+    assert acme.attempts == 1
+    assert acme.seconds is not None
+    assert (globex.state, globex.sqlstate, globex.changed) == ("failed", "42701", False)
+    assert [one.id for one in await fleet.migrations.runs()] == [report.run]
+    with pytest.raises(RunNotFoundError, match="there is no run 99"):
+        await fleet.migrations.get_run(99)
+
+
+async def test_failed_tenants_alone_are_retried(fleet: Fleet, project: Project) -> None:
+    project.add("0002", RATING, NO_RATING, down="0001")
+    await fleet.execute("globex", "ALTER TABLE notes ADD rating text")
+    run = (await fleet.migrations.upgrade()).run
+    assert run is not None
+    await fleet.execute("globex", "ALTER TABLE notes DROP rating")
+    report = await fleet.migrations.retry(run, actor=ALICE)
+    assert report.ok
+    assert report.run == run
+    attempts = {one.slug: one.attempts for one in await fleet.migrations.run_tenants(run)}
+    assert attempts == {"acme": 1, "globex": 2, "initech": 1}
+    assert (await fleet.migrations.get_run(run)).state == "done"
+    assert await fleet.recorded("globex") == "0002"
+
+
+async def test_another_machine_takes_part(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
+    project.add("0002", RATING, NO_RATING, down="0001")
+    async with open_fleet(config) as other:
+        async with locked(fleet, "acme") as holder:
+            first = asyncio.create_task(fleet.migrations.upgrade(concurrency=1, server_concurrency=2))
+            await until(lambda: is_waiting(holder))
+            second = asyncio.create_task(other.migrations.upgrade(join=True))
+            await until(lambda: fleet.recorded("initech"), "0002")
+            assert await fleet.recorded("acme") == "0001"
+        reports = await first, await second
+    assert [report.run for report in reports] == [1, 1]
+    assert all(report.ok and len(report.changed) == 3 for report in reports)
+
+
+async def test_a_cancelled_run_finishes_what_is_running_and_can_be_resumed(
+    fleet: Fleet, config: TenancyConfig, project: Project
+) -> None:
+    project.add("0002", RATING, NO_RATING, down="0001")
+    async with open_fleet(config) as other:
+        async with locked(fleet, "acme") as holder:
+            run = asyncio.create_task(fleet.migrations.upgrade(concurrency=1))
+            await until(lambda: is_waiting(holder))
+            record = await other.migrations.cancel(1, actor=ALICE)
+            assert record.state == "cancelled"
+        report = await run
+        assert [one.slug for one in report.changed] == ["acme"]
+        assert report.skipped == ("globex", "initech")
+        assert report.reasons["globex"] == "not started: the run was cancelled"
+        with pytest.raises(RunStateError, match="run 1 is cancelled, and cannot be cancelled"):
+            await other.migrations.cancel(1)
+        report = await other.migrations.resume(1)
+    assert report.ok
+    assert len(report.changed) == 3
+
+
+async def test_an_interrupted_run_is_resumed(fleet: Fleet, project: Project) -> None:
+    project.add("0002", RATING, NO_RATING, down="0001")
+    await fleet.provisioner.template("default")
+    async with locked(fleet, "acme") as holder:
+        run = asyncio.create_task(fleet.migrations.upgrade())
+        await until(lambda: is_waiting(holder))
+        await until(lambda: fleet.recorded("globex"), "0002")
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        record = await fleet.migrations.get_run(1)
+        assert record.is_interrupted
+        assert record.tenants["waiting"] == 1
+    report = await fleet.migrations.resume(1)
+    assert report.ok
+    (acme,) = [one for one in await fleet.migrations.run_tenants(1) if one.slug == "acme"]
+    assert (acme.attempts, acme.changed, acme.revision_before) == (2, True, "0001")
+
+
+async def test_other_code_takes_no_part(fleet: Fleet, project: Project) -> None:
+    project.add("0002", RATING, NO_RATING, down="0001")
+    assert (await fleet.migrations.upgrade(x=["who=alice"])).run == 1
+    with pytest.raises(RunMismatchError, match="run 1 was started with the -x arguments who: give the same"):
+        await fleet.migrations.join(1)
+    assert (await fleet.migrations.join(1, x=["who=alice"])).ok
+    project.add("0003", down="0002")
+    with pytest.raises(RunMismatchError, match="run 1 was started with other revisions or options"):
+        await fleet.migrations.resume(1, x=["who=alice"])
