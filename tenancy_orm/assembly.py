@@ -54,6 +54,7 @@ from .runs import FleetMigrator
 from .runs.catch_up import CatchUp
 from .runs.compatibility import Compatibility, load_compatibility
 from .runs.first_use import FirstUse
+from .runs.records import RunRecords
 from .runs.served import RevisionGate
 from .schedules import ScheduleManager
 from .secrets.data_keys import DataKeys
@@ -326,6 +327,7 @@ class Assembly:
             audit=self.audit,
             quotas=self.quotas,
             catch_up=self.catch_up,
+            runs=RunRecords(self.control),
             sampler=self.sampler,
             metrics=self.metrics,
             tier_policies=self.tier_policies,

@@ -32,6 +32,7 @@ from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .registry.registry import Registry
 from .runs.catch_up import CatchUp
+from .runs.records import RunRecords
 from .tenant import Tenant
 from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.manager import TenantManager
@@ -74,6 +75,7 @@ class Housekeeping:
     audit: AuditLog
     quotas: QuotaManager
     catch_up: CatchUp
+    runs: RunRecords
     sampler: StorageSampler
     metrics: TenantMetrics
     tier_policies: TierPolicies
@@ -94,6 +96,8 @@ class Housekeeping:
         await run.do("catch_up", self.catch_up.run(actor=actor))
         if self.config.retention.template_seconds:
             await run.do("prune_templates", self.provisioner.templates.prune(actor=actor))
+        if self.config.retention.run_seconds:
+            await run.do("prune_runs", self.runs.prune(older_than=self.config.retention.run_seconds))
         await run.do("expire_former_slugs", self.registry.expire_former_slugs())
         await run.do("expire_claims", self.domains.expire_claims())
         await run.do("verify_domains", self.domains.verify_again())

@@ -270,16 +270,16 @@ async def test_many_tenants_are_used_at_once(old: Release, new_config: TenancyCo
         await new.fleet.migrations.upgrade()
         keys = [await create(old, f"late-{number}") for number in range(4)]
         at_once: list[int] = []
-        execute = new.fleet.migrations.execute
+        bring = new.fleet.migrations.bring
 
         async def counted(*arguments: Any, **options: Any) -> Any:
             at_once.append(at_once[-1] + 1 if at_once else 1)
             try:
-                return await execute(*arguments, **options)
+                return await bring(*arguments, **options)
             finally:
                 at_once.append(at_once[-1] - 1)
 
-        new.fleet.migrations.execute = counted  # type: ignore[method-assign]
+        new.fleet.migrations.bring = counted  # type: ignore[method-assign]
         answers = await asyncio.gather(*(new.get(key) for key in keys * 3))
     assert answers == [200] * 12
     assert at_once == [1, 0] * 4
