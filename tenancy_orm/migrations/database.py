@@ -35,7 +35,7 @@ from .checks import ask_in_place, preceded, script_of
 from .execution import StatementObserver, may_need_care, refuse_input_for_psql, run_script
 from .extensions import WantedExtensions, hint, skip_existing_extension
 from .failures import describe
-from .indexes import InvalidIndex, build_missing, drop_invalid
+from .indexes import HAS_INVALID_INDEXES, repair
 from .limits import Limits, try_repeatedly
 from .logs import labelled, logger, quiet
 from .plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
@@ -186,7 +186,6 @@ class DatabaseMigration:
         self._announce = announce
         self._checks = checks
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
-        self._dropped: list[InvalidIndex] = []
         self._step: MigrationStep | None = None
 
     @property
@@ -219,7 +218,7 @@ class DatabaseMigration:
             if self.before is None:
                 self.before = state.heads
                 self._path = self.plan.path_from(state.heads)
-            if not self._remaining(state.heads) and not self._missing(state):
+            if not self._remaining(state.heads) and not self._missing(state) and not self._must_repair(state):
                 return
             await lock(connection, timeout=self.limits.wait)
             # read again, now that no other run can change it
@@ -228,6 +227,8 @@ class DatabaseMigration:
             steps = self._remaining(state.heads)
             if steps:
                 await self._migrate(connection, state, steps)
+            elif self._must_repair(state):
+                await repair(connection)
         finally:
             await close(connection)
 
@@ -240,6 +241,9 @@ class DatabaseMigration:
         """The extensions that this migration must install."""
         wanted = self.target.extensions
         return wanted.missing(state.extensions) if wanted is not None and self.plan.command == "upgrade" else ()
+
+    def _must_repair(self, state: State) -> bool:
+        return state.has_invalid_indexes and self.plan.command != "stamp"
 
     async def _install(self, names: tuple[str, ...]) -> None:
         if self.target.extensions is not None and names:
@@ -266,8 +270,6 @@ class DatabaseMigration:
         expected = self._path.end
         await self._give_notice(connection)
         async with self.adapter.adapt(connection, self.target.url) as adapted:
-            if state.has_invalid_indexes and self.plan.command != "stamp":
-                self._dropped += await drop_invalid(connection)
             try:
                 await self._apply(adapted, state, steps)
             except Exception:
@@ -275,9 +277,10 @@ class DatabaseMigration:
                 raise
             finally:
                 self.changed = self.changed or self.after != state.heads
-            await self._check(connection, expected)
+            found = await self._check(connection, expected)
             self.changed = True
-            await build_missing(connection, self._dropped)
+        if self._must_repair(found):
+            await repair(connection)
 
     async def _give_notice(self, connection: Connection) -> None:
         """Announce the change, and wait until it is known where the database is in use."""
@@ -306,17 +309,19 @@ class DatabaseMigration:
             # the migration's own error is raised; that of a lost connection would add nothing
             await self._read(connection)
 
-    async def _check(self, connection: Connection, expected: Heads) -> None:
-        found = (await self._read(connection)).heads
-        if found != expected:
+    async def _check(self, connection: Connection, expected: Heads) -> State:
+        found = await self._read(connection)
+        if found.heads != expected:
             raise MigrationError(
-                f"it is at {format_revision(found) or 'base'} and not at {format_revision(expected) or 'base'} "
+                f"it is at {format_revision(found.heads) or 'base'} and not at {format_revision(expected) or 'base'} "
                 "although the migration reported no error; does a revision commit or roll back by itself?"
             )
+        return found
 
     def _run(self, connection: SyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         self._step = None
-        environment, observer = self.plan.environment, StatementObserver(self.plan.environment)
+        environment = self.plan.environment
+        observer = StatementObserver(environment, has_invalid_indexes=state.has_invalid_indexes)
         context = environment.context(
             fn=lambda heads, context: self._tracking(steps, observer, connection), **self.plan.options
         )
@@ -415,12 +420,12 @@ async def read_state(
     exists = environment is not None
     heads = _NO_HEADS if environment is None else _HEADS.format(environment.quoted_version_table)
     try:
-        (row,) = await connection.fetch(_READ.format(heads), timeout=timeout)
+        (row,) = await connection.fetch(_READ.format(heads, HAS_INVALID_INDEXES), timeout=timeout)
     except asyncpg.PostgresError as exc:
         if exc.sqlstate != UNDEFINED_TABLE:
             raise
         exists = False
-        (row,) = await connection.fetch(_READ.format(_NO_HEADS), timeout=timeout)
+        (row,) = await connection.fetch(_READ.format(_NO_HEADS, HAS_INVALID_INDEXES), timeout=timeout)
     _check_marker(target, row["database"], row["marker"])
     return State(frozenset(row["heads"]), exists, row["has_invalid_indexes"], frozenset(row["extensions"]))
 
@@ -433,7 +438,7 @@ _HEADS = "ARRAY(SELECT version_num::text FROM {})"
 _NO_HEADS = "ARRAY[]::text[]"
 _READ = (
     "SELECT {} AS heads, d.datname AS database, pg_catalog.shobj_description(d.oid, 'pg_database') AS marker, "
-    "EXISTS (SELECT FROM pg_catalog.pg_index WHERE NOT indisvalid) AS has_invalid_indexes, "
+    "{} AS has_invalid_indexes, "
     "ARRAY(SELECT extname::text FROM pg_catalog.pg_extension) AS extensions "
     "FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()"
 )

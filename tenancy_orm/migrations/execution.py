@@ -13,6 +13,7 @@ from sqlalchemy import event
 
 from ..errors import MigrationError
 from ..postgres.sqlalchemy_versions import await_, has_begun
+from .indexes import indexes_created, make_room
 from .logs import warn_once
 from .plan import MigrationStep
 from .scripts import Environment
@@ -106,9 +107,12 @@ class StatementObserver:
 
     An ``autocommit_block`` commits what the same revision did before, without recording the revision; when it fails,
     the repetition does that part a second time. Such revisions are warned of.
+
+    Where the database has invalid indexes, one is dropped before a statement that creates an index of its name.
     """
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, *, has_invalid_indexes: bool = False) -> None:
+        self._has_invalid_indexes = has_invalid_indexes
         self._schema: str | None = environment.options.get("version_table_schema")
         self._revision: str | None = None
         self._changed = False
@@ -145,6 +149,9 @@ class StatementObserver:
             self._changed = any(statement.changes for statement in statements(text))
         if self._schema is not None and "SCHEMA" in text.upper():
             text = keep_schema(text, self._schema)
+        if self._has_invalid_indexes and (created := indexes_created(text)):
+            driver: Any = connection.connection.driver_connection
+            await_(make_room(driver, created))
         return text, parameters
 
     def _warn(self) -> None:

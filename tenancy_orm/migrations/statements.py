@@ -76,7 +76,7 @@ def statements(text: str) -> tuple[Statement, ...]:
     current: Statement | None = None
     parentheses = blocks = 0
     part = ""
-    for kind, start, end in _tokens(text):
+    for kind, start, end in tokens(text):
         before, part = part, text[start:end]
         if part == ";" and not parentheses and not blocks:
             current = None
@@ -110,7 +110,7 @@ def _begins_body(words: list[str]) -> bool:
     return words[:1] == ["CREATE"] and kind in (["FUNCTION"], ["PROCEDURE"]) and words[-2:] == ["BEGIN", "ATOMIC"]
 
 
-def _tokens(text: str) -> Iterator[tuple[str, int, int]]:
+def tokens(text: str) -> Iterator[tuple[str, int, int]]:
     """Yield the kind, the start and the end of each token, without spaces and comments."""
     position = 0
     while match := _TOKEN.match(text, position):

@@ -209,18 +209,107 @@ async def test_an_invalid_index_of_a_table_that_goes_is_not_built_again(fleet: F
     assert (await fleet.migrations.upgrade()).ok
 
 
-async def test_an_index_that_is_being_built_is_waited_for(fleet: Fleet, project: Project) -> None:
+async def test_an_index_that_another_session_builds_is_left_to_it(fleet: Fleet, project: Project) -> None:
+    """A run waits for it only where a revision creates an index of that name."""
     project.add("0002", 'op.create_table("other", sa.Column("id", sa.Integer))', down="0001")
     async with fleet.connect("acme") as builder:
         async with writer(fleet, "acme") as holder:
             building = asyncio.create_task(builder.execute("CREATE INDEX CONCURRENTLY ix_notes_body ON notes (body)"))
             await until(lambda: is_waiting(holder, "virtualxid"))
+            assert (await fleet.migrations.upgrade()).ok
+            assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", False)]
+            project.add("0003", CONCURRENTLY, down="0002")
             run = asyncio.create_task(fleet.migrations.upgrade())
             await until(lambda: is_waiting(holder, "relation"))
         await building
         report = await run
     assert report.ok
     assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", True)]
+
+
+async def test_what_a_run_was_killed_before_is_built_by_the_next(
+    fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that has no revision to apply; an index that another revision drops is there to be dropped."""
+    await leave_invalid_index(fleet, "acme", "CREATE INDEX CONCURRENTLY ix_notes_body ON notes (body)")
+    await leave_invalid_index(fleet, "acme", "CREATE INDEX CONCURRENTLY ix_notes_id ON notes (id)")
+    project.add(
+        "0002",
+        """
+        tenant = op.get_context().opts["tenant"]
+        if tenant is not None and tenant.slug == "acme":
+            op.drop_index("ix_notes_id", "notes")
+        """,
+        down="0001",
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("tenancy_orm.migrations.database.repair", fail)
+        assert list((await fleet.migrations.upgrade()).reasons) == ["acme"]
+    assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", False)]
+    assert (await fleet.migrations.upgrade()).ok
+    assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", True)]
+
+
+async def fail(connection: object) -> None:
+    raise ConnectionError("killed")
+
+
+async def test_a_unique_index_that_cannot_be_built_fails_every_run_until_it_can(fleet: Fleet, project: Project) -> None:
+    """The rows are not quoted, and nothing is left of the attempts."""
+    await fleet.execute("acme", "INSERT INTO notes (body) VALUES ('secret'), ('secret')")
+    async with fleet.connect("acme") as connection:
+        with pytest.raises(asyncpg.UniqueViolationError):
+            await connection.execute("CREATE UNIQUE INDEX CONCURRENTLY ix_notes_body ON notes (body)")
+    project.add("0002", RATING, down="0001")
+    for _ in range(2):
+        report = await fleet.migrations.upgrade()
+        assert report.reasons == {
+            "acme": 'its revision is reached, but the invalid index "public"."ix_notes_body" cannot be built: '
+            'could not create unique index "ix_notes_body_ccnew" (SQLSTATE 23505); '
+            "remove the duplicates, and run this again"
+        }
+        assert report.failures[0].after == "0002"
+        assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", False)]
+    await fleet.execute("acme", "DELETE FROM notes")
+    assert (await fleet.migrations.upgrade()).ok
+    assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", True)]
+
+
+PARTS = """
+CREATE TABLE parted (id integer) PARTITION BY RANGE (id);
+CREATE TABLE part PARTITION OF parted FOR VALUES FROM (0) TO (10);
+CREATE INDEX ix_parted ON parted (id);
+ALTER TABLE notes ADD CONSTRAINT one UNIQUE (id, body), ADD CONSTRAINT two EXCLUDE USING btree (id WITH =);
+CREATE SCHEMA other AUTHORIZATION {owner};
+CREATE TABLE other.things (id integer);
+CREATE INDEX ix_new ON other.things (id);
+CREATE INDEX "Odd ""name" ON notes (body);
+ALTER TABLE parted OWNER TO {owner}; ALTER TABLE part OWNER TO {owner}; ALTER TABLE other.things OWNER TO {owner};
+UPDATE pg_index SET indisvalid = false FROM pg_class c
+WHERE c.oid = indexrelid AND c.relname IN ('part_id_idx', 'one', 'two', 'ix_new', 'Odd "name');
+"""
+
+
+async def test_indexes_of_every_kind_are_built_in_place(fleet: Fleet, project: Project) -> None:
+    """Those of partitions and constraints cannot be dropped; one of the same name in another schema must not be."""
+    await fleet.execute("acme", PARTS.format(owner=fleet.services.names.owner))
+    await leave_invalid_index(fleet, "acme", "CREATE INDEX CONCURRENTLY ix_kept ON notes (body)")
+    # what an interrupted REINDEX CONCURRENTLY leaves
+    await leave_invalid_index(fleet, "acme", "REINDEX INDEX CONCURRENTLY notes_pkey")
+    left = "SELECT relname::text FROM pg_class JOIN pg_index ON indexrelid = oid WHERE NOT indisvalid ORDER BY 1"
+    assert len(await fleet.fetch("acme", left)) == 7
+    created = """
+        op.create_index("ix_new", "notes", ["body"])
+        op.create_unique_constraint('Odd "name', "notes", ["id", "body"])
+    """
+    project.add("0002", created, down="0001")
+    report = await fleet.migrations.upgrade()
+    assert report.ok, report.reasons
+    assert await fleet.fetch("acme", left) == []
+    names = {row[0] for row in await fleet.fetch("acme", "SELECT relname::text FROM pg_class WHERE relkind = 'i'")}
+    assert {"part_id_idx", "one", "two", "ix_new", 'Odd "name', "ix_kept", "notes_pkey"} <= names
+    assert not any("_ccnew" in name for name in names)
+    assert await fleet.fetch("acme", "SELECT to_regclass('other.ix_new') IS NOT NULL") == [(True,)]
 
 
 async def test_partitioned_indexes_are_invalid_on_purpose(fleet: Fleet, project: Project) -> None:

@@ -46,3 +46,10 @@ def test_other_errors_are_named() -> None:
     assert describe(MigrationError("it is so")) == "it is so"
     assert describe(CommandError("no such\nrevision")) == "no such revision"
     assert describe(TimeoutError()) == "timed out"
+
+
+def test_a_value_in_a_message_is_left_out() -> None:
+    fields = {"C": "22P02", "M": 'invalid input syntax for type integer: "a "secret""'}
+    assert describe(asyncpg.PostgresError.new(fields)) == (
+        'invalid input syntax for type integer: "..." (SQLSTATE 22P02)'
+    )
