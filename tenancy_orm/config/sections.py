@@ -417,6 +417,16 @@ class MigrationConfig(Section, frozen=True):
 
     lock_timeout: SecondsOrZero = 5.0
     """PostgreSQL's lock_timeout, in seconds; 0 is none."""
+    statement_timeout: SecondsOrZero = 0.0
+    """PostgreSQL's statement_timeout for each statement of a revision, in seconds; 0 is none."""
+    attempts: Count = 5
+    """How often the migration of one tenant is tried in all, if a lock is not available or another session interferes
+    (SQLSTATEs 55P03, 40P01, 40001)."""
+    retry_pause: SecondsOrZero = 0.2
+    """How long the pause before the second attempt is, in seconds; each further one is twice as long. Up to half of a
+    pause is left out at random."""
+    max_retry_pause: SecondsOrZero = 2.0
+    """How long a pause is at most, in seconds."""
     wait: SecondsOrZero = 300.0
     """How long a migration waits for another run that migrates the same tenant, in seconds."""
     timeout: Seconds = 3_600.0

@@ -4,6 +4,7 @@ from .checks import Check, Finding
 from .preflight import PreflightOutcome, PreflightReport
 from .schema import AlembicSchema, MetadataSchema
 from .services import FleetServices
+from .timeouts import timeouts
 
 __all__ = [
     "AlembicSchema",
@@ -13,4 +14,5 @@ __all__ = [
     "MetadataSchema",
     "PreflightOutcome",
     "PreflightReport",
+    "timeouts",
 ]

@@ -25,6 +25,7 @@ from .failures import describe
 from .limits import Limits
 from .logs import logger
 from .services import FleetServices
+from .timeouts import milliseconds
 
 _FAILURES = 2  # failed connects in a row after which a server's other tenants are not tried
 
@@ -72,6 +73,10 @@ class Connections:
             connect=config.pool.connect_timeout,
             wait=config.migration.wait,
             total=config.migration.timeout,
+            attempts=config.migration.attempts,
+            pause=config.migration.retry_pause,
+            longest_pause=config.migration.max_retry_pause,
+            statement=config.migration.statement_timeout,
             notice=config.migration.notice,
             preflight=config.migration.preflight_timeout,
         )
@@ -97,6 +102,9 @@ class Connections:
             url=self.url(placement.server, placement.database),
             connect=lambda: self.connect(placement.server, placement.database, health, tenant=tenant.slug),
             tenant=tenant,
+            connect_watch=lambda: self._services.provisioner.connect_admin(
+                placement.server, placement.database, purpose="tenancy-lock-watch"
+            ),
             marker=marker_text(self._services.names.installation, tenant.id),
             extensions=WantedExtensions(self._services.config.extensions, install),
         )
@@ -113,7 +121,10 @@ class Connections:
         config, names = self._services.config, self._services.names
         health.check(server, tenant)
         # the administrator's role may have a statement_timeout; building an index must not be bounded by it
-        settings = {"lock_timeout": f"{round(config.migration.lock_timeout * 1000)}ms", "statement_timeout": "0"}
+        settings = {
+            "lock_timeout": milliseconds(config.migration.lock_timeout),
+            "statement_timeout": milliseconds(config.migration.statement_timeout),
+        }
         try:
             connection = await self._services.provisioner.connect_admin(
                 server, database, role=names.owner, settings=settings, purpose="tenancy-migration"

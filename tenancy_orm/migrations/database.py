@@ -5,138 +5,59 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
 from alembic.runtime.environment import EnvironmentContext
 from sqlalchemy import Connection as SyncConnection
-from sqlalchemy import Engine, event
-from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..cancellation import run_to_completion
-from ..errors import MarkerMismatchError, MigrationError
+from ..errors import MarkerMismatchError, MigrationError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
-from ..postgres.errors import INVALID_PARAMETER_VALUE, UNDEFINED_TABLE
+from ..postgres.errors import (
+    DEADLOCK_DETECTED,
+    INVALID_PARAMETER_VALUE,
+    LOCK_NOT_AVAILABLE,
+    QUERY_CANCELED,
+    UNDEFINED_TABLE,
+    sqlstate_of,
+)
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.sqlalchemy_versions import await_
 from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
+from .adapter import ConnectionAdapter
 from .checks import ask_in_place, preceded, script_of
-from .execution import StatementObserver, may_need_care, refuse_input_for_psql, run_script
-from .extensions import WantedExtensions, hint, skip_existing_extension
+from .execution import StatementObserver
+from .extensions import WantedExtensions, hint
 from .failures import describe
 from .indexes import HAS_INVALID_INDEXES, repair
 from .limits import Limits, try_repeatedly
 from .logs import labelled, logger, quiet
 from .plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
 from .scripts import Environment
-from .statements import statements
+from .waits import holders_of, watched
 
 # Advisory locks are per database, so one key serves all tenants: "tenancy" in ASCII, and 2 for the tenants' schemas.
 _LOCK = 0x74656E616E637902
 
-_schema_changed: ContextVar[float] = ContextVar("tenancy_orm.migrations.schema_changed", default=0.0)
-
-
-class FleetDialect(PGDialect_asyncpg):
-    """The asyncpg dialect, shared by connections to many databases at once.
-
-    After DDL, all connections of a dialect prepare their statements again; here only those of the task that ran it do.
-    """
-
-    supports_statement_cache = True
-
-    def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        """Execute; a text without parameters may hold several statements, as with psycopg."""
-        found = statements(statement) if not parameters and may_need_care(statement) else ()
-        refuse_input_for_psql(found)
-        if len(found) < 2:
-            cursor.execute(statement, parameters)
-        else:
-            run_script(cursor, statement, found)
-            self._invalidate_schema_cache_asof = time.time()
-
-    def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
-        """Execute, as ``do_execute``."""
-        self.do_execute(cursor, statement, None, context)
-
-    def do_close(self, dbapi_connection: Any) -> None:
-        """Leave the connection open: the code that opened it closes it, within a time limit."""
-
-    def do_terminate(self, dbapi_connection: Any) -> None:
-        """Leave the connection open, as ``do_close``."""
-
-    @property  # type: ignore[override]
-    def _invalidate_schema_cache_asof(self) -> float:
-        return _schema_changed.get()
-
-    @_invalidate_schema_cache_asof.setter
-    def _invalidate_schema_cache_asof(self, when: float) -> None:
-        _schema_changed.set(when)
-
-
-_new_dialect: Any = FleetDialect  # SQLAlchemy's dialects are untyped
-
-
-class ConnectionAdapter:
-    """Makes SQLAlchemy connections from asyncpg's, for databases of one server; the dialect is initialised once."""
-
-    def __init__(self) -> None:
-        self._dialect: Any = _new_dialect(dbapi=_new_dialect.import_dbapi())
-        self._initialised = False
-        self._initialising = asyncio.Lock()
-
-    @asynccontextmanager
-    async def adapt(self, connection: Connection, url: URL) -> AsyncIterator[AsyncConnection]:
-        """Yield a SQLAlchemy connection on ``connection``, which stays open.
-
-        Its errors do not contain parameters: these are tenants' data.
-        """
-        engine = self._engine(connection, url)
-        async with engine.connect() as adapted:
-            if not self._initialised:
-                await self._initialise(adapted)
-            yield adapted
-
-    def _engine(self, connection: Connection, url: URL) -> AsyncEngine:
-        dialect = self._dialect
-
-        async def give() -> Connection:
-            return connection
-
-        def connect() -> Any:
-            return dialect.connect(async_creator_fn=give)
-
-        pool = NullPool(connect, dialect=dialect)
-        on_connect = dialect.on_connect()
-        event.listen(pool, "connect", lambda adapted, record: on_connect(adapted))
-        engine = Engine(pool, dialect, url, hide_parameters=True)
-        event.listen(engine, "before_cursor_execute", skip_existing_extension, retval=True)
-        return AsyncEngine(engine)
-
-    async def _initialise(self, adapted: AsyncConnection) -> None:
-        async with self._initialising:
-            if not self._initialised:
-                await adapted.run_sync(self._dialect.initialize)
-                await adapted.rollback()
-                self._initialised = True
+# the errors that a lock of another session may have caused
+_BLOCKED = frozenset({LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED, QUERY_CANCELED})
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """One database to migrate. ``connect`` connects as the owner of its schema; ``marker`` is the expected marker.
 
-    An upgrade installs ``extensions`` that the database lacks.
+    An upgrade installs ``extensions`` that the database lacks. ``connect_watch`` connects as the administrator, to look
+    who holds a lock.
     """
 
     label: str
@@ -145,6 +66,7 @@ class Target:
     tenant: Tenant | None = None
     marker: str | None = None
     extensions: WantedExtensions | None = None
+    connect_watch: Callable[[], Awaitable[Connection]] | None = field(default=None, repr=False)
 
 
 class DatabaseMigration:
@@ -158,7 +80,7 @@ class DatabaseMigration:
     ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
     failure. ``installed`` are the extensions that this migration installed, and ``changed`` is whether it changed the
     heads or installed any. ``announce`` is called before the first change, and
-    ``announced`` tells whether it was.
+    ``announced`` tells whether it was. ``attempts`` is how often the migration was tried.
 
     ``checks`` are the revisions with a ``preflight()`` that is asked right before they run; None means all, as without
     a preflight of the fleet.
@@ -183,6 +105,7 @@ class DatabaseMigration:
         self.changed = False
         self.installed: tuple[str, ...] = ()
         self.announced = False
+        self.attempts = 0
         self._announce = announce
         self._checks = checks
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
@@ -212,25 +135,45 @@ class DatabaseMigration:
                 raise MigrationError(f"not done within {self.limits.total:g} s; raise migration.timeout") from exc
 
     async def _attempt(self) -> None:
+        self.attempts += 1
         connection = await self.target.connect()
         try:
-            state = await self._read(connection)
-            if self.before is None:
-                self.before = state.heads
-                self._path = self.plan.path_from(state.heads)
-            if not self._remaining(state.heads) and not self._missing(state) and not self._must_repair(state):
-                return
-            await lock(connection, timeout=self.limits.wait)
-            # read again, now that no other run can change it
-            state = await self._read(connection)
-            await self._install(self._missing(state))
-            steps = self._remaining(state.heads)
-            if steps:
-                await self._migrate(connection, state, steps)
-            elif self._must_repair(state):
-                await repair(connection)
+            async with self._watching(connection):
+                await self._migrate_on(connection)
         finally:
             await close(connection)
+
+    @asynccontextmanager
+    async def _watching(self, connection: Connection) -> AsyncIterator[None]:
+        """Add to an error of the body who held the lock. The first attempt is watched only if there is no other."""
+        connect = self.target.connect_watch
+        if connect is None or (self.attempts == 1 and self.limits.attempts > 1):
+            yield
+            return
+        async with watched(connection.get_server_pid(), connect) as watch:
+            try:
+                yield
+            except Exception as exc:
+                if watch.holders and sqlstate_of(exc) in _BLOCKED:
+                    raise MigrationError(f"{describe(exc)}, {watch}") from exc
+                raise
+
+    async def _migrate_on(self, connection: Connection) -> None:
+        state = await self._read(connection)
+        if self.before is None:
+            self.before = state.heads
+            self._path = self.plan.path_from(state.heads)
+        if not self._remaining(state.heads) and not self._missing(state) and not self._must_repair(state):
+            return
+        await lock(connection, timeout=self.limits.wait, connect_watch=self.target.connect_watch)
+        # read again, now that no other run can change it
+        state = await self._read(connection)
+        await self._install(self._missing(state))
+        steps = self._remaining(state.heads)
+        if steps:
+            await self._migrate(connection, state, steps)
+        elif self._must_repair(state):
+            await repair(connection)
 
     async def _read(self, connection: Connection) -> State:
         state = await read_state(connection, self.plan.environment, self.target, timeout=self.limits.connect)
@@ -299,9 +242,17 @@ class DatabaseMigration:
             await adapted.run_sync(self._run, state, steps)
         except Exception as exc:
             prefix = "" if self._step is None else f"{self._step.short_log}: "
-            raise MigrationError(prefix + describe(exc) + hint(exc)) from exc
+            raise MigrationError(prefix + describe(exc) + hint(exc) + self._limit(exc)) from exc
         finally:
             await adapted.rollback()
+
+    def _limit(self, error: Exception) -> str:
+        if sqlstate_of(error) != QUERY_CANCELED or not self.limits.statement:
+            return ""
+        return (
+            f"; migration.statement_timeout is {self.limits.statement:g} s, and a revision can set another one for a "
+            "statement: with timeouts(statement=...)"
+        )
 
     async def _read_after_failure(self, connection: Connection) -> None:
         """Read the revision after a failure: if each revision has its own transaction, it may have changed."""
@@ -463,8 +414,12 @@ async def install(wanted: WantedExtensions, names: Sequence[str]) -> None:
     logger.info("installed the extensions %s", ", ".join(names))
 
 
-async def lock(connection: Connection, *, timeout: float) -> None:
+async def lock(
+    connection: Connection, *, timeout: float, connect_watch: Callable[[], Awaitable[Connection]] | None = None
+) -> None:
     """Take the database's migration lock. Closing the connection releases it.
+
+    ``connect_watch`` connects as a role that sees more of the session that has it.
 
     Raises:
         MigrationError: another run has held it for ``timeout`` seconds.
@@ -476,7 +431,26 @@ async def lock(connection: Connection, *, timeout: float) -> None:
                 await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
                 pause = min(0.5, pause * 1.5)
     except TimeoutError:
-        raise MigrationError(f"another run has been migrating it for {timeout:g} s; wait for that one to end") from None
+        holder = await _holder(connection, connect_watch)
+        raise MigrationError(
+            f"another run has been migrating it for {timeout:g} s; wait for that one to end{holder}"
+        ) from None
+
+
+async def _holder(connection: Connection, connect_watch: Callable[[], Awaitable[Connection]] | None) -> str:
+    """Who has the lock, in words; empty if that cannot be seen."""
+    try:
+        if connect_watch is None:
+            found = await holders_of(connection, _LOCK)
+        else:
+            watching = await connect_watch()
+            try:
+                found = await holders_of(watching, _LOCK)
+            finally:
+                await close(watching)
+    except (TenancyError, *SERVER_FAILURES):
+        return ""
+    return f" ({found})" if found.holders else ""
 
 
 async def _try_lock(connection: Connection) -> bool:
@@ -498,3 +472,17 @@ _DETECT_LOST_CLIENT = "pg_catalog.set_config('client_connection_check_interval',
 async def close(connection: Connection) -> None:
     """Close a connection, also when the caller is cancelled; cut its socket where the server does not answer."""
     await run_to_completion(connections.close(connection))
+
+
+__all__ = [
+    "ConnectionAdapter",
+    "DatabaseMigration",
+    "State",
+    "Target",
+    "active",
+    "close",
+    "install",
+    "lock",
+    "make_version_table",
+    "read_state",
+]

@@ -21,7 +21,8 @@ class Limits:
 
     ``connect`` bounds opening a connection and reading the revision, ``wait`` waiting for another run, ``total`` the
     whole migration of one database, ``preflight`` each check of a revision. ``notice`` is the time between the
-    announcement of a change and the change.
+    announcement of a change and the change. ``pause`` is the first one between two attempts; each further one is twice
+    as long, up to ``longest_pause``. ``statement`` is PostgreSQL's statement_timeout.
     """
 
     connect: float = 10.0
@@ -30,6 +31,9 @@ class Limits:
     attempts: int = 5
     notice: float = 0.25
     preflight: float = 60.0
+    pause: float = 0.2
+    longest_pause: float = 2.0
+    statement: float = 0.0
 
 
 async def try_repeatedly(attempt: Callable[[], Awaitable[T]], limits: Limits) -> T:
@@ -47,5 +51,5 @@ async def try_repeatedly(attempt: Callable[[], Awaitable[T]], limits: Limits) ->
             if number == limits.attempts or sqlstate_of(exc) not in TRANSIENT:
                 raise
             logger.info("attempt %d of %d: %s", number, limits.attempts, describe(exc))
-            await asyncio.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.1 * 2**number))
+            await asyncio.sleep(random.uniform(0.5, 1.0) * min(limits.longest_pause, limits.pause * 2 ** (number - 1)))
     raise AssertionError("there is at least one attempt")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.runs import FleetMigrator
+from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet, activity, open_fleet, until
 from tests.support.projects import NOTES, Project
 
@@ -90,6 +93,84 @@ async def test_a_migration_ends_by_its_deadline(fleet: Fleet, config: TenancyCon
         await until(lambda: activity(connection, "wait_event = 'PgSleep'"), 0)
 
 
+async def test_who_holds_the_lock_is_named_in_the_error(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
+    """By pid, application_name, state and age; never by a query, which may hold values."""
+    project.add("0002", RATING, down="0001")
+    settings = {"lock_timeout": 0.8, "attempts": 2, "retry_pause": 0.01}
+    async with impatient(config, migration=settings) as migrations, fleet.connect("acme") as holder:
+        await holder.execute("SET application_name = 'nightly import'")
+        async with holder.transaction():
+            await holder.execute("LOCK TABLE notes; SELECT 'secret' FROM notes")
+            reasons = (await migrations.upgrade()).reasons
+        pid = holder.get_server_pid()
+    assert re.fullmatch(
+        r"upgrade 0001 -> 0002: canceling statement due to lock timeout \(SQLSTATE 55P03\), blocked by "
+        rf"pid {pid} \(application 'nightly import', idle in transaction for \d+ s, transaction of \d+ s\)",
+        reasons["acme"],
+    ), reasons
+    assert await fleet.revision("acme") == "0001"
+
+
+async def test_each_statement_is_bounded_and_a_revision_can_say_otherwise(
+    fleet: Fleet, config: TenancyConfig, project: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A statement that takes too long is not tried again: it would take as long."""
+    caplog.set_level("INFO", "tenancy_orm.migrations")
+    slow = 'if op.get_context().opts["tenant"]: op.execute("INSERT INTO notes (body) SELECT pg_sleep(0.6)::text")'
+    project.add("0002", slow, down="0001")
+    settings = {"statement_timeout": 0.3}
+    async with impatient(config, migration=settings) as migrations:
+        report = await migrations.upgrade(tenants=["acme"])
+        assert report.reasons == {
+            "acme": "upgrade 0001 -> 0002: canceling statement due to statement timeout (SQLSTATE 57014); "
+            "migration.statement_timeout is 0.3 s, and a revision can set another one for a statement: "
+            "with timeouts(statement=...)"
+        }
+        assert "attempt 1 of" not in caplog.text
+        checked = """
+            from tenancy_orm.migrations import timeouts
+            show = lambda name: op.get_bind().exec_driver_sql(f"SHOW {name}_timeout").scalar()
+            with timeouts(lock=60, statement=None):
+                assert (show("lock"), show("statement")) == ("1min", "0")
+                with timeouts(lock=None):
+                    assert (show("lock"), show("statement")) == ("0", "0")
+                    op.execute("SELECT pg_sleep(0.6)")
+                assert show("lock") == "1min"
+            with op.get_context().autocommit_block():
+                try:
+                    with timeouts(lock=7):
+                        op.get_bind().exec_driver_sql("SELECT 1 / 0")
+                except sa.exc.DBAPIError:
+                    pass
+                assert (show("lock"), show("statement")) == ("5s", "300ms")
+            assert (show("lock"), show("statement")) == ("5s", "300ms")
+            try:
+                with timeouts(lock=-1):
+                    pass
+            except Exception as exc:
+                assert "lock_timeout must be at least 0" in str(exc)
+        """
+        # a template has the same limits, but those of the setting are the fleet's
+        project.add("0002", f'if op.get_context().opts["tenant"]:{textwrap.indent(checked, "    ")}', down="0001")
+        report = await migrations.upgrade(tenants=["acme"])
+        assert report.ok, report.reasons
+
+
+async def test_other_limits_are_printed_as_well(alembic: Alembic, project: Project) -> None:
+    body = """
+        from tenancy_orm.migrations import timeouts
+        with op.get_context().autocommit_block(), timeouts(lock=600, statement=None):
+            op.create_index("ix_notes_body", "notes", ["body"], postgresql_concurrently=True)
+    """
+    project.add("0002", body, down="0001")
+    printed = await alembic("upgrade", "head", "--sql")
+    order = ["COMMIT;", "SET lock_timeout = '600000ms';", "SET statement_timeout = '0';", "CONCURRENTLY ix_notes_body",
+             "RESET lock_timeout;", "RESET statement_timeout;"]  # fmt: skip
+    assert [part for part in order if part in printed] == order
+    places = [printed.index(part) for part in order]
+    assert places == sorted(places)
+
+
 # --- two runs at once -----------------------------------------------------------------------------------------------
 
 
@@ -138,7 +219,11 @@ async def test_waiting_for_another_run_is_bounded(fleet: Fleet, config: TenancyC
         async with impatient(config, migration={"wait": 0.2}) as other:
             report = await other.upgrade()
         assert [failure.slug for failure in report.failures] == ["acme"]
-        assert "another run has been migrating it for 0.2 s" in str(report.failures[0].error)
+        assert re.fullmatch(
+            r"another run has been migrating it for 0.2 s; wait for that one to end \(blocked by pid \d+ "
+            r"\(application 'tenancy-migration', active for \d+ s, transaction of \d+ s\)\)",
+            str(report.failures[0].error),
+        ), report.failures[0].error
         await transaction.commit()
         assert (await run).ok
 
