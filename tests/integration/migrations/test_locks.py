@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import signal
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,12 +13,14 @@ from typing import Any
 
 import asyncpg
 import pytest
+import sqlalchemy as sa
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.runs import FleetMigrator
 from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet, activity, open_fleet, until
 from tests.support.projects import NOTES, Project
+from tests.support.warm import Program, start_module
 
 RATING = 'op.add_column("notes", sa.Column("rating", sa.Integer))'
 COUNTED = """
@@ -337,6 +341,45 @@ async def test_what_a_run_was_killed_before_is_built_by_the_next(
 
 async def fail(connection: object) -> None:
     raise ConnectionError("killed")
+
+
+async def test_machines_build_what_a_killed_one_has_left(
+    fleet: Fleet, config: TenancyConfig, project: Project, alembic: Alembic
+) -> None:
+    """One is killed while it builds an index; others take part in its run, and a run of its own goes on beside it."""
+    project.add("0002", COUNTED, down="0001")
+    project.add("0003", CONCURRENTLY, down="0002")
+    machine = {**alembic.environment, "TENANCY_MIGRATIONS": str(project.migrations)}
+    started: list[Program] = []
+    try:
+        async with writer(fleet, "acme") as holder:
+            started.append(await alembic.start("upgrade", "head"))
+            await until(lambda: is_waiting(holder, "virtualxid"))
+            started[0].kill()
+            await started[0].wait()
+            assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", False)]
+            async with fleet.services.control.transaction() as connection:
+                # the time passes after which others take over its tenants
+                await connection.execute(
+                    sa.text("UPDATE tenancy.migration_run_processes SET claimed_until = clock_timestamp()")
+                )
+            for arguments in (("join", "1"), ("upgrade", "--join"), ("upgrade",)):
+                module = ("tenancy_orm.cli", "migrate", *arguments, "--json")
+                started.append(await start_module(*module, cwd=project.root, env=machine))
+            # PostgreSQL has noticed the lost client, and another machine builds the index
+            await until(lambda: is_waiting(holder, "virtualxid"))
+        async with asyncio.timeout(60):
+            ended = [await program.communicate() for program in started[1:]]
+    finally:
+        for program in started:
+            program.send_signal(signal.SIGKILL)
+            await program.wait()
+    assert [one.status for one in ended] == [0, 0, 0], ended
+    assert [json.loads(one.out)["run"] for one in ended] == [1, 1, 2]
+    for slug in fleet.tenants:
+        assert await fleet.revision(slug) == "0003"
+        assert await fleet.fetch(slug, "SELECT count(*) FROM notes WHERE body = 'applied'") == [(1,)]
+        assert await fleet.fetch(slug, INDEXES) == [("ix_notes_body", True)]
 
 
 async def test_a_unique_index_that_cannot_be_built_fails_every_run_until_it_can(fleet: Fleet, project: Project) -> None:

@@ -48,6 +48,13 @@ async def test_one_tenant_that_does_not_pass_stops_the_run_before_any_is_changed
     ]
     assert report.summary().startswith("preflight of head: 3 tenants, 3 checks asked, 1 failed, ")
 
+    # its record says why it ended; once the data is mended, the run goes on, and asks again
+    (run,) = await fleet.migrations.runs()
+    assert (run.state, run.reason) == ("failed", str(caught.value))
+    assert {one.state for one in await fleet.migrations.run_tenants(run.id)} == {"skipped"}
+    with pytest.raises(PreflightError):
+        await fleet.migrations.resume(run.id)
+
     # the others alone, or all without it
     assert (await fleet.migrations.upgrade(tenants=["acme"])).ok
     assert (await fleet.migrations.upgrade(skip_preflight=True)).ok
