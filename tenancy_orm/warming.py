@@ -12,27 +12,20 @@ from .authentication.directory import Directory
 from .control.database import ControlDatabase
 from .control.names import Names
 from .errors import TenancyError
-from .postgres import connections
 from .postgres.failures import SERVER_FAILURES
 from .postgres.login import reason_of
 from .registry.lifecycle import check_usable
 from .routing import Router
 from .routing.sessions import warm
 from .servers import Servers
+from .servers.activity import read_activity
 
 logger = logging.getLogger("tenancy_orm")
 
 _AT_ONCE: Final = 4  # tenants that are connected to at the same moment
 _PAUSE: Final = 0.1  # seconds until it looks again whether requests wait
 _LONGEST: Final = 60.0  # seconds: by then the busy ones have connections of their own
-_ASK_SECONDS: Final = 10.0  # how long a server's answer may take
 
-# Both columns are for everybody to read. A database with connections was used by another process a moment ago.
-_ACTIVITY = """
-    SELECT datname::text AS name, numbackends > 0 AS connected, xact_commit + xact_rollback AS transactions
-    FROM pg_catalog.pg_stat_database WHERE pg_catalog.starts_with(datname::text, $1)
-    ORDER BY connected DESC, transactions DESC LIMIT $2
-    """
 _USABLE = """
     SELECT id, server, database_name FROM tenancy.tenants
     WHERE status IN ('trial', 'active') AND server = $1 AND database_name = ANY($2::text[])
@@ -111,22 +104,13 @@ class Warming:
     async def _busy(self, server: str) -> Mapping[UUID, tuple[tuple[bool, int], str]]:
         """Return the usable tenants of a server with how busy each seems to be, and the server."""
         try:
-            activity = await self._activity(server)
+            # more than are wanted: some are suspended or deleted
+            activity = await read_activity(self._servers[server], self._names.tenant_stem, most=4 * self._count + 100)
             rows = await self._control.fetch(_USABLE, server, list(activity))
         except (TenancyError, *SERVER_FAILURES) as exc:
             logger.warning("the tenants of server %s are not warmed: %s", server, reason_of(exc))
             return {}
         return {row.id: (activity[row.database_name], server) for row in rows}
-
-    async def _activity(self, server: str) -> dict[str, tuple[bool, int]]:
-        connection = await self._servers[server].connect_admin()
-        try:
-            # more than are wanted: some are suspended or deleted
-            most = 4 * self._count + 100
-            rows = await connection.fetch(_ACTIVITY, self._names.tenant_stem, most, timeout=_ASK_SECONDS)
-        finally:
-            await connections.close(connection)
-        return {row["name"]: (row["connected"], row["transactions"]) for row in rows}
 
     async def _warm(self, tenant_id: UUID, server: str) -> None:
         try:
