@@ -51,6 +51,7 @@ from .registry.registry import Registry
 from .routing import Router
 from .routing.consistency import ConsistencyTokens
 from .runs import FleetMigrator
+from .runs.background import BackgroundUpgrades
 from .runs.catch_up import CatchUp
 from .runs.compatibility import Compatibility, load_compatibility
 from .runs.first_use import FirstUse
@@ -334,7 +335,8 @@ class Assembly:
             usage_exporter=self.usage_exporter,
         )
         self.jobs = Jobs(self.control)
-        self.built_in_jobs = built_in_jobs(config, self.housekeeping)
+        upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)
+        self.built_in_jobs = built_in_jobs(config, self.housekeeping, upgrades)
         self.internals = Internals(
             control=self.control,
             registry=self.registry,

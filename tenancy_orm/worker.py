@@ -23,6 +23,7 @@ from .housekeeping import Housekeeping
 from .jobs import Claimant, ClaimedJob, Job, JobResult, Jobs, keep_claims
 from .migrations.failures import describe
 from .postgres.failures import SERVER_FAILURES
+from .runs.background import BackgroundUpgrades
 
 logger = logging.getLogger("tenancy_orm.worker")
 
@@ -32,6 +33,7 @@ _FIRST_RETRY_SECONDS = 5.0  # doubled at each failure in a row
 _LAST_RETRY_SECONDS = 300.0  # or the job's interval, where that is longer
 _AWAY_LOG_SECONDS = 60.0  # how often it is logged that the control database does not answer
 _JITTER = 0.1
+_UPGRADES_SECONDS = 30.0  # from one look for tenants that are behind to the next
 
 _AWAY = (ControlUnavailableError, SQLAlchemyError, *SERVER_FAILURES)
 
@@ -270,14 +272,25 @@ def show_alive(file: Path) -> None:
         logger.error("the file that shows that this worker is alive cannot be touched: %s", exc)
 
 
-def built_in_jobs(config: TenancyConfig, housekeeping: Housekeeping) -> tuple[Job, ...]:
+def built_in_jobs(config: TenancyConfig, housekeeping: Housekeeping, upgrades: BackgroundUpgrades) -> tuple[Job, ...]:
     """Return the jobs of every installation."""
 
     async def keep_house() -> JobResult:
         report = await housekeeping.run()
         return JobResult({"suspended": report.suspended, "purged": report.purged}, report.errors)
 
-    return (Job("housekeeping", config.worker.housekeeping_seconds, keep_house),)
+    async def upgrade_tenants() -> JobResult:
+        report = await upgrades.run()
+        if report is None:
+            return JobResult()
+        migrated = sum(outcome.ok for outcome in report.changed)
+        errors = [f"{slug}: {reason}" for slug, reason in report.reasons.items()]
+        return JobResult({"run": report.run, "migrated": migrated}, errors)
+
+    jobs = [Job("housekeeping", config.worker.housekeeping_seconds, keep_house)]
+    if config.migrations is not None and config.migration.background:
+        jobs.append(Job("upgrades", _UPGRADES_SECONDS, upgrade_tenants))
+    return tuple(jobs)
 
 
 __all__ = ["Worker", "WorkerReport", "built_in_jobs", "show_alive"]

@@ -12,6 +12,7 @@ from rich.progress import Progress as ProgressBar
 from ..events import MigrationRunStarted
 from ..migrations.selection import NO_TENANTS
 from ..runs import FleetReport, Progress, TenantOutcome
+from ..runs.busy import Order
 from ..tenancy import Tenancy
 from . import seed
 from .output import console, failures_listed, note, print_json, print_table, progress_bar
@@ -38,6 +39,7 @@ def upgrade(
     join: Annotated[bool, typer.Option("--join", help="Take part in such an upgrade that is running.")] = False,
     stop_on_failure: Stop = False,
     skip_preflight: SkipPreflight = False,
+    order: Annotated[Order, typer.Option(help="Which tenants come first.")] = "created",
     as_json: Json = False,
 ) -> None:
     """Upgrade every tenant's database; one that fails does not stop the others."""
@@ -51,6 +53,7 @@ def upgrade(
             join=join,
             stop_on_failure=stop_on_failure,
             skip_preflight=skip_preflight,
+            order=order,
             progress=progress,
             actor=operator(),
         )

@@ -458,6 +458,10 @@ class MigrationConfig(Section, frozen=True):
     upgrade_wait: SecondsOrZero = 10.0
     """How long requests wait for such an upgrade of their tenant, in seconds from its beginning. Then they are answered
     503, later ones at once; the upgrade goes on."""
+    background: bool = False
+    """Whether ``tenancy worker`` upgrades the tenants that are behind, the busiest first, in recorded runs."""
+    background_concurrency: Count = 2
+    """How many tenants it upgrades at once."""
 
 
 class RehearsalConfig(Section, frozen=True):

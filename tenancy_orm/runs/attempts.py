@@ -8,7 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from ..context import refuse_other_tenant
+from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..jobs import CLAIM_SECONDS, Claimant
 
@@ -42,6 +42,21 @@ _FAIL = text(
     "make_interval(secs => least(:last, :first * power(2, least(failures, 20)))) "
     "WHERE tenant_id = :tenant AND claim = :claim "
     "RETURNING extract(epoch FROM next_at - clock_timestamp())::float8"
+)
+_NOTE = text(
+    "INSERT INTO tenancy.tenant_upgrades AS u (tenant_id, target, failures, error, sqlstate, failed_at, next_at) "
+    "VALUES (:tenant, :target, 1, :error, :sqlstate, clock_timestamp(), "
+    "clock_timestamp() + make_interval(secs => :first)) "
+    "ON CONFLICT (tenant_id) DO UPDATE SET target = excluded.target, error = excluded.error, "
+    "sqlstate = excluded.sqlstate, failed_at = excluded.failed_at, "
+    "failures = CASE WHEN u.target = excluded.target THEN u.failures + 1 ELSE 1 END, "
+    "next_at = clock_timestamp() + make_interval(secs => CASE WHEN u.target = excluded.target "
+    "THEN least(:last, :first * power(2, least(u.failures, 20))) ELSE :first END) "
+    "WHERE coalesce(u.claimed_until < clock_timestamp(), true)"
+)
+_WAITING = text(
+    "SELECT tenant_id FROM tenancy.tenant_upgrades "
+    "WHERE next_at > clock_timestamp() OR claimed_until >= clock_timestamp()"
 )
 _END = text("DELETE FROM tenancy.tenant_upgrades WHERE tenant_id = :tenant AND claim = :claim")
 _RELEASE = text(
@@ -98,6 +113,19 @@ class UpgradeAttempts:
         async with self._control.connect() as connection:
             pause = await connection.scalar(_FAIL, {**self._mine(tenant_id), **values})
         return FIRST_PAUSE_SECONDS if pause is None else float(pause)
+
+    async def note_failure(self, tenant_id: UUID, target: str, error: str, sqlstate: str | None) -> None:
+        """Record the failure of an upgrade that was not claimed here, but in a run."""
+        refuse_other_tenant(tenant_id)
+        values = {"tenant": tenant_id, "target": target, "error": error, "sqlstate": sqlstate}
+        async with self._control.connect() as connection:
+            await connection.execute(_NOTE, {**values, "first": FIRST_PAUSE_SECONDS, "last": LAST_PAUSE_SECONDS})
+
+    async def waiting(self) -> set[UUID]:
+        """Return the tenants that are upgraded now, or left alone after a failure."""
+        refuse_while_bound("listing the upgrades that have failed")
+        async with self._control.connect() as connection:
+            return set((await connection.scalars(_WAITING)).all())
 
     async def end(self, tenant_id: UUID) -> None:
         """Record that it is done: nothing of it remains."""

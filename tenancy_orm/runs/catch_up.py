@@ -80,12 +80,20 @@ class CatchUp:
 
         That is so where an operator has moved it back, and in code that is older than the fleet.
         """
+        found = await self._upgradable(tenant_id)
+        return found[0] if found else None
+
+    async def all_upgradable(self) -> list[Tenant]:
+        """Return the tenants that are behind and may be upgraded by themselves, as ``upgradable``."""
+        plan = await self.plan()
+        return [tenant for tenant in await self._upgradable(None) if _can_upgrade(plan, tenant)]
+
+    async def _upgradable(self, tenant_id: UUID | None) -> list[Tenant]:
         head = await asyncio.to_thread(self._schema.head)
         fleet = await self.services.registry.fleet_revision()
-        if head is None or (fleet is not None and not _knows(await self._load_plan(), fleet)):
-            return None
-        found = await self.services.registry.behind(head, tenant_id)
-        return found[0] if found else None
+        if head is None or (fleet is not None and not _knows(await self.plan(), fleet)):
+            return []
+        return await self.services.registry.behind(head, tenant_id)
 
     async def upgrade(
         self, tenants: Sequence[Tenant], actor: Actor, action: str = "tenant.catch_up"
@@ -97,7 +105,7 @@ class CatchUp:
             actor: Who does it, for the audit log.
             action: What the audit log calls it.
         """
-        plan = await self._load_plan()
+        plan = await self.plan()
         known = [tenant for tenant in tenants if _can_upgrade(plan, tenant)]
         if not known:
             return None
@@ -106,7 +114,8 @@ class CatchUp:
         await self._record(report, {tenant.id: tenant for tenant in known}, actor, action)
         return report
 
-    async def _load_plan(self) -> Plan:
+    async def plan(self) -> Plan:
+        """Return the plan of an upgrade to this code's head."""
         head = await asyncio.to_thread(self._schema.head)
         if self._plan is None or format_revision(self._plan.environment.script.revision_map._real_heads) != head:
             self._plan = Plan.of(await self._migrations.environment(), "upgrade", "heads")

@@ -26,6 +26,7 @@ from ..migrations.scripts import Environment, load
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
+from .busy import Order
 from .commands import RunCommands, check_concurrency
 from .compatibility import load_compatibility
 from .extensions import ExtensionWork
@@ -72,6 +73,7 @@ class FleetMigrator(RunCommands):
         skip_preflight: bool = False,
         server_concurrency: int | None = None,
         join: bool = False,
+        order: Order = "created",
         actor: Actor = SYSTEM,
     ) -> FleetReport:
         """Upgrade tenants to ``revision``.
@@ -94,6 +96,8 @@ class FleetMigrator(RunCommands):
                 as ``concurrency`` where None.
             join: Take part in the upgrade of all tenants to the same target that is running; start one if there is
                 none.
+            order: Which come first: "created", in the order of their creation; or "busiest", those with connections,
+                then by their number of transactions.
             actor: Who does this, for the records.
 
         Raises:
@@ -109,7 +113,11 @@ class FleetMigrator(RunCommands):
             raise ConfigurationError("a run over all tenants can be joined; leave out either join or tenants")
         plan = Plan.of(await self.environment(x), "upgrade", revision)
         options = RunOptions(
-            concurrency=concurrency, server_concurrency=server_concurrency, stop_on_failure=stop_on_failure, x=x
+            concurrency=concurrency,
+            server_concurrency=server_concurrency,
+            stop_on_failure=stop_on_failure,
+            x=x,
+            order=order,
         )
         return await self.execute(
             plan,
@@ -291,7 +299,7 @@ class FleetMigrator(RunCommands):
         return await self._recorded.start(
             MigrationWork(plan, self.services, self._connections, checks=checks, concurrency=options.concurrency),
             tenants,
-            replace(options, more={"revision": given, "purge": plan.purges, "checks": checks}),
+            replace(options, more={**options.more, "revision": given, "purge": plan.purges, "checks": checks}),
             command=plan.command,
             target=plan.target,
             join=join,

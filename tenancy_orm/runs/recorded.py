@@ -17,6 +17,7 @@ from ..migrations.connections import placement_of
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import TenantRef
+from .busy import Order, busiest_first, check_order
 from .records import NewRun, NewTenant, RunRecord, RunRecords
 from .report import FleetReport, Progress
 from .run import Run, RunWork
@@ -33,6 +34,7 @@ class RunOptions:
     server_concurrency: int | None = None
     stop_on_failure: bool = False
     x: Sequence[str] = ()
+    order: Order = "created"
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def as_plan(self, *, everyone: bool) -> dict[str, Any]:
@@ -43,6 +45,7 @@ class RunOptions:
             "server_concurrency": self.server_concurrency or self.concurrency,
             "stop_on_failure": self.stop_on_failure,
             "x": [argument.partition("=")[0] for argument in self.x],
+            "order": self.order,
             **self.more,
         }
 
@@ -83,7 +86,10 @@ class RecordedRuns:
             progress: Called as it proceeds.
             actor: Who starts it.
         """
+        check_order(options.order)
         chosen = await self._selection.choose(tenants)
+        if options.order == "busiest":
+            chosen = await busiest_first(chosen, self._services)
         new = NewRun(
             command=command,
             target=target,
