@@ -76,7 +76,7 @@ from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
 from .tenants.tiers import TierRegistry, differing
-from .warming import Warming
+from .warming import NewTenantConnections, Warming
 from .worker import built_in_jobs
 
 logger = logging.getLogger("tenancy_orm")
@@ -482,6 +482,7 @@ class Assembly:
             unfilled=schema,
             events=self.events,
             seeds=NewTenantSeeds(seeds, self.router, timeout=timeout),
+            first_connections=NewTenantConnections(self.servers, self.router),
             requests_wait=lambda server: bool(self.router.waiting().get(server)),
         )
         self._opened.append(self.provisioner.close)

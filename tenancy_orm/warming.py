@@ -19,6 +19,7 @@ from .routing import Router
 from .routing.sessions import warm
 from .servers import Servers
 from .servers.activity import read_activity
+from .tenant import Tenant
 
 logger = logging.getLogger("tenancy_orm")
 
@@ -130,4 +131,32 @@ class Warming:
             logger.debug("a tenant could not be warmed: %s", reason_of(exc))
 
 
-__all__ = ["Warming"]
+class NewTenantConnections:
+    """Keeps the connection that proves a new tenant's login for its first request.
+
+    Args:
+        servers: The servers.
+        router: Has the tenants' connections.
+    """
+
+    def __init__(self, servers: Servers, router: Router) -> None:
+        self._servers = servers
+        self._router = router
+
+    async def open(self, tenant: Tenant) -> bool:
+        """Log in as the tenant and verify its marker, as a session does; False if that would take from others.
+
+        Raises:
+            TenancyError: as a session's first statement.
+        """
+        # a creation proves the login to PostgreSQL itself, not to a pooler in front of it
+        if tenant.placement is None or self._servers[tenant.placement.server].is_pooled:
+            return False
+        return await warm(self._router, tenant, ask=False) == "connected"
+
+    def forget(self, tenant_id: UUID) -> None:
+        """Close what is kept for a tenant: its database will be dropped."""
+        self._router.retire(tenant_id)
+
+
+__all__ = ["NewTenantConnections", "Warming"]

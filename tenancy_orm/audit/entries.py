@@ -68,9 +68,30 @@ async def insert_entry(
     detail: Mapping[str, Any] | None = None,
 ) -> int:
     """Append one entry to the chain and return its sequence number; see ``AuditLog.append``."""
+    parameters = entry_parameters(
+        action=action, tenant_id=tenant_id, slug=slug, actor=actor, before=before, after=after, detail=detail
+    )
+    return int(await connection.scalar(_APPEND, parameters))
+
+
+def entry_parameters(
+    *,
+    action: str,
+    tenant_id: UUID | None = None,
+    slug: str | None = None,
+    actor: Actor = SYSTEM,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    detail: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the arguments of ``tenancy.audit_append``, in order.
+
+    Raises:
+        TypeError, CrossTenantError: as ``AuditLog.append``.
+    """
     if (named := tenant_id or slug) is not None:
         refuse_other_tenant(named)
-    parameters = {
+    return {
         "action": action,
         "tenant_id": tenant_id,
         "slug": slug,
@@ -82,8 +103,6 @@ async def insert_entry(
         "request_id": clean_text(actor.request_id),
         "source": clean_text(actor.source),
     }
-    sequence = await connection.scalar(_APPEND, parameters)
-    return int(sequence)
 
 
 def events_query(

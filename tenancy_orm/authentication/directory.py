@@ -23,6 +23,7 @@ from ..context import _current, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.direct import ControlRow
 from ..control.notifications import (
+    CREATED,
     SCHEMA_CHANGED,
     SCHEMA_CHANGING,
     SERVER_CHANGED,
@@ -491,6 +492,13 @@ class Directory:
             self.admissions.verify_all()
             self._call_back(None)
 
+    def look_again(self, tenant_id: UUID) -> None:
+        """Remove a tenant and its keys from the cache; its engine, its connections and its admissions remain."""
+        self._home.check()
+        self._lookups.invalidate(tenant_id)
+        self._cache.invalidate_tenant(tenant_id)
+        self.subjects.invalidate(tenant_id)
+
     def invalidate_subject(self, subject: str | None = None, token_id: str | None = None) -> None:
         """Remove what is cached of a person, or of one token or session: memberships changed, or it was revoked."""
         self._home.check()
@@ -521,11 +529,11 @@ class Directory:
     def _changed(self, change: Change) -> None:
         if change.kind in (SCHEMA_CHANGING, SCHEMA_CHANGED) and change.tenant_id is not None:
             if change.kind == SCHEMA_CHANGED or self._tenants.judge is not None:
-                # the cached tenant has the former revision, or target; its engine and its admissions remain
-                self._lookups.invalidate(change.tenant_id)
-                self._cache.invalidate_tenant(change.tenant_id)
-                self.subjects.invalidate(change.tenant_id)
+                # the cached tenant has the former revision, or target
+                self.look_again(change.tenant_id)
             self._call_back_for_schema(change.tenant_id, change.kind == SCHEMA_CHANGING)
+        elif change.kind == CREATED and change.tenant_id is not None:
+            self.look_again(change.tenant_id)
         elif change.kind == SERVER_CHANGED:
             _call_all(self._server_callbacks, "a change of a server")
         elif change.subject is not None or change.token_id is not None:

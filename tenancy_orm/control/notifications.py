@@ -45,6 +45,9 @@ SCHEMA_CHANGED = "schema_changed"
 SERVER_CHANGED = "server"
 """The kind of a ``Change``: a server's row was added, changed or removed."""
 
+CREATED = "created"
+"""The kind of a ``Change``: a tenant's creation has become complete, at the place where it was begun."""
+
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 

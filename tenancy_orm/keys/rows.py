@@ -123,12 +123,34 @@ async def insert_key(
     Raises:
         ConfigurationError: an argument is malformed.
     """
+    values = key_values(
+        tenant_id, key, name=name, scopes=scopes, expires_at=expires_at, networks=networks, rotated_from=rotated_from
+    )
+    row = (await connection.execute(insert(api_keys).values(values).returning(*KEY_COLUMNS))).one()
+    return key_from_row(row)
+
+
+def key_values(
+    tenant_id: UUID,
+    key: NewKey,
+    *,
+    name: str = "",
+    scopes: Iterable[str] = (),
+    expires_at: datetime | None = None,
+    networks: Iterable[str | Network] = (),
+    rotated_from: str | None = None,
+) -> dict[str, Any]:
+    """Return the columns of a new key's row.
+
+    Raises:
+        ConfigurationError: an argument is malformed.
+    """
     allowed = parse_networks(networks)
     if len(allowed) > _MAX_NETWORKS:
         raise ConfigurationError(f"a key has at most {_MAX_NETWORKS} networks, not {len(allowed)}")
     if len(name) > _NAME_LENGTH or not name.isprintable():
         raise ConfigurationError(f"the name of a key must be at most {_NAME_LENGTH} printable characters")
-    values = {
+    return {
         "id": key.key_id,
         "tenant_id": tenant_id,
         "prefix": key.prefix,
@@ -140,5 +162,3 @@ async def insert_key(
         "expires_at": expires_at,
         "rotated_from": rotated_from,
     }
-    row = (await connection.execute(insert(api_keys).values(values).returning(*KEY_COLUMNS))).one()
-    return key_from_row(row)

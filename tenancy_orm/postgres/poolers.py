@@ -16,6 +16,7 @@ import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import asyncpg
 
@@ -25,6 +26,8 @@ from .connections import Connection
 from .dsn import Dsn
 from .errors import PROTOCOL_VIOLATION
 from .login import clear_tracebacks, reason_of
+
+_pids: WeakKeyDictionary[Connection, int] = WeakKeyDictionary()
 
 LISTEN_NEEDS_A_SESSION = (
     "a connection pooler answers tenants of this server, and LISTEN hears nothing through it; poll a table, or listen "
@@ -106,7 +109,9 @@ async def check_transactions(connection: Connection, address: str) -> None:
 
 async def backend_pid(connection: Connection) -> int:
     """Return the process id of a direct connection's backend, also behind a proxy that tells clients another."""
-    return int(await connection.fetchval("SELECT pg_catalog.pg_backend_pid()"))
+    if (known := _pids.get(connection)) is None:
+        known = _pids[connection] = int(await connection.fetchval("SELECT pg_catalog.pg_backend_pid()"))
+    return known
 
 
 def _refused(refusal: str, dsn: Dsn, reason: str) -> PoolerError:

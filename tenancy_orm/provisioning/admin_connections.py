@@ -51,6 +51,12 @@ class AdminConnections:
             ServerUnavailableError: the server does not answer.
             WrongEventLoopError: this is another event loop or thread than that of the kept connections.
         """
+        self._home.check()
+        server.breaker.check()
+        while (idle := self._take_idle(server)) is not None:
+            # this shows also whether it still works
+            if (locked := await self._try_lock(idle, key)) is not None:
+                return idle if locked else await self._take_lock(idle, key, timeout)
         return await self._take_lock(await self.connect(server), key, timeout)
 
     async def connect(self, server: Server) -> Connection:
@@ -61,11 +67,9 @@ class AdminConnections:
         """
         self._home.check()
         server.breaker.check()
-        while idle := self._idle.get(server):
-            connection = idle.pop()
-            self._timers.pop(connection).cancel()
-            if await self._is_usable(connection):
-                return connection
+        while (idle := self._take_idle(server)) is not None:
+            if await self._is_usable(idle):
+                return idle
         return await self._blockers(server).connect(settings=_KEEPALIVES)
 
     async def release(self, server: Server, connection: Connection, key: int) -> None:
@@ -91,6 +95,29 @@ class AdminConnections:
                 self._expire(server, connection)
         if self._closing:
             await asyncio.wait(self._closing)
+
+    def _take_idle(self, server: Server) -> Connection | None:
+        idle = self._idle.get(server)
+        if not idle:
+            return None
+        connection = idle.pop()
+        self._timers.pop(connection).cancel()
+        return connection
+
+    @staticmethod
+    async def _try_lock(connection: Connection, key: int) -> bool | None:
+        """Whether the lock was free, and is taken; None where an idle connection does not work, which is closed."""
+        locked: bool | None = None
+        try:
+            async with asyncio.timeout(connections.CLOSE_SECONDS):
+                locked = await locks.try_lock(connection, key)
+        except SERVER_FAILURES:
+            pass
+        finally:
+            if locked is None:
+                # it has not answered once already
+                connection.terminate()
+        return locked
 
     @staticmethod
     async def _is_usable(connection: Connection) -> bool:

@@ -69,6 +69,16 @@ class TenantSeeds(Protocol):
         """Give up what is kept for a tenant: its database will be dropped."""
 
 
+class FirstConnections(Protocol):
+    """Where the connection that proves a tenant's login stays for its first request, in this process."""
+
+    async def open(self, tenant: Tenant) -> bool:
+        """Log in as the tenant and verify its marker, as a session does; False if that would take from others."""
+
+    def forget(self, tenant_id: UUID) -> None:
+        """Close what is kept for a tenant: its database will be dropped."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProvisioningServices:
     """The objects that provisioning uses."""
@@ -85,6 +95,7 @@ class ProvisioningServices:
     blockers: Callable[[Server], Blockers]
     warm_records: WarmRecords
     seeds: TenantSeeds | None = None
+    first_connections: FirstConnections | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +150,28 @@ class Creation:
         self._started_steps: list[Step] = []
         self._closing: list[asyncio.Future[None]] = []
         self._step = "locked"
+        self._recorded_step: str | None = None  # of a step that the row names already
         self._tenant: Tenant | None = None
 
     def steps(self) -> tuple[Step, ...]:
         """The steps after the registry's row, in order."""
         return (
+            *self._making_steps(),
+            Step(self._proof_name, self._prove, self._end_connections),
+            *(() if self._seeds is None else (Step("seeds", self._seed, self._forget_seeds),)),
+        )
+
+    @property
+    def _proof_name(self) -> str:
+        # another one where seeds follow: a process that does not know them must not finish the creation
+        return "proved" if self._seeds is None else "unseeded"
+
+    def _making_steps(self) -> tuple[Step, ...]:
+        """The steps after which the tenant can log in."""
+        return (
             Step("role", self._create_role, self._drop_role),
             Step("database", self._create_database, self._drop_database),
             Step("grants", self._grant, _nothing),
-            # of another name where seeds follow: a process that does not know them must not finish the creation
-            Step("proved" if self._seeds is None else "unseeded", self._prove, self._end_connections),
-            *(() if self._seeds is None else (Step("seeds", self._seed, self._forget_seeds),)),
         )
 
     async def run(self) -> Tenant:
@@ -214,7 +236,7 @@ class Creation:
         writing.result()
 
     async def _record_step(self, step: Step | None) -> None:
-        if step is not None:
+        if step is not None and step.name != self._recorded_step:
             await self._services.registry.record_step(self._draft.id, step.name)
 
     async def _complete(self) -> Tenant:

@@ -39,7 +39,7 @@ from .blockers import Blockers
 from .copies import Copies
 from .databases import Strategy
 from .extensions import Extensions
-from .pipeline import Creation, ProvisioningServices, TenantSeeds, describe, tenant_key
+from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds, describe, tenant_key
 from .preparation import prepare
 from .public_access import SharedDatabases, read_control
 from .reconcile import Reconciler, ReconcileReport
@@ -78,6 +78,7 @@ class Provisioner:
         events: EventBus,
         seeds: TenantSeeds | None = None,
         unfilled: SchemaSource | None = None,
+        first_connections: FirstConnections | None = None,
         requests_wait: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.names = names
@@ -115,6 +116,7 @@ class Provisioner:
             blockers=blockers,
             warm_records=WarmRecords(control),
             seeds=seeds,
+            first_connections=first_connections,
         )
         self.watchdog = Watchdog(self._services)
         self._creating: Counter[str] = Counter()  # by server: creations that run or wait

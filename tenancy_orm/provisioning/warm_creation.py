@@ -22,6 +22,7 @@ from ..postgres.connections import Connection, version
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.rows import TenantDraft
 from ..routing import marker
+from ..tenant import Tenant
 from .pipeline import Creation, ProvisioningServices, Step, describe
 from .role_settings import RoleSettings
 from .scram import scram_verifier
@@ -107,25 +108,26 @@ class WarmCreation(Creation):
     """The creation of one tenant from the warm pool, or a cold one where the pool has none."""
 
     _cold: TenantDraft | None = None  # the draft as it was, once a warm database is claimed
+    _registered: Tenant | None = None
 
     async def _register(self) -> None:
         self._step = "registered"
-        server_version = version(self._admin)
-        wanted = recipe(self._services, self._template, self._settings, server_version)
-        tenant = await run_to_completion(
-            self._services.registry.register(self._draft, recipe=wanted, actor=self._actor)
+        wanted = recipe(self._services, self._template, self._settings, version(self._admin))
+        # of a claimed one the row names the proof at once: it fails unless all before it is done
+        registering = self._services.registry.register(
+            self._draft, recipe=wanted, claimed_step=self._proof_name, actor=self._actor
         )
+        tenant = self._registered = await run_to_completion(registering)
         place = tenant.placement
         if place is not None and place.database != self._draft.database:
             self._cold = self._draft
             self._draft = replace(self._draft, database=place.database, role=place.role)
+            self._recorded_step = self._proof_name
 
-    def steps(self) -> tuple[Step, ...]:
-        """The steps after the registry's row, in order."""
-        cold = super().steps()
+    def _making_steps(self) -> tuple[Step, ...]:
         if self._cold is None:
-            return cold
-        return (Step("opened", self._open, self._drop_opened), *cold[3:])
+            return super()._making_steps()
+        return (Step("opened", self._open, self._drop_opened),)
 
     async def _open(self) -> None:
         draft = self._draft
@@ -155,8 +157,20 @@ class WarmCreation(Creation):
         await self._drop_opened()
         await self._services.registry.rename_database(self._cold.id, self._cold.database)
         self._draft = self._cold
-        for step in super().steps()[:3]:
+        for step in super()._making_steps():
             await step.apply()
+
+    async def _prove(self) -> None:
+        kept, tenant = self._services.first_connections, self._registered
+        is_claimed = self._cold is not None and self._draft is not self._cold
+        # a tenant's first request is likely to be a request to this process, soon
+        if kept is None or tenant is None or not is_claimed or not await kept.open(tenant):
+            await super()._prove()
+
+    async def _end_connections(self) -> None:
+        if self._services.first_connections is not None:
+            self._services.first_connections.forget(self._draft.id)
+        await super()._end_connections()
 
     async def _drop_opened(self) -> None:
         await self._drop_database()

@@ -2,57 +2,106 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from datetime import UTC
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import and_, delete, func, insert, select, text, update
-from sqlalchemy.exc import DBAPIError, IntegrityError
+import asyncpg
+from sqlalchemy import and_, delete, update
 
 from ..audit.actor import SYSTEM, Actor
+from ..audit.entries import entry_parameters
 from ..context import refuse_other_tenant, refuse_while_bound
-from ..control.models import tenants, warm_databases
+from ..control.models import tenants
 from ..errors import InvalidTransitionError, TenantNotFoundError
 from ..keys.format import NewKey
-from ..keys.rows import insert_key
+from ..keys.rows import key_values
 from ..tenant import Status, Tenant
-from .rows import TENANT_COLUMNS, TenantDraft, tenant_from_row
-from .table import TenantTable, constraint_error, placement_error, snapshot
+from .rows import RETURNED, TENANT_COLUMNS, TenantDraft, tenant_from_row
+from .table import TenantTable, constraint_error, placement_error
+
+# What a creation waits for is one statement each, and so one round trip. The server's row is locked first: after the
+# head of the audit log, for which a change of the server may wait already, the two could wait for each other.
+_REGISTER = f"""
+WITH place AS (SELECT name FROM tenancy.servers WHERE name = $5::text FOR NO KEY UPDATE),
+claimed AS (
+    DELETE FROM tenancy.warm_databases WHERE name = (
+        SELECT w.name FROM tenancy.warm_databases AS w
+         WHERE w.server = $5::text AND w.recipe = $16::text AND w.state = 'ready'
+         ORDER BY w.created_at LIMIT 1 FOR UPDATE SKIP LOCKED)
+    RETURNING name),
+added AS (
+    INSERT INTO tenancy.tenants (
+        id, slug, status, tier, server, database_name, role_name, sealed_password, metadata, quotas, timezone, region,
+        trial_ends_at, next_status, step)
+    SELECT $1::uuid, $2::text, $3::text, $4::text, coalesce(place.name, $5::text), coalesce(claimed.name, $6::text),
+           coalesce(claimed.name, $7::text), $8::bytea, $9::text::jsonb, $10::text::jsonb, $11::text, $12::text,
+           $13::timestamptz, $14::text,
+           CASE WHEN claimed.name IS NULL THEN $15::text ELSE coalesce($23::text, $15::text) END
+      FROM (VALUES (1)) AS one LEFT JOIN place ON true LEFT JOIN claimed ON true
+    RETURNING {RETURNED})
+SELECT added.*, tenancy.audit_append(
+    $17::text, added.id, added.slug, $18::text, $19::text, NULL, $20::text::jsonb, NULL, $21::text, $22::text)
+  FROM added
+"""  # noqa: S608 - constants
+_RECORD_STEP = (
+    "WITH relaxed AS (SELECT set_config('synchronous_commit', 'off', true)) "
+    "UPDATE tenancy.tenants SET step = $1::text FROM relaxed WHERE id = $2::uuid"
+)
+_COMPLETE = f"""
+WITH done AS (
+    UPDATE tenancy.tenants
+       SET status = coalesce(next_status, 'active'), next_status = NULL, step = NULL, step_error = NULL,
+           schema_revision = $2::text
+     WHERE id = $1::uuid AND status = 'provisioning'
+    RETURNING {RETURNED}),
+first_key AS (
+    INSERT INTO tenancy.api_keys (id, tenant_id, prefix, name, digest, digest_version, scopes, networks)
+    SELECT $3::text, done.id, $4::text, $5::text, $6::bytea, $7::text, $8::text[], $9::text[]::cidr[]
+      FROM done WHERE $3::text IS NOT NULL)
+SELECT done.*, tenancy.audit_append(
+    'tenant.activate', done.id, done.slug, $10::text, $11::text, '{{"status": "provisioning"}}',
+    jsonb_build_object('status', done.status, 'key_id', $3::text), NULL, $12::text, $13::text)
+  FROM done
+"""  # noqa: S608 - constants
 
 
-def _claimed(draft: TenantDraft, recipe: str) -> dict[str, Any]:
-    """The names in a tenant's row: those of a warm database that this statement claims, or else the draft's."""
-    # ready ones only; one that another transaction claims or drops at this moment is locked
-    ready = (
-        select(warm_databases.c.name)
-        .where(
-            warm_databases.c.server == draft.server,
-            warm_databases.c.recipe == recipe,
-            warm_databases.c.state == "ready",
-        )
-        .order_by(warm_databases.c.created_at)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
-    claimed = delete(warm_databases).where(warm_databases.c.name == ready).returning(warm_databases.c.name)
-    name = select(claimed.cte("claimed").c.name).scalar_subquery()
+def _snapshot(draft: TenantDraft) -> dict[str, Any]:
+    """The tenant of a draft as the audit log records it."""
+    ends_at = draft.trial_ends_at
     return {
-        "database_name": func.coalesce(name, draft.database),
-        "role_name": func.coalesce(name, draft.role),
+        "slug": draft.slug,
+        "status": Status.PROVISIONING.value,
+        "tier": draft.tier,
+        "metadata": dict(draft.metadata),
+        "quotas": dict(draft.quotas),
+        "reason": None,
+        "timezone": draft.timezone,
+        "region": draft.region,
+        "trial_ends_at": ends_at.astimezone(UTC).isoformat() if ends_at else None,
     }
 
 
 class Creation(TenantTable):
     """Registers tenants, and records the progress of their creation."""
 
-    async def register(self, draft: TenantDraft, *, recipe: str | None = None, actor: Actor = SYSTEM) -> Tenant:
+    async def register(
+        self,
+        draft: TenantDraft,
+        *,
+        recipe: str | None = None,
+        claimed_step: str | None = None,
+        actor: Actor = SYSTEM,
+    ) -> Tenant:
         """Insert the row of a tenant that is being provisioned; its slug is taken from now on.
 
         Args:
             draft: The tenant's values.
             recipe: Claim a warm database of this recipe on its server, if there is one: the row has that one's name
                 then in place of the draft's, and no other creation gets it.
+            claimed_step: What the row says has begun, where a warm database was claimed.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -64,31 +113,29 @@ class Creation(TenantTable):
         values = {
             "id": draft.id,
             "slug": draft.slug,
-            "status": Status.PROVISIONING,
+            "status": Status.PROVISIONING.value,
             "tier": draft.tier,
             "server": draft.server,
             "database_name": draft.database,
             "role_name": draft.role,
             "sealed_password": draft.sealed_password,
-            "metadata": dict(draft.metadata),
-            "quotas": dict(draft.quotas),
+            "metadata": json.dumps(dict(draft.metadata)),
+            "quotas": json.dumps(dict(draft.quotas)),
             "timezone": draft.timezone,
             "region": draft.region,
             "trial_ends_at": draft.trial_ends_at,
-            "next_status": draft.target_status,
+            "next_status": draft.target_status.value,
             "step": "registered",
         }
-        named = values if recipe is None else values | _claimed(draft, recipe)
+        entry = entry_parameters(action="tenant.create", actor=actor, after=_snapshot(draft))
+        about = (entry[name] for name in ("action", "actor_kind", "actor_id", "after", "request_id", "source"))
         try:
-            async with self._control.transaction() as connection:
-                row = (await connection.execute(insert(tenants).values(named).returning(*TENANT_COLUMNS))).one()
-                tenant = tenant_from_row(row)
-                await self._write_audit(connection, "tenant.create", tenant, actor, after=snapshot(tenant))
-        except IntegrityError as exc:
+            (row,) = await self._control.fetch(_REGISTER, *values.values(), recipe, *about, claimed_step)
+        except asyncpg.IntegrityConstraintViolationError as exc:
             raise constraint_error(exc, values) from exc
-        except DBAPIError as exc:
+        except asyncpg.PostgresError as exc:
             raise (placement_error(exc, draft.server) or exc) from exc
-        return tenant
+        return tenant_from_row(row)
 
     async def rename_database(self, tenant_id: UUID, name: str) -> None:
         """Give a tenant that is being provisioned another database and role than those in its row.
@@ -111,12 +158,7 @@ class Creation(TenantTable):
         four.
         """
         refuse_other_tenant(tenant_id)
-        statement = text(
-            "WITH relaxed AS (SELECT set_config('synchronous_commit', 'off', true)) "
-            "UPDATE tenancy.tenants SET step = :step FROM relaxed WHERE id = :id"
-        )
-        async with self._control.connect() as connection:
-            await connection.execute(statement, {"step": step, "id": tenant_id})
+        await self._control.fetch(_RECORD_STEP, step, tenant_id)
 
     async def complete(
         self,
@@ -135,30 +177,16 @@ class Creation(TenantTable):
             InvalidTransitionError: the tenant is not being provisioned.
         """
         refuse_other_tenant(tenant_id)
+        first: dict[str, Any] = {} if key is None else key_values(tenant_id, key, name=key_name, scopes=scopes)
+        columns = ("id", "prefix", "name", "digest", "digest_version", "scopes", "networks")
+        entry = entry_parameters(action="tenant.activate", tenant_id=tenant_id, actor=actor)
+        about = (entry[name] for name in ("actor_kind", "actor_id", "request_id", "source"))
+        rows = await self._control.fetch(_COMPLETE, tenant_id, revision, *map(first.get, columns), *about)
+        if rows:
+            return tenant_from_row(rows[0])
         async with self._control.transaction() as connection:
-            before, row = await self._lock(connection, tenant_id)
-            if before.status is not Status.PROVISIONING:
-                raise InvalidTransitionError(before.slug, before.status.value, row.next_status or Status.ACTIVE)
-            after = await self._set(
-                connection,
-                tenant_id,
-                status=row.next_status or Status.ACTIVE,
-                next_status=None,
-                step=None,
-                step_error=None,
-                schema_revision=revision,
-            )
-            if key is not None:
-                await insert_key(connection, tenant_id, key, name=key_name, scopes=scopes)
-            await self._write_audit(
-                connection,
-                "tenant.activate",
-                after,
-                actor,
-                before={"status": before.status.value},
-                after={"status": after.status.value, "key_id": key.key_id if key else None},
-            )
-        return after
+            found, row = await self._lock(connection, tenant_id)
+        raise InvalidTransitionError(found.slug, found.status.value, row.next_status or Status.ACTIVE)
 
     async def discard(self, tenant_id: UUID, *, step: str, error: str, actor: Actor = SYSTEM) -> None:
         """Delete the row of a creation that was undone, which frees its slug. Does nothing if there is no such row."""

@@ -14,7 +14,9 @@ from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
+    Column,
     ColumnElement,
+    Label,
     Row,
     Text,
     case,
@@ -58,6 +60,14 @@ TENANT_COLUMNS: tuple[ColumnElement[Any], ...] = (
         ARRAY(Text),
     ).label("aliases"),
 )
+
+
+RETURNED = ", ".join(
+    f"tenancy.tenants.{column.name}" if isinstance(column, Column) else f"{column.element} AS {column.name}"
+    for column in TENANT_COLUMNS
+    if isinstance(column, (Column, Label))
+)
+"""The same columns as text, for RETURNING in a statement of asyncpg's own."""
 
 
 def uuid7() -> UUID:

@@ -54,7 +54,7 @@ def difference(before: Tenant, after: Tenant) -> tuple[dict[str, Any], dict[str,
     return {name: old[name] for name in changed}, {name: new[name] for name in changed}
 
 
-def constraint_error(error: IntegrityError, values: Mapping[str, Any]) -> Exception:
+def constraint_error(error: Exception, values: Mapping[str, Any]) -> Exception:
     """Return the error to raise where a constraint refuses a row of the registry."""
     constraint = constraint_of(error)
     if constraint in ("tenants_slug_key", "former_slugs_pkey"):
@@ -64,7 +64,7 @@ def constraint_error(error: IntegrityError, values: Mapping[str, Any]) -> Except
     return error
 
 
-def placement_error(error: DBAPIError, server: str) -> PlacementError | None:
+def placement_error(error: Exception, server: str) -> PlacementError | None:
     """Return the error to raise where the control database refuses a placement; None for another error."""
     if sqlstate_of(error) != _ILLEGAL_PLACEMENT:
         return None

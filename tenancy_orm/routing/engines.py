@@ -199,11 +199,15 @@ class EngineCache:
             if len(self._entries) > self.max_engines:
                 self._trim()
 
-    async def warm(self, tenant: Tenant) -> Warmth:
+    async def warm(self, tenant: Tenant, *, ask: bool = True) -> Warmth:
         """Open a tenant's first connection before it is needed, where that takes nothing from anybody.
 
         No connection and no engine is dropped for it, nobody waits for what it takes, and afterwards at least half of
         the process's connections to the server are still to be opened.
+
+        Args:
+            tenant: The tenant.
+            ask: Whether to ask for a larger lease where this process's is spent, which takes a while.
 
         Raises:
             TenancyError: as ``acquire``, and as a session's first statement.
@@ -212,7 +216,7 @@ class EngineCache:
             return "full"
         entry = self.acquire(tenant)
         try:
-            return await entry.pool.warm()
+            return await entry.pool.warm(ask=ask)
         finally:
             self.release(entry)
 

@@ -220,8 +220,11 @@ class TenantPool(RoutedPool):
             task.add_done_callback(self._return_unclaimed)
             raise
 
-    async def warm(self) -> Warmth:
+    async def warm(self, *, ask: bool = True) -> Warmth:
         """Open a connection where the tenant has none, in a slot that nobody needs; see ``EngineCache.warm``.
+
+        Args:
+            ask: Whether to ask for a larger lease where this process's is spent, which takes a while.
 
         Raises:
             TenancyError: as a session's first statement.
@@ -235,7 +238,7 @@ class TenantPool(RoutedPool):
         if 2 * (budget.open + 1) > most:
             return "full"
         if budget.open >= budget.limit and lease is not None:
-            return "busy" if await lease.ask(timeout=_ASK_SECONDS) else "full"
+            return "busy" if ask and await lease.ask(timeout=_ASK_SECONDS) else "full"
         if not budget.reserve(self.share):
             return "busy"
         self._do_return_conn(await self._open(reading=False))

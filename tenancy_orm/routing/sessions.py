@@ -373,15 +373,20 @@ def acquire(router: Router, tenant: Tenant) -> Entry:
     return router._cache.acquire(tenant)
 
 
-async def warm(router: Router, tenant: Tenant) -> Warmth:
+async def warm(router: Router, tenant: Tenant, *, ask: bool = True) -> Warmth:
     """Open a tenant's first connection before it is needed, where that takes nothing from anybody.
+
+    Args:
+        router: Has the connections.
+        tenant: The tenant.
+        ask: Whether to ask for a larger lease where this process's is spent, which takes a while.
 
     Raises:
         TenancyError: as a session's first statement.
         CrossTenantError: another tenant is bound.
     """
     refuse_other_tenant(tenant)
-    return await router._cache.warm(tenant)
+    return await router._cache.warm(tenant, ask=ask)
 
 
 def release(router: Router, entry: Entry) -> None:

@@ -191,7 +191,8 @@ class TenantManager(TenantLifecycle):
         )
         create = partial(self._provisioner.create, key=key, key_name=key_name, scopes=scopes, seed=seed, actor=actor)
         tenant = await self._create_placed(create, request, server, values)
-        self._directory.invalidate(tenant_id=tenant.id)
+        # its connections stay, the one that has proved the login too
+        self._directory.look_again(tenant.id)
         seconds = time.perf_counter() - started
         self._events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
         return CreatedTenant(tenant, key.text, key.key_id)

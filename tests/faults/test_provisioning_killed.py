@@ -36,7 +36,9 @@ async def workshop(postgres: Postgres, control_url: str, name_prefix: str) -> As
 
 
 @asynccontextmanager
-async def process(workshop: Workshop, what: str, slug: str = "acme", at: str | None = None) -> AsyncIterator[Program]:
+async def process(
+    workshop: Workshop, what: str, slug: str = "acme", at: str | None = None, config: dict[str, Any] | None = None
+) -> AsyncIterator[Program]:
     """Another process on the same installation, which has begun when this yields; it is killed in the end."""
     assert workshop.config.servers is not None
     task = {
@@ -46,6 +48,7 @@ async def process(workshop: Workshop, what: str, slug: str = "acme", at: str | N
         "what": what,
         "slug": slug,
         "at": at,
+        "config": config or {},
     }
     child = await start_module(
         "tests.support.provisioning_process", cwd=ROOT, env=environment(), after=["tests.support.provisioning"]
@@ -61,9 +64,9 @@ async def process(workshop: Workshop, what: str, slug: str = "acme", at: str | N
         await child.wait()
 
 
-async def killed(workshop: Workshop, what: str, *, at: str) -> None:
+async def killed(workshop: Workshop, what: str, *, at: str, config: dict[str, Any] | None = None) -> None:
     """Run another process that dies at a given point."""
-    async with process(workshop, what, at=at) as child, asyncio.timeout(SECONDS):
+    async with process(workshop, what, at=at, config=config) as child, asyncio.timeout(SECONDS):
         assert await child.wait() == -signal.SIGKILL
 
 

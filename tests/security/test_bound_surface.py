@@ -69,6 +69,7 @@ EXCUSED = {
     "internals.directory.on_invalidate": "registers a callback",
     "internals.directory.before_use": "registers a callback",
     "internals.directory.judge_by": "registers a callback",
+    "internals.directory.look_again": "forgets what is looked up again",
     "internals.directory.invalidate_subject": "forgets what is looked up again",
     "internals.directory.verify_issuer": "verifies what is open",
     "internals.directory.report_refused": "reports, for the middleware",

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tenancy_orm.provisioning import access, databases, removal, roles
+from tenancy_orm.provisioning import access, databases, grants, removal, roles
 from tenancy_orm.provisioning.templates import Templates
+from tenancy_orm.provisioning.warm_records import WarmRecords
 from tenancy_orm.registry.registry import Registry
 from tests.support.provisioning import ScriptSchema, Workshop, intercept, open_workshop
 
@@ -61,6 +62,15 @@ def arrange(patch: pytest.MonkeyPatch, at: str) -> None:
         "complete_template": (databases, "complete_template"),
         "apply": (Templates, "_apply"),
         "scratch": (Templates, "clone"),
+        "add_warm": (WarmRecords, "add"),
+        "create_sealed": (roles, "create_sealed"),
+        "clone": (Templates, "clone"),
+        "open_to_owner": (databases, "open_to_owner"),
+        "grant": (grants, "grant_and_mark"),
+        "seal": (databases, "seal"),
+        "complete_warm": (WarmRecords, "complete"),
+        "withdraw": (WarmRecords, "withdraw"),
+        "remove_warm": (WarmRecords, "remove"),
     }
     if what in places:
         owner, name = places[what]
@@ -75,6 +85,22 @@ async def create_many(workshop: Workshop, prefix: str) -> None:
         await asyncio.gather(*(workshop.create(f"{prefix}-{number}-{i}") for i in range(4)))
 
 
+async def create_and_refill(workshop: Workshop, prefix: str) -> None:
+    """Create tenants, two at a time, and fill the pool beside them, until somebody ends it."""
+
+    async def refill() -> None:
+        while True:
+            await workshop.provisioner.warm_pool.refill()
+            await asyncio.sleep(0)
+
+    async def create() -> None:
+        for number in itertools.count():
+            await asyncio.gather(*(workshop.create(f"{prefix}-{number}-{i}") for i in range(2)))
+            await asyncio.sleep(0.1)
+
+    await asyncio.gather(refill(), create())
+
+
 async def run(task: dict[str, Any]) -> None:
     """Do what ``task`` says."""
     workshop = await open_workshop(
@@ -82,6 +108,7 @@ async def run(task: dict[str, Any]) -> None:
         admin_url=task["admin_url"],
         name_prefix=task["name_prefix"],
         schema=ScriptSchema(),
+        **task.get("config", {}),
     )
     if at := task.get("at"):
         arrange(pytest.MonkeyPatch(), at)
@@ -93,6 +120,12 @@ async def run(task: dict[str, Any]) -> None:
             await create_many(workshop, task["slug"])
         case "purge":
             await workshop.provisioner.purge(await workshop.registry.find(task["slug"]))
+        case "create and refill":
+            await create_and_refill(workshop, task["slug"])
+        case "refill":
+            await workshop.provisioner.warm_pool.refill()
+        case "drain":
+            await workshop.provisioner.warm_pool.drain()
         case "template":
             await workshop.provisioner.template("default")
         case "scratch":
