@@ -98,6 +98,7 @@ class Housekeeping:
             await run.do("prune_templates", self.provisioner.templates.prune(actor=actor))
         if self.config.retention.run_seconds:
             await run.do("prune_runs", self.runs.prune(older_than=self.config.retention.run_seconds))
+        await run.do("prune_warm_pool", self.provisioner.warm_pool.prune())
         await run.do("expire_former_slugs", self.registry.expire_former_slugs())
         await run.do("expire_claims", self.domains.expire_claims())
         await run.do("verify_domains", self.domains.verify_again())

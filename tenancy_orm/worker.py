@@ -23,6 +23,7 @@ from .housekeeping import Housekeeping
 from .jobs import Claimant, ClaimedJob, Job, JobResult, Jobs, keep_claims
 from .migrations.failures import describe
 from .postgres.failures import SERVER_FAILURES
+from .provisioning import WarmPool
 from .runs.background import BackgroundUpgrades
 
 logger = logging.getLogger("tenancy_orm.worker")
@@ -272,12 +273,18 @@ def show_alive(file: Path) -> None:
         logger.error("the file that shows that this worker is alive cannot be touched: %s", exc)
 
 
-def built_in_jobs(config: TenancyConfig, housekeeping: Housekeeping, upgrades: BackgroundUpgrades) -> tuple[Job, ...]:
+def built_in_jobs(
+    config: TenancyConfig, housekeeping: Housekeeping, warm_pool: WarmPool, upgrades: BackgroundUpgrades
+) -> tuple[Job, ...]:
     """Return the jobs of every installation."""
 
     async def keep_house() -> JobResult:
         report = await housekeeping.run()
         return JobResult({"suspended": report.suspended, "purged": report.purged}, report.errors)
+
+    async def fill_warm_pool() -> JobResult:
+        report = await warm_pool.refill()
+        return JobResult({"made": len(report.made), "dropped": len(report.dropped)}, report.errors)
 
     async def upgrade_tenants() -> JobResult:
         report = await upgrades.run()
@@ -288,6 +295,8 @@ def built_in_jobs(config: TenancyConfig, housekeeping: Housekeeping, upgrades: B
         return JobResult({"run": report.run, "migrated": migrated}, errors)
 
     jobs = [Job("housekeeping", config.worker.housekeeping_seconds, keep_house)]
+    if config.provisioning.warm_pool:
+        jobs.append(Job("warm_pool", config.worker.warm_pool_seconds, fill_warm_pool))
     if config.migrations is not None and config.migration.background:
         jobs.append(Job("upgrades", _UPGRADES_SECONDS, upgrade_tenants))
     return tuple(jobs)

@@ -534,6 +534,8 @@ class WorkerConfig(Section, frozen=True):
 
     housekeeping_seconds: Seconds = 60.0
     """How often housekeeping runs, in seconds from the end of one run to the beginning of the next."""
+    warm_pool_seconds: Seconds = 10.0
+    """How often the warm pool is filled, where ``provisioning.warm_pool`` is set, in seconds."""
     stop_seconds: SecondsOrZero = 25.0
     """How long jobs may go on after SIGTERM, in seconds; those that are not done by then are cancelled, and another
     worker does them."""

@@ -53,7 +53,9 @@ _WINDOW: Final = 600.0  # seconds; the pool holds what the busiest one of a day 
 _DAY: Final = 86_400.0
 _PAUSE_SECONDS: Final = 0.5  # between a creation and the filling that it asks for: others may follow at once
 _LOOK_SECONDS: Final = 0.2  # how often a filling that waits looks whether it may go on
-_PATIENCE_SECONDS: Final = 30.0  # how long it waits; a creation may take longer, or be dead
+_PATIENCE_SECONDS: Final = 30.0  # how long it waits
+_CREATION_SECONDS: Final = 30.0  # for which one it waits: an older one takes long, or is dead
+_MOST_OTHERS: Final = 5  # how many times the largest pool other recipes have together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,16 +238,24 @@ class WarmPool:
 
         Raises:
             UnknownServerError: no such server is configured.
-            ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("filling the warm pool")
         return await self._on_each(self._chosen(servers), partial(self._refill, replace=replace))
+
+    async def prune(self, *, servers: Iterable[str] | None = None) -> WarmReport:
+        """Drop what nobody asks for, and make nothing: for a process that uses no warm pool, too.
+
+        Raises:
+            UnknownServerError: as ``refill``.
+        """
+        refuse_while_bound("pruning the warm pool")
+        return await self._on_each(self._chosen(servers), self._prune)
 
     async def drain(self, *, servers: Iterable[str] | None = None) -> WarmReport:
         """Drop every warm database of ``servers``, or of all; a later refill makes new ones.
 
         Raises:
-            UnknownServerError, ControlUnavailableError: as ``refill``.
+            UnknownServerError: as ``refill``.
         """
         refuse_while_bound("draining the warm pool")
         return await self._on_each(self._chosen(servers), self._drain)
@@ -256,7 +266,7 @@ class WarmPool:
         async def attempt(name: str) -> None:
             try:
                 await work(name, found)
-            except (TenancyError, *SERVER_FAILURES) as exc:
+            except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
                 logger.warning("the warm pool of server %s: %s", name, describe(exc))
                 found.errors.append(f"{name}: {describe(exc)}")
 
@@ -265,7 +275,9 @@ class WarmPool:
 
     async def _refill(self, name: str, found: _Findings, *, replace: bool) -> None:
         if not self._config.warm_pool:
-            return await self._drop_unwanted(name, found)
+            return await self._prune(name, found)
+        if not await self.target(name):
+            return await self._drain(name, found)  # the server takes no tenants
         server, settings = await self._prepared(name)
         async with self._alone(server) as connection:
             if connection is None:
@@ -287,20 +299,19 @@ class WarmPool:
                         return
                     found.made.append(await self._make(server, settings, template, wanted))
 
-            async with asyncio.TaskGroup() as group:
-                for _ in range(makers):
-                    group.create_task(make())
+            ended = await asyncio.gather(*(make() for _ in range(makers)), return_exceptions=True)
+            if failed := [error for error in ended if error is not None]:
+                raise failed[0]
         return None
 
-    async def _drop_unwanted(self, name: str, found: _Findings) -> None:
-        """Drop what nobody asks for, in a process that uses no warm pool."""
+    async def _prune(self, name: str, found: _Findings) -> None:
         records = await self._records.of_server(name)
-        if not records:
+        # no server is connected to where there is nothing to do
+        if not any(self._due(records, None, 0, replace=False)):
             return
-        server, _ = await self._prepared(name)
-        async with self._alone(server) as connection:
+        async with self._alone(self._services.servers[name]) as connection:
             for one in self._due(records, None, 0, replace=False) if connection is not None else ():
-                await self._drop(server, one, found)
+                await self._drop(self._services.servers[name], one, found)
 
     async def _drain(self, name: str, found: _Findings) -> None:
         server = self._services.servers[name]
@@ -316,7 +327,7 @@ class WarmPool:
         surplus = own[: len(own) - target] if len(own) > 2 * target else []
         others = [one for one in records if one.state == "ready" and one.recipe != wanted]
         others.sort(key=lambda one: one.wanted_seconds)
-        most = 2 * max(self._config.warm_pool, self._config.warm_pool_max)
+        most = _MOST_OTHERS * max(self._config.warm_pool, self._config.warm_pool_max)
         for number, one in enumerate(others):
             # the bound is for a grant hook with another answer at each call
             if replace or one.wanted_seconds > WANTED_SECONDS or (wanted is not None and number >= most):
@@ -337,7 +348,7 @@ class WarmPool:
     async def _may_work(self, name: str) -> bool:
         """Wait until nothing waits for this server, but not for long; return whether that is so."""
         deadline = asyncio.get_running_loop().time() + _PATIENCE_SECONDS
-        while self._is_busy(name) or await self._records.is_creating(name, seconds=_PATIENCE_SECONDS):
+        while self._is_busy(name) or await self._records.is_creating(name, seconds=_CREATION_SECONDS):
             if asyncio.get_running_loop().time() > deadline:
                 logger.info("the warm pool of server %s is not filled now: creations or requests wait", name)
                 return False

@@ -10,12 +10,15 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.provisioning import ReconcileReport
+from tenancy_orm.errors import ProvisioningError
+from tenancy_orm.protocols import GrantTarget
+from tenancy_orm.provisioning import ReconcileReport, grants, warm_pool
 from tenancy_orm.provisioning.warm_pool import WarmReport
 from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.tenant import Status
 from tests.support.postgres import Postgres
-from tests.support.provisioning import Workshop, names_of, open_workshop, placement
+from tests.support.provisioning import TABLES, ScriptSchema, Workshop, names_of, open_workshop, placement
+from tests.support.waiting import until
 
 # what is left on the server is compared as a whole
 pytestmark = pytest.mark.new_installation
@@ -57,7 +60,7 @@ async def test_a_creation_claims_a_warm_database(workshop: Workshop) -> None:
     assert {placement(tenant).database, placement(other).database} == set(warm)
     assert placement(tenant).database == placement(tenant).role != workshop.names.tenant(tenant.id)
     assert before.int >> 80 <= tenant.id.int >> 80 <= other.id.int >> 80  # milliseconds
-    assert all(workshop.names.parse(name) < before for name in warm)
+    assert all(name < workshop.names.tenant(before) for name in warm)
     assert (tenant.status, tenant.schema_revision) == (Status.ACTIVE, "0001")
     assert await ready(workshop) == []
     assert await workshop.present() == names_of(tenant) | names_of(other)
@@ -148,3 +151,104 @@ async def test_filling_stops_at_the_target(workshop: Workshop) -> None:
     assert (status.ready, status.target, status.incomplete, status.others) == (2, 2, 0, 0)
     drained = await pool.drain()
     assert len(drained.dropped) == 2 and await workshop.present() == set()
+
+
+async def test_the_pool_follows_the_rate_of_creations(workshop: Workshop) -> None:
+    """As many as the busiest ten minutes of the last day, within the bounds."""
+    provisioner = workshop.provisioner_of(provisioning=POOL | {"warm_pool": 1, "warm_pool_max": 4})
+    pool = provisioner.warm_pool
+    assert await pool.target("default") == 1
+    for number in range(3):
+        await provisioner.create(workshop.draft(f"t{number}"), key=None)
+    # of one window, or of two if it has just ended
+    assert await pool.target("default") in (2, 3)
+    for number in range(3, 9):
+        await provisioner.create(workshop.draft(f"t{number}"), key=None)
+    assert await pool.target("default") == 4
+    assert len((await pool.refill()).made) == 4
+    # a target that falls to less than half drops the oldest ones
+    smaller = workshop.provisioner_of(provisioning=POOL | {"warm_pool": 1, "warm_pool_max": 1})
+    assert len((await smaller.warm_pool.refill()).dropped) == 3
+
+
+def let_truncate(target: GrantTarget) -> list[str]:
+    """A grant hook."""
+    return [f"GRANT TRUNCATE ON notes TO {target.role}"]
+
+
+async def test_releases_and_settings_have_pools_of_their_own(workshop: Workshop) -> None:
+    """Neither claims the other's, nor drops them while they are asked for; an upgrade's are the newest schema's."""
+    old = await fill(workshop)
+    newer = ScriptSchema(TABLES + "ALTER TABLE notes ADD COLUMN author text;", fingerprint="newer")
+    others = {
+        "schema": workshop.provisioner_of(newer),
+        "privileges": workshop.provisioner_of(provisioning=POOL | {"tenant_privileges": ("TEMPORARY",)}),
+        "settings": workshop.provisioner_of(provisioning=POOL | {"role_settings": {"work_mem": "5MB"}}),
+        "hook": workshop.provisioner_of(provisioning=POOL | {"grants": let_truncate}),
+    }
+    for slug, other in others.items():
+        cold = await other.create(workshop.draft(slug), key=None)
+        assert placement(cold).database == workshop.names.tenant(cold.id)
+        report = await other.warm_pool.refill()
+        assert (len(report.made), report.dropped) == (2, ())
+        warm = await other.create(workshop.draft(f"{slug}-warm"), key=None)
+        assert placement(warm).database in report.made
+    tenant = await workshop.registry.find("schema-warm")
+    async with workshop.connect(tenant) as connection:
+        await connection.execute("INSERT INTO notes (body, author) VALUES ('a', 'b')")
+    async with workshop.connect(await workshop.registry.find("hook-warm")) as connection:
+        await connection.execute("TRUNCATE notes")
+    assert set(old) <= set(await ready(workshop))
+    (status,) = await others["hook"].warm_pool.status()
+    assert (status.ready, status.others) == (1, 5)
+    # nobody has asked for the old ones in a while
+    async with workshop.control.transaction() as connection:
+        query = "UPDATE tenancy.warm_databases SET wanted_at = now() - interval '16 minutes' WHERE name = ANY(:names)"
+        await connection.execute(text(query), {"names": old})
+    assert set((await others["hook"].warm_pool.prune()).dropped) == set(old)
+    report = await others["hook"].warm_pool.refill(replace=True)
+    assert (len(report.made), len(report.dropped)) == (1, 3)
+
+
+async def test_a_failed_filling_leaves_nothing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported, and the next one does it."""
+    await workshop.provisioner.template("default")
+
+    async def fail(*_: object, **__: object) -> None:
+        raise ProvisioningError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grants, "grant_and_mark", fail)
+        report = await workshop.provisioner.warm_pool.refill()
+    assert (report.made, len(report.errors)) == ((), 1) and "injected" in report.errors[0]
+    assert (await workshop.present(), await ready(workshop)) == (set(), [])
+    assert len(await fill(workshop)) == 2
+
+
+async def test_filling_gives_way_to_creations(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any process: a row that says provisioning is enough."""
+    await workshop.provisioner.template("default")
+    monkeypatch.setattr(warm_pool, "_PATIENCE_SECONDS", 0.5)
+    draft = workshop.draft("acme")
+    await workshop.registry.register(draft)
+    async with workshop.control.transaction() as connection:
+        # the trigger sets the time of the last change
+        await connection.execute(text("UPDATE tenancy.tenants SET step = 'role'"))
+    assert await workshop.provisioner.warm_pool.refill() == WarmReport()
+    await workshop.registry.discard(draft.id, step="role", error="")
+    assert len(await fill(workshop)) == 2
+
+
+async def test_a_creation_refills_the_pool_in_the_background(workshop: Workshop) -> None:
+    """A process that has created a tenant does, and ends it with itself."""
+    provisioner = workshop.provisioner_of(provisioning=POOL | {"warm_pool_background": True})
+    await provisioner.create(workshop.draft("acme"), key=None)
+
+    async def is_full() -> bool:
+        return len(await ready(workshop)) == 2
+
+    await until(is_full)
+    await provisioner.create(workshop.draft("globex"), key=None)
+    await provisioner.close()
+    assert await workshop.provisioner.reconcile() == ReconcileReport()
+    assert len(await ready(workshop)) == 1
