@@ -295,8 +295,9 @@ class Creation:
 
     async def _seed(self) -> None:
         if self._seeds is not None:
-            # the tier may allow one connection, and the last step's may be open still
-            await asyncio.wait(self._closing)
+            if self._closing:
+                # the tier may allow one connection, and the last step's may be open still
+                await asyncio.wait(self._closing)
             await self._seeds.run(await self._services.registry.get(self._draft.id))
 
     def _close_later(self, connection: Connection) -> None:

@@ -313,7 +313,7 @@ class Reconciler:
 
     async def _drop_orphan(self, server: str, connection: Connection, name: str, number: UUID) -> None:
         async with self._try_locked(connection, tenant_key(number)) as free:
-            status = await self._status(server, name) or await self._status_of(number)
+            status = await self._status_of(number) or await self._status(name)
             if not free or status not in (None, Status.PURGED) or await self._is_warm(name):
                 return
             state = await databases.state(connection, name)
@@ -332,9 +332,9 @@ class Reconciler:
                 await self._remove(connection, server, name, name)
             self._findings.orphans.append(name)
 
-    async def _status(self, server: str, name: str) -> Status | None:
+    async def _status(self, name: str) -> Status | None:
         """The status of the tenant that has a database or role; None if the registry does not know it."""
-        tenant_id = await self._services.registry.id_by_database(server, name)
+        tenant_id = await self._services.registry.id_by_database(name)
         return None if tenant_id is None else await self._status_of(tenant_id)
 
     async def _status_of(self, tenant_id: UUID) -> Status | None:
@@ -514,7 +514,7 @@ class Reconciler:
         for role, one in found.items():
             if not settings.differs_from(one) or self._services.names.parse(role) is None:
                 continue
-            if (tenant_id := await self._services.registry.id_by_database(server, role)) is not None:
+            if (tenant_id := await self._services.registry.id_by_database(role)) is not None:
                 work = partial(self._correct_setting, server, connection, role, tenant_id, *settings.describe(one))
                 await self._do(connection, role, work)
 
@@ -522,7 +522,7 @@ class Reconciler:
         self, server: str, connection: Connection, role: str, tenant_id: UUID, detail: str, dangerous: bool
     ) -> None:
         async with self._try_locked(connection, tenant_key(tenant_id)) as free:
-            if not free or await self._status(server, role) in (None, Status.PROVISIONING, Status.PURGED):
+            if not free or await self._status(role) in (None, Status.PROVISIONING, Status.PURGED):
                 return
             tenant = await self._services.registry.get(tenant_id)
             configured = self._services.config.provisioning.role_settings

@@ -235,7 +235,7 @@ class Watchdog:
             async with asyncio.timeout(self._config.pool.connect_timeout):
                 for one in ended:
                     name = self._services.names.tenant(one.tenant_id)
-                    tenant_id = await self._services.registry.id_by_database(one.server, name)
+                    tenant_id = await self._services.registry.id_by_database(name)
                     found.append(replace(one, tenant_id=tenant_id or one.tenant_id))
         except (TenancyError, *SERVER_FAILURES) as exc:
             # the control database may be on the affected server

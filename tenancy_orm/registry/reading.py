@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, and_, case, func, or_, select, tru
 
 from ..context import as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.lookup import check_name, has_name
-from ..control.models import tenants, warm_databases
+from ..control.models import servers, tenants, warm_databases
 from ..errors import TenantNotFoundError
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, TenantPage, Unfinished, tenant_from_row
@@ -195,9 +195,12 @@ class Reading(TenantTable):
         async with self._control.connect() as connection:
             return set(await connection.scalars(query))
 
-    async def id_by_database(self, server: str, name: str) -> UUID | None:
-        """Return the id of the tenant that has, or had, the database of this name on ``server``; None if none has."""
+    async def id_by_database(self, name: str) -> UUID | None:
+        """Return the id of the tenant that has, or had, the database of this name on any server; None if none has."""
         refuse_while_bound("finding a tenant by its database")
-        query = select(tenants.c.id).where(tenants.c.server == server, tenants.c.database_name == name)
+        # by server, as the index is
+        query = select(tenants.c.id).where(
+            tenants.c.server.in_(select(servers.c.name)), tenants.c.database_name == name
+        )
         async with self._control.connect() as connection:
             return await connection.scalar(query)
