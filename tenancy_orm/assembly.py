@@ -501,6 +501,7 @@ class Assembly:
         services = FleetServices(
             config=config,
             control=self.control,
+            keyring=self.keyring,
             registry=self.registry,
             servers=self.servers,
             names=self.names,

@@ -84,6 +84,7 @@
     │   ├── PreflightError                   checks of pending revisions do not pass; no tenant was touched
     │   ├── RunNotFoundError (LookupError)   no run has that number
     │   ├── RunStateError                    a run's state does not allow it
+    │   ├── UndoRefusedError                 a run cannot be undone without a decision
     │   └── RunMismatchError                 this code is not the one that a run was started with
     ├── ReadOnlyError                        a read-only session was to write, or to end its transaction by SQL
     ├── QueryError                           a query over the fleet was refused in a tenant's database
@@ -1139,6 +1140,23 @@ class RunMismatchError(MigrationError):
         super().__init__(f"run {run} was started with {reason}; no tenant was touched")
         self.run = run
         self.reason = reason
+
+
+class UndoRefusedError(MigrationError):
+    """A run of the fleet cannot be undone as it is; no tenant was touched."""
+
+    def __init__(self, run: int, *, irreversible: Mapping[str, str], moved: Mapping[str, str]) -> None:
+        """Give by revision why it cannot be taken back, and by slug why it is not certain what to do with a tenant."""
+        parts = [f"revision {revision}: {reason}" for revision, reason in irreversible.items()]
+        if parts:
+            parts[-1] += " (take its changes back by hand, or add --stamp-irreversible)"
+        parts += [f"tenant {slug}: {reason}" for slug, reason in list(moved.items())[:5]]
+        if moved:
+            parts[-1] += f"{' and others' if len(moved) > 5 else ''} (add --leave-moved to undo it for the others)"
+        super().__init__(f"run {run} cannot be undone, and no tenant was touched: {'; '.join(parts)}")
+        self.run = run
+        self.irreversible = dict(irreversible)
+        self.moved = dict(moved)
 
 
 class JobLostError(TenancyError):

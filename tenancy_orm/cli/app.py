@@ -32,6 +32,7 @@ from . import (
     migrate_compatible,
     migrate_preflight,
     migrate_runs,
+    migrate_undo,  # noqa: F401 - its commands are those of migrate
     quotas,
     revocations,
     schedule,

@@ -7,15 +7,15 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress as ProgressBar
 
-from ..events import MigrationRunStarted
 from ..migrations.selection import NO_TENANTS
-from ..runs import FleetReport, Progress, TenantOutcome
+from ..runs import FleetReport, Progress
 from ..runs.busy import Order
 from ..tenancy import Tenancy
 from . import seed
-from .output import console, failures_listed, note, print_json, print_table, progress_bar
+from .migrate_progress import run_shown
+from .migrate_waves import DryRun, GivenWaves, MaxFailures, PlanOption, SeedOption, Sql, WaveOption, look_ahead
+from .output import console, print_json, print_table
 from .runtime import EXIT_FAILED, Json, operator, run
 
 app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_help=True)
@@ -40,20 +40,32 @@ def upgrade(
     stop_on_failure: Stop = False,
     skip_preflight: SkipPreflight = False,
     order: Annotated[Order, typer.Option(help="Which tenants come first.")] = "created",
+    wave: WaveOption = None,
+    plan: PlanOption = None,
+    wave_seed: SeedOption = None,
+    max_failures: MaxFailures = None,
+    dry_run: DryRun = False,
+    sql: Sql = False,
     as_json: Json = False,
 ) -> None:
     """Upgrade every tenant's database; one that fails does not stop the others."""
+    given = GivenWaves.of(wave, plan, wave_seed, max_failures, concurrency)
+    if dry_run or sql:
+        look_ahead("upgrade", revision, tenant, given, sql=sql, as_json=as_json)
+        return
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
         return await tenancy.migrations.upgrade(
             revision,
             tenants=tenant,
-            concurrency=concurrency,
+            concurrency=given.concurrency,
             server_concurrency=server_concurrency,
             join=join,
             stop_on_failure=stop_on_failure,
             skip_preflight=skip_preflight,
             order=order,
+            waves=given.waves,
+            max_failures=given.max_failures,
             progress=progress,
             actor=operator(),
         )
@@ -67,16 +79,28 @@ def downgrade(
     tenant: Only = None,
     concurrency: Concurrency = 8,
     stop_on_failure: Stop = False,
+    wave: WaveOption = None,
+    plan: PlanOption = None,
+    wave_seed: SeedOption = None,
+    max_failures: MaxFailures = None,
+    dry_run: DryRun = False,
+    sql: Sql = False,
     as_json: Json = False,
 ) -> None:
     """Downgrade every tenant's database."""
+    given = GivenWaves.of(wave, plan, wave_seed, max_failures, concurrency)
+    if dry_run or sql:
+        look_ahead("downgrade", revision, tenant, given, sql=sql, as_json=as_json)
+        return
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
         return await tenancy.migrations.downgrade(
             revision,
             tenants=tenant,
-            concurrency=concurrency,
+            concurrency=given.concurrency,
             stop_on_failure=stop_on_failure,
+            waves=given.waves,
+            max_failures=given.max_failures,
             progress=progress,
             actor=operator(),
         )
@@ -145,42 +169,6 @@ def status(as_json: Json = False) -> None:
         raise typer.Exit(EXIT_FAILED)
 
 
-class _Bar:
-    """Shows a run's progress as a bar."""
-
-    def __init__(self, bar: ProgressBar, verb: str) -> None:
-        self._bar = bar
-        self._verb = verb
-        self._task = bar.add_task(verb, total=None)
-
-    def total(self, count: int) -> None:
-        self._bar.update(self._task, total=count)
-
-    def done(self, outcome: TenantOutcome) -> None:
-        self._bar.update(self._task, advance=1, description=f"{self._verb} {outcome.slug}")
-
-
 def run_migration(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:
-    """Run a migration with a bar, print its report, and exit with status 1 where a tenant is not at the target."""
-    with failures_listed(), progress_bar(shown=not as_json) as bar:
-
-        async def command(tenancy: Tenancy) -> FleetReport:
-            # first: others may join it, and go on with it if this process is killed
-            tenancy.events.subscribe(MigrationRunStarted, lambda started: note(f"run {started.run}"))
-            return await migrate(tenancy, _Bar(bar, verb))
-
-        report = run(command)
-    _show(report, as_json)
-    if not report.ok:
-        raise typer.Exit(EXIT_FAILED)
-
-
-def _show(report: FleetReport, as_json: bool) -> None:
-    if as_json:
-        print_json(report)
-        return
-    console.print(report.summary(), highlight=False)
-    if report.reasons:
-        revisions = {outcome.slug: outcome.after for outcome in report.failures}
-        rows = [(slug, revisions.get(slug), reason) for slug, reason in report.reasons.items()]
-        print_table("failed", ("tenant", "revision", "error"), rows)
+    """Run a migration, show its progress and its report, and exit with status 1 where a tenant is not at the target."""
+    run_shown(migrate, as_json=as_json)

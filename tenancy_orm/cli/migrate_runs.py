@@ -134,12 +134,25 @@ def join(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None
     run_migration("join", command, as_json)
 
 
-def resume(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None, as_json: Json = False) -> None:
+def resume(
+    number: Number,
+    concurrency: OwnConcurrency = None,
+    skip_checks: Annotated[
+        bool, typer.Option("--skip-checks", help="Begin the next wave, whatever the checks of this one say.")
+    ] = False,
+    x: Arguments = None,
+    as_json: Json = False,
+) -> None:
     """Go on with a run that was interrupted, cancelled or paused."""
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
         return await tenancy.migrations.resume(
-            number, concurrency=concurrency, x=x or (), progress=progress, actor=operator()
+            number,
+            concurrency=concurrency,
+            skip_checks=skip_checks,
+            x=x or (),
+            progress=progress,
+            actor=operator(),
         )
 
     run_migration("resume", command, as_json)

@@ -11,6 +11,7 @@ from ..events import EventBus
 from ..provisioning import Provisioner
 from ..provisioning.templates import SchemaSource
 from ..registry.registry import Registry
+from ..secrets.keyring import Keyring
 from ..servers import Servers
 
 
@@ -20,6 +21,7 @@ class FleetServices:
 
     config: TenancyConfig
     control: ControlDatabase
+    keyring: Keyring
     registry: Registry
     servers: Servers
     names: Names

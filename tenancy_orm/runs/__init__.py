@@ -1,6 +1,7 @@
 """Runs: one migration of all tenants' databases."""
 
 from .catch_up import CatchUpReport
+from .checks import WaveReport
 from .migrator import FleetMigrator
 from .records import ProcessRecord, RunRecord, TenantRecord
 from .report import FleetReport, Progress, TenantOutcome
@@ -21,5 +22,6 @@ __all__ = [
     "TenantRecord",
     "TenantRevision",
     "Wave",
+    "WaveReport",
     "Waves",
 ]

@@ -155,6 +155,10 @@ _OUTCOMES = text(
     "count(*) FILTER (WHERE state = 'skipped' AND NOT detail ? 'gone') AS skipped, count(*) AS total "
     "FROM tenancy.migration_run_tenants WHERE run = :run"
 )
+_PAUSE_BEFORE = text(
+    "UPDATE tenancy.migration_runs SET wave = :wave WHERE id = :run AND gate = :me AND state = 'running' RETURNING id"
+)
+_FAILED = text("SELECT count(*) FROM tenancy.migration_run_tenants WHERE run = :run AND state = 'failed'")
 _LEAVE = text(
     "UPDATE tenancy.migration_run_processes SET left_at = clock_timestamp() WHERE run = :run AND id = :me "
     "AND left_at IS NULL"
@@ -252,6 +256,7 @@ class RunClaims:
         concurrency: int,
         per_server: int,
         stop_on_failure: bool = False,
+        max_failures: int | None = None,
         count: bool = False,
         known: Sequence[UUID] | None = None,
     ) -> Turn:
@@ -265,6 +270,7 @@ class RunClaims:
             concurrency: How many this process migrates at once.
             per_server: How many all processes migrate at once on one server.
             stop_on_failure: End the run where one of ``finished`` has failed.
+            max_failures: End the run where so many of its tenants have failed, one of ``finished`` among them.
             count: Count what is pending if nothing can be claimed, and take the gate where nothing is.
             known: All that this process has claimed, where it did not learn how its last turn ended.
 
@@ -284,8 +290,11 @@ class RunClaims:
                 await connection.execute(_MARK_STARTED, {**self._names, "ids": list(started)})
             state: RunState = run.state
             reason: str | None = run.reason
-            if stop_on_failure and state == "running" and any(one.state == "failed" for one in finished):
-                state, reason = "failed", "stopped at the first failure"
+            stop = None
+            if state == "running" and any(one.state == "failed" for one in finished):
+                stop = await self._reason_to_stop(connection, stop_on_failure, max_failures)
+            if stop is not None:
+                state, reason = "failed", stop
                 await connection.execute(_SKIP_REST, self._names)
                 await set_state(connection, self.run, state, reason)
             slots = _share(wanted, others, concurrency, per_server)
@@ -307,6 +316,16 @@ class RunClaims:
             pending=pending,
             lost=lost,
         )
+
+    async def _reason_to_stop(
+        self, connection: AsyncConnection, stop_on_failure: bool, max_failures: int | None
+    ) -> str | None:
+        if stop_on_failure:
+            return "stopped at the first failure"
+        if max_failures is None:
+            return None
+        failed = int(await connection.scalar(_FAILED, {"run": self.run}) or 0)
+        return f"stopped after {failed} failures" if failed >= max_failures else None
 
     async def _others(self, connection: AsyncConnection) -> list[Mapping[str, int]]:
         """Return what the other processes hold, once the claims of lost ones are released."""
@@ -358,6 +377,20 @@ class RunClaims:
         """Let the processes claim the tenants of ``wave``; False if this process does not have the gate any more."""
         async with self._control.connect() as connection:
             return await connection.scalar(_OPEN_WAVE, {**self._names, "wave": wave}) is not None
+
+    async def pause_before(self, wave: int, reason: str, *, actor: Actor = SYSTEM) -> RunState | None:
+        """Pause the run between two waves; ``wave`` begins when it is resumed.
+
+        Returns the state; None if this process does not have the gate any more.
+        """
+        async with self._control.transaction() as connection:
+            await lock_run(connection, self.run)
+            if await connection.scalar(_PAUSE_BEFORE, {**self._names, "wave": wave}) is None:
+                return None
+            await set_state(connection, self.run, "paused", reason)
+            detail = {"run": self.run, "state": "paused", "reason": reason}
+            await insert_entry(connection, action="migration.pause", actor=actor, detail=detail)
+        return "paused"
 
     async def add_missing(self, wave: int) -> int:
         """Add the tenants that were created since the run was started; return how many."""

@@ -60,20 +60,28 @@ class RunCommands:
         run: int,
         *,
         concurrency: int | None = None,
+        skip_checks: bool = False,
         x: Sequence[str] = (),
         progress: Progress | None = None,
         actor: Actor = SYSTEM,
     ) -> FleetReport:
         """Go on with a run that was interrupted, cancelled or paused: with the tenants that were not migrated.
 
-        Those that have failed stay so; ``retry`` is for them. The arguments are those of ``join``.
+        Those that have failed stay so; ``retry`` is for them. The arguments are those of ``join``. With ``skip_checks``
+        the next wave begins, whatever the checks after the one that runs now say.
 
         Raises:
             TenancyError: as ``join``.
         """
         refuse_while_bound("migrating tenants")
         return await self._recorded.reopen(
-            run, self._maker(x), concurrency=_checked(concurrency), x=x, progress=progress, actor=actor
+            run,
+            self._maker(x),
+            skip_checks=skip_checks,
+            concurrency=_checked(concurrency),
+            x=x,
+            progress=progress,
+            actor=actor,
         )
 
     async def retry(

@@ -27,7 +27,7 @@ from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
 from .busy import Order
-from .commands import RunCommands, check_concurrency
+from .commands import check_concurrency
 from .compatibility import load_compatibility
 from .extensions import ExtensionWork
 from .recorded import RunOptions
@@ -37,12 +37,12 @@ from .run import RunWork
 from .served import CompatibilityReport, compatibility_report, with_declaration
 from .single import bring
 from .status import TenantRevision
+from .steering import DEFAULT_CONCURRENCY, Steering
+from .waves import Waves
 from .work import MigrationWork
 
-DEFAULT_CONCURRENCY = 8
 
-
-class FleetMigrator(RunCommands):
+class FleetMigrator(Steering):
     """Upgrades, downgrades, stamps and inspects the schemas of all tenants (``tenancy.migrations``).
 
     Only operators may do this: while a tenant is bound, everything here raises ``CrossTenantError``.
@@ -74,6 +74,8 @@ class FleetMigrator(RunCommands):
         server_concurrency: int | None = None,
         join: bool = False,
         order: Order = "created",
+        waves: Waves | None = None,
+        max_failures: int | None = None,
         actor: Actor = SYSTEM,
     ) -> FleetReport:
         """Upgrade tenants to ``revision``.
@@ -98,6 +100,8 @@ class FleetMigrator(RunCommands):
                 none.
             order: Which come first: "created", in the order of their creation; or "busiest", those with connections,
                 then by their number of transactions.
+            waves: Which tenants go first, and what must hold before the others follow.
+            max_failures: Start no other tenant after so many failures.
             actor: Who does this, for the records.
 
         Raises:
@@ -116,6 +120,8 @@ class FleetMigrator(RunCommands):
             concurrency=concurrency,
             server_concurrency=server_concurrency,
             stop_on_failure=stop_on_failure,
+            max_failures=max_failures,
+            waves=waves,
             x=x,
             order=order,
         )
@@ -161,13 +167,20 @@ class FleetMigrator(RunCommands):
         progress: Progress | None = None,
         x: Sequence[str] = (),
         server_concurrency: int | None = None,
+        waves: Waves | None = None,
+        max_failures: int | None = None,
         actor: Actor = SYSTEM,
     ) -> FleetReport:
         """Downgrade tenants to ``revision`` (``base``, a revision, or relative: ``-1``); otherwise as ``upgrade``."""
         refuse_while_bound("migrating tenants")
         plan = Plan.of(await self.environment(x), "downgrade", revision)
         options = RunOptions(
-            concurrency=concurrency, server_concurrency=server_concurrency, stop_on_failure=stop_on_failure, x=x
+            concurrency=concurrency,
+            server_concurrency=server_concurrency,
+            stop_on_failure=stop_on_failure,
+            max_failures=max_failures,
+            waves=waves,
+            x=x,
         )
         return await self.execute(plan, tenants, options=options, progress=progress, actor=actor)
 
@@ -348,6 +361,8 @@ class FleetMigrator(RunCommands):
         if record.command == "extensions":
             return ExtensionWork(self.services, self._connections)
         local.install()
+        if record.command == "undo":
+            return await self._undo_work(record, x)
         given = record.plan
         plan = Plan.of(await self.environment(x), record.command, given["revision"], purge=given["purge"])
         return MigrationWork(

@@ -48,6 +48,7 @@ class Participation:
         concurrency: How many tenants this process migrates at once.
         per_server: How many all processes migrate at once on one server.
         stop_on_failure: Whether the run ends at the first failure.
+        max_failures: The run ends at so many failures.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Participation:
         concurrency: int,
         per_server: int,
         stop_on_failure: bool,
+        max_failures: int | None = None,
     ) -> None:
         self._claims = claims
         self._prepare = prepare
@@ -68,6 +70,8 @@ class Participation:
         self._concurrency = concurrency
         self._per_server = per_server
         self._stop_on_failure = stop_on_failure
+        self._max_failures = max_failures
+        self._failures = 0  # here; others may have more
         self._queue: dict[str, deque[Claimed]] = {}  # claimed, and not begun, by server
         self._slots: dict[str, int] = {}
         self._busy: Counter[str] = Counter()
@@ -166,7 +170,9 @@ class Participation:
                 self._oldest = time.monotonic()
             self._finished.append(finished)
             self._done[claimed.server] += 1
-            if self._stop_on_failure and finished.state == "failed":
+            self._failures += finished.state == "failed"
+            most = 1 if self._stop_on_failure else self._max_failures
+            if most is not None and self._failures >= most:
                 self._stopped = True
         except Exception as exc:  # noqa: BLE001 - a mistake in the code ends the run
             self._failure = exc
@@ -303,6 +309,7 @@ class Participation:
             concurrency=self._concurrency,
             per_server=self._per_server,
             stop_on_failure=self._stop_on_failure,
+            max_failures=self._max_failures,
             count=idle and claiming,
             known=self._known() if self._failing_since is not None else None,
         )

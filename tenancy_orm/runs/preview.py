@@ -88,7 +88,11 @@ def preview(plan: Plan, tenants: Sequence[Tenant], waves: Waves, *, sql: bool = 
         command=plan.command,
         target=plan.target,
         waves=tuple(preview_waves(tenants, waves)),
-        starts=tuple(preview_start(plan, start, slugs, sql=sql) for start, slugs in starts.items()),
+        starts=tuple(
+            # a revision may look at its tenant
+            preview_start(plan, start, slugs, sql=sql, tenant=tenants[0] if len(tenants) == 1 else None)
+            for start, slugs in starts.items()
+        ),
     )
 
 
@@ -101,20 +105,22 @@ def preview_waves(tenants: Sequence[Tenant], waves: Waves) -> list[WavePreview]:
         WavePreview(
             name=wave.name,
             tenants=tuple(tenant.slug for tenant in members[number]),
-            servers=Counter(placement_of(tenant).server for tenant in members[number]),
+            servers=dict(Counter(placement_of(tenant).server for tenant in members[number])),
             gate=wave.gate() if number < waves.last or wave.has_checks else None,
         )
         for number, wave in enumerate(waves.waves)
     ]
 
 
-def preview_start(plan: Plan, revision: str | None, slugs: Sequence[str], *, sql: bool = False) -> StartPreview:
-    """Return what ``plan`` would do with the tenants that are at ``revision``."""
+def preview_start(
+    plan: Plan, revision: str | None, slugs: Sequence[str], *, sql: bool = False, tenant: Tenant | None = None
+) -> StartPreview:
+    """Return what ``plan`` would do with the tenants that are at ``revision``; ``tenant`` is for SQL."""
     heads, rendered = heads_of(revision), None
     try:
         path = plan.path_from(heads)
         if sql:
-            rendered = sql_text(render(plan, heads))
+            rendered = sql_text(render(plan, heads, tenant=tenant))
     except MigrationError as exc:
         return StartPreview(
             revision=revision, target=None, tenants=tuple(slugs), revisions=(), error=str(exc), sql=rendered

@@ -8,19 +8,23 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final
+from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..config import TenancyConfig
 from ..errors import RunMismatchError, RunStateError
 from ..jobs import Claimant
 from ..migrations.connections import placement_of
+from ..migrations.logs import logger
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import TenantRef
 from .busy import Order, busiest_first, check_order
+from .checks import seal_checks
 from .records import NewRun, NewTenant, RunRecord, RunRecords
 from .report import FleetReport, Progress
 from .run import Run, RunWork
+from .waves import Waves
 
 _CODE_VERSIONS: Final = ("GITHUB_SHA", "CI_COMMIT_SHA", "GIT_COMMIT", "BUILD_SOURCEVERSION", "SOURCE_VERSION")
 """Variables of CI systems that hold the commit that is deployed."""
@@ -33,6 +37,8 @@ class RunOptions:
     concurrency: int
     server_concurrency: int | None = None
     stop_on_failure: bool = False
+    max_failures: int | None = None
+    waves: Waves | None = None
     x: Sequence[str] = ()
     order: Order = "created"
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -44,6 +50,8 @@ class RunOptions:
             "concurrency": self.concurrency,
             "server_concurrency": self.server_concurrency or self.concurrency,
             "stop_on_failure": self.stop_on_failure,
+            "max_failures": self.max_failures,
+            **({} if self.waves is None else self.waves.as_json()),
             "x": [argument.partition("=")[0] for argument in self.x],
             "order": self.order,
             **self.more,
@@ -71,6 +79,8 @@ class RecordedRuns:
         command: str,
         target: str,
         join: bool = False,
+        undoes: int | None = None,
+        targets: Mapping[UUID, str] | None = None,
         progress: Progress | None = None,
         actor: Actor = SYSTEM,
     ) -> FleetReport:
@@ -83,6 +93,8 @@ class RecordedRuns:
             command: What it does, as it is recorded.
             target: Where it leads.
             join: Take part in a run of the same that is running, if there is one.
+            undoes: The run that this one undoes.
+            targets: The revision that each tenant is brought to, where each has its own.
             progress: Called as it proceeds.
             actor: Who starts it.
         """
@@ -90,15 +102,32 @@ class RecordedRuns:
         chosen = await self._selection.choose(tenants)
         if options.order == "busiest":
             chosen = await busiest_first(chosen, self._services)
+        waves = options.waves or Waves()
+        waves.check(tiers=self._services.config.tiers, servers=tuple(self._services.servers))
+        plan = options.as_plan(everyone=tenants is None)
+        if seal := seal_checks(self._services.keyring, waves):
+            plan["seal"] = seal
         new = NewRun(
             command=command,
             target=target,
-            plan=options.as_plan(everyone=tenants is None),
+            plan=plan,
             fingerprint=await self._fingerprint(command, options.x),
             actor=actor,
             code_version=code_version(self._services.config),
+            undoes=undoes,
         )
-        rows = [NewTenant(tenant_id=tenant.id, server=placement_of(tenant).server) for tenant in chosen]
+        numbers = waves.assign(chosen)
+        for number in sorted(set(range(waves.last)) - set(numbers)):
+            logger.warning("wave %d (%s) has no tenants", number + 1, waves[number].name)
+        rows = [
+            NewTenant(
+                tenant_id=tenant.id,
+                server=placement_of(tenant).server,
+                wave=wave,
+                target=None if targets is None else targets[tenant.id],
+            )
+            for tenant, wave in zip(chosen, numbers, strict=True)
+        ]
         claimant = Claimant()
         run = await self.records.create(new, rows, claimant, join=join)
         return await self._run(run, claimant, work, None, progress, actor)
@@ -131,6 +160,7 @@ class RecordedRuns:
         make: Callable[[RunRecord], Awaitable[RunWork]],
         *,
         retry: bool = False,
+        skip_checks: bool = False,
         concurrency: int | None = None,
         x: Sequence[str] = (),
         progress: Progress | None = None,
@@ -147,7 +177,7 @@ class RecordedRuns:
             raise RunStateError(run, "running", "retried")
         work = await make(record)
         claimant = Claimant()
-        await self.records.reopen(run, claimant, retry=retry, actor=actor)
+        await self.records.reopen(run, claimant, retry=retry, skip_checks=skip_checks, actor=actor)
         return await self._run(run, claimant, work, concurrency, progress, actor)
 
     async def _run(
@@ -164,6 +194,7 @@ class RecordedRuns:
             run,
             claimant,
             work,
+            keyring=self._services.keyring,
             concurrency=concurrency,
             progress=progress,
             actor=actor,

@@ -203,6 +203,9 @@ _WAIT_AGAIN = text(
     "AND n.status NOT IN ('provisioning', 'purged') AND n.purge_started_at IS NULL"
 )
 _ANY_LIVE = text(f"SELECT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = :run AND {_LIVE})")  # noqa: S608 - a constant
+_SKIP_CHECKS = text(
+    "UPDATE tenancy.migration_runs SET plan = plan || jsonb_build_object('skip_checks', wave) WHERE id = :run"
+)
 _PRUNE = text(
     "DELETE FROM tenancy.migration_runs r WHERE r.created_at < clock_timestamp() - make_interval(secs => :seconds) "
     "AND NOT EXISTS (SELECT FROM tenancy.migration_runs u WHERE u.undoes = r.id "
@@ -320,13 +323,31 @@ class RunRecords:
             await insert_entry(connection, action="migration.cancel", actor=actor, detail={"run": run})
         return await self.get(run)
 
-    async def reopen(self, run: int, claimant: Claimant, *, retry: bool = False, actor: Actor = SYSTEM) -> None:
+    async def pause(self, run: int, *, actor: Actor = SYSTEM) -> RunRecord:
+        """Let every process finish the tenants that it is migrating, and claim no others until the run is resumed.
+
+        Raises:
+            RunNotFoundError: there is none of that number.
+            RunStateError: it is not running.
+        """
+        async with self.control.transaction() as connection:
+            found = await lock_run(connection, run)
+            if found.state != "running":
+                raise RunStateError(run, found.state, "paused")
+            await set_state(connection, run, "paused", f"paused by {actor.id or actor.kind}")
+            await insert_entry(connection, action="migration.pause", actor=actor, detail={"run": run})
+        return await self.get(run)
+
+    async def reopen(
+        self, run: int, claimant: Claimant, *, retry: bool = False, skip_checks: bool = False, actor: Actor = SYSTEM
+    ) -> None:
         """Let a run go on, in which ``claimant`` takes part.
 
         Args:
             run: Its number.
             claimant: The process that goes on with it.
             retry: Try its failed tenants again, and no others; without it, go on with those that were not started.
+            skip_checks: Begin the next wave, whatever the checks of the one that runs now say.
             actor: Who does this.
 
         Raises:
@@ -343,10 +364,15 @@ class RunRecords:
                 await connection.execute(_WAIT_AGAIN, {"run": run, "states": states})
                 await set_state(connection, run, "running", None)
             elif found.state == "paused":
+                if retry:
+                    await connection.execute(_WAIT_AGAIN, {"run": run, "states": ["failed"]})
                 await set_state(connection, run, "running", None)
+            if skip_checks:
+                await connection.execute(_SKIP_CHECKS, {"run": run})
             await add_process(connection, run, claimant)
             action = "migration.retry" if retry else "migration.resume"
-            await insert_entry(connection, action=action, actor=actor, detail={"run": run})
+            detail = {"run": run, **({"skip_checks": True} if skip_checks else {})}
+            await insert_entry(connection, action=action, actor=actor, detail=detail)
 
     async def join(self, run: int, claimant: Claimant) -> None:
         """Add ``claimant`` to the processes of a run.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from ..errors import FleetMigrationError, counted
+from ..errors import FleetMigrationError, MigrationError, counted
 from ..migrations.selection import NO_TENANTS
 
 
@@ -41,7 +41,8 @@ class FleetReport:
     """The results for all tenants, in order of their creation.
 
     ``skipped`` has the slugs of those that were not started. ``run`` is the number of the recorded run, ``state`` how
-    that ended: "done", "failed", "cancelled", "paused".
+    that ended: "done", "failed", "cancelled", "paused"; ``reason`` says why.
+    ``is_planned`` is whether its waves asked for the pause.
     """
 
     command: str
@@ -51,6 +52,8 @@ class FleetReport:
     skipped: tuple[str, ...] = ()
     run: int | None = None
     state: str = "done"
+    reason: str | None = None
+    is_planned: bool = False
 
     @property
     def failures(self) -> tuple[TenantOutcome, ...]:
@@ -69,15 +72,18 @@ class FleetReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every tenant is at the target."""
-        return not self.failures and not self.skipped
+        """Whether every tenant is at the target, and the run has ended."""
+        return not self.failures and not self.skipped and self.state != "paused"
 
     def raise_for_failures(self) -> None:
         """Raise if any tenant failed or was skipped.
 
         Raises:
             FleetMigrationError: it has the reason for each of them.
+            MigrationError: all tenants are at the target, and a check after the last wave did not hold.
         """
+        if self.state == "paused" and not self.reasons:
+            raise MigrationError(f"run {self.run} is paused: {self.reason}")
         if not self.ok:
             raise FleetMigrationError(self.reasons, total=self.total)
 

@@ -13,8 +13,10 @@ from ..events import EventBus, MigrationRunEnded, MigrationRunStarted
 from ..jobs import Claimant
 from ..migrations.failures import describe
 from ..migrations.logs import logger, warning_once
+from ..secrets.keyring import Keyring
 from ..tenant import Tenant
 from .claims import GIVEN_UP, Claimed, Finished, RunClaims
+from .gate import PLANNED, WaveGate
 from .participation import CONTROL_FAILURES, PATIENCE_SECONDS, Participation
 from .records import RunRecord, RunRecords, RunState, TenantRecord
 from .report import FleetReport, Progress, TenantOutcome
@@ -66,6 +68,7 @@ class Run:
         run: Its number.
         claimant: This process, which takes part already.
         work: What it does.
+        keyring: Opens the seal of the checks between waves.
         concurrency: How many tenants this process migrates at once; as many as the one that started it where None.
         progress: Called as the run proceeds.
         actor: Who works here.
@@ -80,6 +83,7 @@ class Run:
         claimant: Claimant,
         work: RunWork,
         *,
+        keyring: Keyring,
         concurrency: int | None = None,
         progress: Progress | None = None,
         actor: Actor = SYSTEM,
@@ -90,6 +94,7 @@ class Run:
         self._events = events
         self._run = run
         self._work = work
+        self._keyring = keyring
         self._concurrency = concurrency
         self._progress = progress
         self._actor = actor
@@ -132,6 +137,7 @@ class Run:
             concurrency=concurrency,
             per_server=int(plan["server_concurrency"]),
             stop_on_failure=bool(plan["stop_on_failure"]),
+            max_failures=plan.get("max_failures"),
         )
         try:
             await part.run()
@@ -176,11 +182,19 @@ class Run:
         await self._claims.open_wave(0)
 
     async def _wave_ended(self, record: RunRecord) -> RunState | None:
-        """Open the wave after the one that has ended."""
-        await self._claims.open_wave(record.wave + 1)
-        return None
+        """Open the wave after the one that has ended, or pause the run."""
+        return await self._wave_gate(record).pass_on()
+
+    def _wave_gate(self, record: RunRecord) -> WaveGate:
+        return WaveGate(self._records.control, self._keyring, self._claims, record)
 
     async def _end(self, record: RunRecord) -> RunState | None:
+        gate = self._wave_gate(record)
+        reason = await gate.check_last()
+        if not await gate.is_ours():
+            return None
+        if reason is not None:
+            return await self._claims.end("paused", reason, actor=self._actor)
         if not record.tenants["failed"] and not record.tenants["skipped"]:
             await self._work.close(record, lambda: self._records.tenants(self._run))
         return await self._claims.end(actor=self._actor)
@@ -248,6 +262,8 @@ def report_of(record: RunRecord, tenants: Iterable[TenantRecord], seconds: float
         skipped=tuple(one.slug for one in known if one.state not in ("done", "failed")),
         run=record.id,
         state=record.state,
+        reason=record.reason,
+        is_planned=record.state == "paused" and (record.reason or "").endswith(PLANNED),
     )
 
 

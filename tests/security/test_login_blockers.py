@@ -108,6 +108,7 @@ async def test_a_tenant_does_not_block_the_migration_of_others(arena: Arena) -> 
     services = FleetServices(
         config=workshop.config,
         control=workshop.control,
+        keyring=workshop.keyring,
         registry=workshop.registry,
         servers=workshop.servers,
         names=workshop.names,

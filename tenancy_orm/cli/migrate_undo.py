@@ -1,0 +1,99 @@
+"""``tenancy migrate undo`` and ``pause``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import counted
+from ..runs import FleetReport, Progress
+from ..runs.undo import UndoPlan
+from ..tenancy import Tenancy
+from .migrate import Concurrency, Only, Stop, app
+from .migrate_progress import run_shown
+from .migrate_waves import DryRun, GivenWaves, MaxFailures, PlanOption, SeedOption, WaveOption
+from .output import console, print_json, print_table
+from .runtime import EXIT_FAILED, Json, operator, run
+
+RunArgument = Annotated[int, typer.Argument(metavar="RUN", help="The run's number.")]
+
+
+@app.command()
+def undo(
+    number: RunArgument,
+    tenant: Only = None,
+    include_new: Annotated[
+        bool, typer.Option("--include-new", help="Also bring back tenants that were created since.")
+    ] = False,
+    new_revision: Annotated[
+        str | None, typer.Option("--new-revision", help="Where those go, if the others had different revisions.")
+    ] = None,
+    stamp_irreversible: Annotated[
+        bool,
+        typer.Option(
+            "--stamp-irreversible", help="Take revisions without a downgrade out of the version table, and run nothing."
+        ),
+    ] = False,
+    leave_moved: Annotated[
+        bool, typer.Option("--leave-moved", help="Leave tenants as they are that later runs have moved on.")
+    ] = False,
+    concurrency: Concurrency = 8,
+    stop_on_failure: Stop = False,
+    wave: WaveOption = None,
+    plan: PlanOption = None,
+    wave_seed: SeedOption = None,
+    max_failures: MaxFailures = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Bring every tenant back to the revision that it had before a run."""
+    given = GivenWaves.of(wave, plan, wave_seed, max_failures, concurrency)
+    which: dict[str, Any] = {"tenants": tenant, "include_new": include_new, "new_revision": new_revision}
+    if dry_run:
+        _show(run(lambda tenancy: tenancy.migrations.plan_undo(number, **which)), as_json=as_json)
+        return
+
+    async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        return await tenancy.migrations.undo(
+            number,
+            **which,
+            stamp_irreversible=stamp_irreversible,
+            leave_moved=leave_moved,
+            concurrency=given.concurrency,
+            stop_on_failure=stop_on_failure,
+            waves=given.waves,
+            max_failures=given.max_failures,
+            progress=progress,
+            actor=operator(),
+        )
+
+    run_shown(command, as_json=as_json)
+
+
+@app.command()
+def pause(number: RunArgument, as_json: Json = False) -> None:
+    """Pause a run: tenants that are being migrated are finished, and no others begun until it is resumed."""
+    found = run(lambda tenancy: tenancy.migrations.pause(number, actor=operator()))
+    if as_json:
+        print_json({"run": found.id, "state": found.state})
+    else:
+        console.print(f"run {number} is paused; go on with: tenancy migrate resume {number}")
+
+
+def _show(plan: UndoPlan, *, as_json: bool) -> None:
+    if as_json:
+        print_json(plan)
+    else:
+        console.print(f"undo run {plan.run}: {counted(len(plan.tenants))} go back, nothing is changed", highlight=False)
+        rows = [(one.slug, one.server, one.revision or "base", one.target or "base", one.error) for one in plan.tenants]
+        print_table("go back", ("tenant", "server", "from", "to", "error"), rows)
+        for title, names in (("stay as they are", plan.untouched), ("were created since, and stay", plan.new)):
+            if names:
+                console.print(f"{title}: {', '.join(names)}", markup=False)
+        if plan.moved:
+            print_table("not certain", ("tenant", "reason"), plan.moved.items())
+        if plan.irreversible:
+            print_table("cannot go back", ("revision", "reason"), plan.irreversible.items())
+    if not plan.ok:
+        raise typer.Exit(EXIT_FAILED)

@@ -1,0 +1,148 @@
+"""Options of ``tenancy migrate`` that say in which order tenants are migrated, and what would be done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import click
+import typer
+from click.core import ParameterSource
+
+from ..errors import counted
+from ..runs.preview import Preview, RevisionPreview, StartPreview
+from ..runs.wave_texts import PlanFile, parse_waves, read_plan
+from ..runs.waves import Waves
+from .output import console, print_json, print_table, printable
+from .runtime import EXIT_FAILED, exit_on_error, fail, run
+
+WaveOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--wave",
+        metavar="WAVE",
+        help="Tenants to migrate before the others, such as 'canary: tenant=acme,globex wait=10m', 5%, tier=free; "
+        "repeatable, in order.",
+    ),
+]
+PlanOption = Annotated[
+    str | None, typer.Option("--plan", metavar="FILE", help="The waves, and what is checked between them, as TOML.")
+]
+SeedOption = Annotated[
+    str | None, typer.Option("--wave-seed", metavar="TEXT", help="Let percentages choose other tenants than usual.")
+]
+MaxFailures = Annotated[
+    int | None, typer.Option("--max-failures", min=1, help="Start no further tenant once so many have failed.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
+Sql = Annotated[bool, typer.Option("--sql", help="Print the SQL that would be executed, and do nothing.")]
+
+
+@dataclass(frozen=True, slots=True)
+class GivenWaves:
+    """What was given on the command line."""
+
+    waves: Waves | None
+    max_failures: int | None
+    concurrency: int
+
+    @classmethod
+    def of(
+        cls, wave: Sequence[str] | None, plan: str | None, seed: str | None, max_failures: int | None, concurrency: int
+    ) -> GivenWaves:
+        """Read the options; what cannot be meant exits with an error. They win over the file of ``--plan``."""
+        if wave and plan:
+            fail("give the waves by --wave or by --plan, not by both", kind="ConfigurationError")
+
+        def read() -> PlanFile:
+            if plan:
+                return read_plan(plan)
+            return PlanFile(parse_waves(wave or (), seed=seed or ""))
+
+        found = exit_on_error(read)
+        waves = found.waves if seed is None else Waves(found.waves.waves, seed)
+        return cls(
+            waves if wave or plan else None,
+            found.max_failures if max_failures is None else max_failures,
+            found.concurrency if found.concurrency and not _is_given("concurrency") else concurrency,
+        )
+
+
+def _is_given(option: str) -> bool:
+    source = click.get_current_context().get_parameter_source(option)
+    return source is not None and source is not ParameterSource.DEFAULT
+
+
+def look_ahead(
+    command: str, revision: str, tenants: Sequence[str] | None, given: GivenWaves, *, sql: bool, as_json: bool
+) -> None:
+    """Print what a run would do."""
+    _show_preview(
+        run(lambda tenancy: tenancy.migrations.preview(command, revision, tenants=tenants, waves=given.waves, sql=sql)),
+        sql=sql,
+        as_json=as_json,
+    )
+
+
+def _show_preview(preview: Preview, *, sql: bool, as_json: bool) -> None:
+    """Print what a run would do; exits with status 1 if there is no way to the target for some tenants."""
+    if as_json:
+        print_json(preview)
+    elif sql:
+        _print_sql(preview)
+    else:
+        _print_plan(preview)
+    if not preview.ok:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print_plan(preview: Preview) -> None:
+    console.print(f"{preview.command} {preview.target}: {counted(preview.total)}, nothing is changed", highlight=False)
+    rows = [
+        (
+            number,
+            wave.name,
+            len(wave.tenants),
+            ", ".join(f"{name} {count}" for name, count in wave.servers.items()),
+            ", ".join(wave.tenants[:5]) + (", ..." if len(wave.tenants) > 5 else ""),
+            wave.gate,
+        )
+        for number, wave in enumerate(preview.waves, 1)
+    ]
+    print_table("waves", ("wave", "name", "tenants", "servers", "who", "then"), rows)
+    print_table(
+        "revisions",
+        ("from", "tenants", "to", "runs"),
+        [(start.revision or "base", len(start.tenants), _target(start), _runs(start)) for start in preview.starts],
+    )
+
+
+def _target(start: StartPreview) -> str | None:
+    return None if start.error else start.target or "base"
+
+
+def _runs(start: StartPreview) -> str:
+    if start.error:
+        return f"cannot: {start.error}"
+    return "; ".join(map(_step, start.revisions)) or "nothing to do"
+
+
+def _step(step: RevisionPreview) -> str:
+    if step.up is None:
+        return step.doc or "stamp"
+    return f"{'up' if step.up else 'down'} {step.revision}" + (f" {step.doc}" if step.doc else "")
+
+
+def _print_sql(preview: Preview) -> None:
+    """Print a script for each revision that tenants start from: they are at different ones after a failed run."""
+    for start in preview.starts:
+        names = ", ".join(start.tenants[:5]) + (", ..." if len(start.tenants) > 5 else "")
+        print(printable(f"-- {counted(len(start.tenants))} at {start.revision or 'base'}: {names}"))
+        if start.error:
+            print(printable(f"-- cannot: {start.error}"))
+        # as it is: it may be piped into psql
+        print(start.sql or "-- nothing to do\n")
+
+
+__all__ = ["DryRun", "GivenWaves", "MaxFailures", "PlanOption", "SeedOption", "Sql", "WaveOption", "look_ahead"]

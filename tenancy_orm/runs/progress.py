@@ -1,0 +1,195 @@
+"""The progress of a run, read from its records: whichever machine asks sees all of the run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from sqlalchemy import text
+
+from ..control.database import ControlDatabase
+from ..errors import RunNotFoundError
+from .waves import Waves
+
+WINDOW_SECONDS = 30.0
+"""The rate is that of so many seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerProgress:
+    """How far a run is on one server: numbers of tenants. ``done`` is without those that failed."""
+
+    server: str
+    total: int
+    done: int
+    failed: int
+    skipped: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunProgress:
+    """How far a run is.
+
+    ``wave`` counts from 1, ``wave_name`` is its name. ``rate`` is tenants a second, of the last ``WINDOW_SECONDS``;
+    ``remaining_seconds`` is for all that are left at this rate, without what waits between waves, None while the rate
+    is 0.
+    """
+
+    run: int
+    command: str
+    target: str
+    state: str
+    reason: str | None
+    wave: int
+    waves: int
+    wave_name: str
+    rate: float
+    seconds: float
+    servers: tuple[ServerProgress, ...]
+
+    @property
+    def total(self) -> int:
+        """How many tenants the run is for."""
+        return sum(server.total for server in self.servers)
+
+    @property
+    def done(self) -> int:
+        """How many were migrated, or were at the target already."""
+        return sum(server.done for server in self.servers)
+
+    @property
+    def failed(self) -> int:
+        """How many failed."""
+        return sum(server.failed for server in self.servers)
+
+    @property
+    def running(self) -> int:
+        """How many are being migrated."""
+        return sum(server.running for server in self.servers)
+
+    @property
+    def left(self) -> int:
+        """How many are not at an end."""
+        return self.total - self.done - self.failed - sum(server.skipped for server in self.servers)
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """How long the rest takes at this rate."""
+        if not self.left:
+            return 0.0
+        return self.left / self.rate if self.rate else None
+
+    def line(self) -> str:
+        """Return one line for a log."""
+        parts = [f"{self.done + self.failed} of {self.total} done", f"{self.failed} failed", f"{self.running} running"]
+        parts.append(f"{self.rate:.1f}/s")
+        if self.remaining_seconds is not None and self.state == "running":
+            parts.append(f"{duration_text(self.remaining_seconds)} left")
+        wave = f", wave {self.wave} of {self.waves} ({self.wave_name})" if self.waves > 1 else ""
+        state = "" if self.state == "running" else f" {self.state}"
+        found = f"run {self.run}{state}, {self.command} {self.target}{wave}: {', '.join(parts)}"
+        if len(self.servers) > 1:
+            found += "; " + ", ".join(
+                f"{one.server} {one.done + one.failed}/{one.total}" + (f" ({one.failed} failed)" if one.failed else "")
+                for one in self.servers
+            )
+        return found
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time in the two largest units: ``1 h 5 min``, ``12 s``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3_600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3_600} h {whole % 3_600 // 60} min"
+
+
+_READ = text("""
+SELECT r.id, r.command, r.target, r.state, r.reason, r.wave, r.plan,
+    extract(epoch FROM coalesce(r.ended_at, clock_timestamp()) - r.created_at) AS seconds,
+    t.server, t.total, t.done, t.failed, t.skipped, t.running, t.recent,
+    extract(epoch FROM clock_timestamp() - t.first) AS since
+FROM tenancy.migration_runs r LEFT JOIN LATERAL (
+    SELECT server, count(*) AS total,
+        count(*) FILTER (WHERE state = 'done') AS done,
+        count(*) FILTER (WHERE state = 'failed') AS failed,
+        count(*) FILTER (WHERE state = 'skipped') AS skipped,
+        count(*) FILTER (WHERE state = 'running') AS running,
+        count(*) FILTER (
+            WHERE state IN ('done', 'failed') AND ended_at > clock_timestamp() - make_interval(secs => :window)
+        ) AS recent,
+        min(started_at) FILTER (
+            WHERE ended_at IS NULL OR ended_at > clock_timestamp() - make_interval(secs => :window)
+        ) AS first
+    FROM tenancy.migration_run_tenants WHERE run = r.id GROUP BY server
+) t ON true
+WHERE r.id = :run ORDER BY t.server
+""")
+
+
+class ProgressReader:
+    """Reads how far runs are.
+
+    Args:
+        control: The control database.
+    """
+
+    def __init__(self, control: ControlDatabase) -> None:
+        self._control = control
+
+    async def read(self, run: int) -> RunProgress:
+        """Return how far a run is.
+
+        Raises:
+            RunNotFoundError: there is none of that number.
+            ControlUnavailableError: the control database does not answer.
+        """
+        async with self._control.connect() as connection:
+            rows = (await connection.execute(_READ, {"run": run, "window": WINDOW_SECONDS})).all()
+        if not rows:
+            raise RunNotFoundError(run)
+        head, waves = rows[0], Waves.from_json(rows[0].plan)
+        number = min(max(head.wave, 0), waves.last)
+        found = [row for row in rows if row.server is not None]
+        recent = sum(row.recent for row in found)
+        since = max((float(row.since) for row in found if row.since is not None), default=0.0)
+        return RunProgress(
+            run=head.id,
+            command=head.command,
+            target=head.target,
+            state=head.state,
+            reason=head.reason,
+            wave=number + 1,
+            waves=len(waves),
+            wave_name=waves[number].name,
+            # of a run that began less than a window ago
+            rate=recent / max(1.0, min(WINDOW_SECONDS, since)),
+            seconds=float(head.seconds),
+            servers=tuple(
+                ServerProgress(
+                    server=row.server,
+                    total=row.total,
+                    done=row.done,
+                    failed=row.failed,
+                    skipped=row.skipped,
+                    running=row.running,
+                )
+                for row in found
+            ),
+        )
+
+    async def watch(self, run: int, *, every: float = 1.0) -> AsyncIterator[RunProgress]:
+        """Yield how far a run is, every so many seconds, until it does not run any more."""
+        while True:
+            progress = await self.read(run)
+            yield progress
+            if progress.state != "running":
+                return
+            await asyncio.sleep(every)
+
+
+__all__ = ["ProgressReader", "RunProgress", "ServerProgress", "duration_text"]

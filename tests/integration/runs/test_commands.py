@@ -1,0 +1,96 @@
+"""Waves, looking ahead, undo and progress from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cli.test_cli import Cli, cli
+from tests.support.projects import NOTES, Project
+
+__all__ = ["cli"]
+
+PLAN = """
+max_failures = 5
+
+[[wave]]
+name = "canary"
+tenant = "acme"
+command = "sh -c 'cat > report.json'"
+
+[[wave]]
+tier = "free"
+pause = true
+"""
+
+
+@pytest.fixture
+async def project(cli: Cli, tmp_path: Path) -> Project:
+    """Three tenants, and a revision that they do not have."""
+    await cli("init")
+    found = Project(tmp_path)
+    found.add("0001", NOTES, 'op.drop_table("notes")')
+    for slug, tier in (("acme", "pro"), ("globex", "free"), ("initech", "pro")):
+        assert (await cli("create", slug, "--tier", tier)).status == 0
+    found.add(
+        "0002", 'op.add_column("notes", sa.Column("title", sa.Text))', 'op.drop_column("notes", "title")', down="0001"
+    )
+    return found
+
+
+async def test_a_run_by_a_file(cli: Cli, project: Project, tmp_path: Path) -> None:
+    """Look ahead, migrate to the pause, go on, undo; each with its exit status, and progress in lines."""
+    (tmp_path / "waves.toml").write_text(PLAN)
+    ahead = await cli("migrate", "upgrade", "--plan", "waves.toml", "--dry-run")
+    assert (ahead.status, ahead.err) == (0, "")
+    lines = [line.split() for line in ahead.out.splitlines()]
+    assert lines[0][:6] == ["upgrade", "head:", "3", "tenants,", "nothing", "is"]
+    assert [line[:3] for line in lines[2:5]] == [["1", "canary", "1"], ["2", "tier=free", "1"], ["3", "rest", "1"]]
+    assert lines[6] == ["0001", "3", "0002", "up", "0002", "a", "change"]
+    sql = await cli("migrate", "upgrade", "--sql")
+    assert sql.out.startswith("-- 3 tenants at 0001: acme, globex, initech\nBEGIN;")
+    assert "ALTER TABLE notes ADD COLUMN title TEXT;" in sql.out
+    (json,) = (await cli("migrate", "downgrade", "base", "--sql", "--json")).json["starts"]
+    assert "DROP TABLE notes" in json["sql"]
+
+    paused = await cli("migrate", "upgrade", "--plan", "waves.toml")
+    assert paused.status == 3, paused.err
+    assert (
+        "run 1 is paused: paused before wave 3 (rest), as planned; go on with: tenancy migrate resume 1" in paused.err
+    )
+    assert "upgrade head, wave 3 of 3 (rest): 2 of 3 done, 0 failed, 0 running" in paused.err
+    assert '"tenants": ["acme"]' in (tmp_path / "report.json").read_text()
+    resumed = await cli("migrate", "resume", "1")
+    assert (resumed.status, "3 migrated" in resumed.out) == (0, True), resumed.err
+
+    ahead = await cli("migrate", "undo", "1", "--dry-run")
+    assert (ahead.status, "undo run 1: 3 tenants go back, nothing is changed" in ahead.out) == (0, True)
+    undone = await cli("migrate", "undo", "1", "--wave", "tenant=globex pause", "--json")
+    assert (undone.status, undone.err, undone.json["state"]) == (3, "run 2\n", "paused")
+    assert (await cli("migrate", "resume", "2")).status == 0
+    status = await cli("migrate", "status", "--json")
+    assert {one["revision"] for one in status.json} == {"0001"}
+
+
+async def test_what_does_not_hold_is_said(cli: Cli, project: Project) -> None:
+    """A check that fails, words that cannot be meant, an undo that is refused."""
+    failed = await cli("migrate", "upgrade", "--wave", "canary: tenant=acme command=false")
+    assert failed.status == 1
+    assert "run 1 is paused: command 'false' exited with status 1" in failed.err
+    assert (await cli("migrate", "resume", "1", "--skip-checks")).status == 0
+    for arguments, message in (
+        (("--wave", "5%", "--plan", "waves.toml"), "by --wave or by --plan, not by both"),
+        (("--plan", "waves.toml"), "waves.toml"),
+        (("--wave", "everybody"), "'everybody' is not understood"),
+        (("--wave", "tenant=acmee"), "not a tenant of this run"),
+    ):
+        refused = await cli("migrate", "upgrade", *arguments)
+        assert (refused.status, message in refused.err) == (1, True), refused.err
+    path = project.migrations / "versions" / "0002.py"
+    path.write_text(path.read_text().replace('op.drop_column("notes", "title")', "pass"))
+    ahead = await cli("migrate", "undo", "1", "--dry-run")
+    assert (ahead.status, "its downgrade() does nothing" in ahead.out) == (1, True)
+    refused = await cli("migrate", "undo", "1", "--json")
+    assert (refused.status, "UndoRefusedError" in refused.err) == (1, True)
+    assert (await cli("migrate", "undo", "99")).status == 1
