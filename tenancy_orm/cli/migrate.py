@@ -14,7 +14,17 @@ from ..runs.busy import Order
 from ..tenancy import Tenancy
 from . import seed
 from .migrate_progress import run_shown
-from .migrate_waves import DryRun, GivenWaves, MaxFailures, PlanOption, SeedOption, Sql, WaveOption, look_ahead
+from .migrate_waves import (
+    DryRun,
+    GivenWaves,
+    MaxFailures,
+    PlannedConcurrency,
+    PlanOption,
+    SeedOption,
+    Sql,
+    WaveOption,
+    look_ahead,
+)
 from .output import console, print_json, print_table
 from .runtime import EXIT_FAILED, Json, operator, run
 
@@ -34,7 +44,7 @@ Stop = Annotated[bool, typer.Option("--stop-on-failure", help="Start no further 
 def upgrade(
     revision: Annotated[str, typer.Argument(help="An Alembic revision.")] = "head",
     tenant: Only = None,
-    concurrency: Concurrency = 8,
+    concurrency: PlannedConcurrency = None,
     server_concurrency: ServerConcurrency = None,
     join: Annotated[bool, typer.Option("--join", help="Take part in such an upgrade that is running.")] = False,
     stop_on_failure: Stop = False,
@@ -77,7 +87,7 @@ def upgrade(
 def downgrade(
     revision: Annotated[str, typer.Argument(help="An Alembic revision, or -1.")],
     tenant: Only = None,
-    concurrency: Concurrency = 8,
+    concurrency: PlannedConcurrency = None,
     stop_on_failure: Stop = False,
     wave: WaveOption = None,
     plan: PlanOption = None,

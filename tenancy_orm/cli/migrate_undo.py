@@ -10,9 +10,9 @@ from ..errors import counted
 from ..runs import FleetReport, Progress
 from ..runs.undo import UndoPlan
 from ..tenancy import Tenancy
-from .migrate import Concurrency, Only, Stop, app
+from .migrate import Only, Stop, app
 from .migrate_progress import run_shown
-from .migrate_waves import DryRun, GivenWaves, MaxFailures, PlanOption, SeedOption, WaveOption
+from .migrate_waves import DryRun, GivenWaves, MaxFailures, PlannedConcurrency, PlanOption, SeedOption, WaveOption
 from .output import console, print_json, print_table
 from .runtime import EXIT_FAILED, Json, operator, run
 
@@ -38,7 +38,7 @@ def undo(
     leave_moved: Annotated[
         bool, typer.Option("--leave-moved", help="Leave tenants as they are that later runs have moved on.")
     ] = False,
-    concurrency: Concurrency = 8,
+    concurrency: PlannedConcurrency = None,
     stop_on_failure: Stop = False,
     wave: WaveOption = None,
     plan: PlanOption = None,

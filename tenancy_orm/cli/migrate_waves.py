@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import click
 import typer
-from click.core import ParameterSource
 
 from ..errors import counted
+from ..runs.migrator import DEFAULT_CONCURRENCY
 from ..runs.preview import Preview, RevisionPreview, StartPreview
 from ..runs.wave_texts import PlanFile, parse_waves, read_plan
 from ..runs.waves import Waves
@@ -35,6 +34,10 @@ SeedOption = Annotated[
 MaxFailures = Annotated[
     int | None, typer.Option("--max-failures", min=1, help="Start no further tenant once so many have failed.")
 ]
+PlannedConcurrency = Annotated[
+    int | None,
+    typer.Option("--concurrency", min=1, max=64, help="Tenants migrated at once; 8, unless the plan says otherwise."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
 Sql = Annotated[bool, typer.Option("--sql", help="Print the SQL that would be executed, and do nothing.")]
 
@@ -49,7 +52,12 @@ class GivenWaves:
 
     @classmethod
     def of(
-        cls, wave: Sequence[str] | None, plan: str | None, seed: str | None, max_failures: int | None, concurrency: int
+        cls,
+        wave: Sequence[str] | None,
+        plan: str | None,
+        seed: str | None,
+        max_failures: int | None,
+        concurrency: int | None,
     ) -> GivenWaves:
         """Read the options; what cannot be meant exits with an error. They win over the file of ``--plan``."""
         if wave and plan:
@@ -65,13 +73,8 @@ class GivenWaves:
         return cls(
             waves if wave or plan else None,
             found.max_failures if max_failures is None else max_failures,
-            found.concurrency if found.concurrency and not _is_given("concurrency") else concurrency,
+            concurrency or found.concurrency or DEFAULT_CONCURRENCY,
         )
-
-
-def _is_given(option: str) -> bool:
-    source = click.get_current_context().get_parameter_source(option)
-    return source is not None and source is not ParameterSource.DEFAULT
 
 
 def look_ahead(
@@ -145,4 +148,14 @@ def _print_sql(preview: Preview) -> None:
         print(start.sql or "-- nothing to do\n")
 
 
-__all__ = ["DryRun", "GivenWaves", "MaxFailures", "PlanOption", "SeedOption", "Sql", "WaveOption", "look_ahead"]
+__all__ = [
+    "DryRun",
+    "GivenWaves",
+    "MaxFailures",
+    "PlanOption",
+    "PlannedConcurrency",
+    "SeedOption",
+    "Sql",
+    "WaveOption",
+    "look_ahead",
+]
