@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import TenancyConfig
-from tenancy_orm.errors import TenantRevisionError
+from tenancy_orm.errors import TaskRefusedError, TenantRevisionError
 from tenancy_orm.events import TenantMigrated, TenantMigrationFailed
+from tenancy_orm.tasks.gate import Message, TaskGate
 from tests.support.fleet import until
 from tests.support.projects import Project
 from tests.support.releases import Release, create, next_project, released
@@ -77,6 +78,13 @@ async def test_an_upgrade_that_takes_long_answers_503_and_goes_on(old: Release, 
             # later ones at once
             async with asyncio.timeout(2):
                 assert [await new.get(acme) for _ in range(3)] == [503] * 3
+            # and a task is tried again
+            message = Message(task="count", id="1", arguments=())
+            async with old.tenancy.scope("acme"):
+                header = TaskGate(old.tenancy, queue="tests").send(message)
+            with pytest.raises(TaskRefusedError, match="being provisioned") as raised:
+                await TaskGate(new.tenancy, queue="tests").arrive(header, message)
+            assert (raised.value.reason, raised.value.outcome) == ("provisioning", "retry")
         await until(lambda: new.get(acme), 200)
         assert heard == ["acme"]
 
