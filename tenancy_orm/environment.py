@@ -20,7 +20,7 @@ import asyncio
 import contextvars
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,6 +49,9 @@ from .migrations.scripts import Environment, capture_options, is_reading, load
 from .migrations.selection import NO_TENANTS
 from .runs import FleetMigrator
 from .runs.migrator import DEFAULT_CONCURRENCY
+from .runs.recorded import RunOptions
+from .runs.wave_texts import PlanFile, parse_waves, read_plan
+from .runs.waves import Waves
 from .tenancy import Tenancy
 from .tenant import Tenant
 
@@ -57,7 +60,7 @@ T = TypeVar("T")
 _CHANGES = ("upgrade", "downgrade", "stamp")
 _COMPARISONS = ("check", "revision")
 _HISTORY = ("history", "show", "edit")
-_OURS = ("tenant", "concurrency", "stop_on_failure", "skip_preflight")
+_OURS = ("tenant", "concurrency", "stop_on_failure", "skip_preflight", "wave", "waves", "max_failures")
 
 
 def run(
@@ -72,7 +75,8 @@ def run(
 
     ``-x tenant=<slug>`` (repeatable) chooses tenants, ``-x concurrency=<n>`` sets how many run at once (8), and
     ``-x stop_on_failure=true`` starts no other tenant after a failure. ``-x skip_preflight=true`` asks no check of a
-    revision's ``preflight()``.
+    revision's ``preflight()``. ``-x wave=...`` (repeatable), or ``-x waves=<file>``, gives the waves of the run, and
+    ``-x max_failures=<n>`` starts no other tenant after so many failures.
 
     Works with and without a running event loop.
 
@@ -184,22 +188,38 @@ class _Arguments:
     concurrency: int
     stop_on_failure: bool
     skip_preflight: bool
+    waves: Waves | None = None
+    max_failures: int | None = None
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> _Arguments:
         pairs = [(key, value) for key, _, value in (text.partition("=") for text in arguments)]
         tenants = tuple(value for key, value in pairs if key == "tenant")
         named = dict(pairs)
-        concurrency = named.get("concurrency", str(DEFAULT_CONCURRENCY))
-        if not concurrency.isdecimal() or int(concurrency) < 1:
-            raise CommandError(f"-x concurrency={concurrency}: give a number of at least 1")
+        words = [value for key, value in pairs if key == "wave"]
+        if words and "waves" in named:
+            raise CommandError("give the waves by -x wave=... or by -x waves=..., not by both")
+        try:
+            plan = read_plan(named["waves"]) if "waves" in named else PlanFile(parse_waves(words) if words else None)
+        except ConfigurationError as exc:
+            raise CommandError(str(exc)) from exc
+        concurrency = cls._number(named, "concurrency", plan.concurrency) or DEFAULT_CONCURRENCY
+        max_failures = cls._number(named, "max_failures", plan.max_failures)
         flags = {}
         for name in ("stop_on_failure", "skip_preflight"):
             given = named.get(name, "false").lower()
             if given not in ("true", "false"):
                 raise CommandError(f"-x {name}={given}: give true or false")
             flags[name] = given == "true"
-        return cls(tenants or None, int(concurrency), **flags)
+        return cls(tenants or None, concurrency, **flags, waves=plan.waves, max_failures=max_failures)
+
+    @staticmethod
+    def _number(named: Mapping[str, str], name: str, otherwise: int | None) -> int | None:
+        if name not in named:
+            return otherwise
+        if not named[name].isdecimal() or int(named[name]) < 1:
+            raise CommandError(f"-x {name}={named[name]}: give a number of at least 1")
+        return int(named[name])
 
 
 class _Command:
@@ -303,13 +323,23 @@ class _Command:
         report = await migrator.execute(
             plan,
             arguments.tenants,
-            arguments.concurrency,
-            stop_on_failure=arguments.stop_on_failure,
+            options=RunOptions(
+                concurrency=arguments.concurrency,
+                stop_on_failure=arguments.stop_on_failure,
+                max_failures=arguments.max_failures,
+                waves=arguments.waves,
+                x=self.environment.x,
+            ),
             checks="never" if arguments.skip_preflight else "ahead",
         )
         for slug, reason in report.reasons.items():
-            self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)
+            if report.state != "paused" or slug not in report.skipped:
+                self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)
         self.proxy.config.print_stdout(report.summary())
+        if report.state == "paused":
+            self.proxy.config.print_stdout(
+                "run %s is paused: %s; go on with: tenancy migrate resume %s", report.run, report.reason, report.run
+            )
         report.raise_for_failures()
 
     async def _compare(self, migrator: FleetMigrator) -> None:

@@ -66,12 +66,14 @@ class GivenWaves:
         def read() -> PlanFile:
             if plan:
                 return read_plan(plan)
-            return PlanFile(parse_waves(wave or (), seed=seed or ""))
+            return PlanFile(parse_waves(wave, seed=seed or "") if wave else None)
 
         found = exit_on_error(read)
-        waves = found.waves if seed is None else Waves(found.waves.waves, seed)
+        waves = found.waves
+        if waves is not None and seed is not None:
+            waves = Waves(waves.waves, seed)
         return cls(
-            waves if wave or plan else None,
+            waves,
             found.max_failures if max_failures is None else max_failures,
             concurrency or found.concurrency or DEFAULT_CONCURRENCY,
         )

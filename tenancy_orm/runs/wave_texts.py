@@ -24,7 +24,7 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 class PlanFile:
     """What a file of waves says: the waves, and the options of the run that it may have."""
 
-    waves: Waves
+    waves: Waves | None
     max_failures: int | None = None
     concurrency: int | None = None
 

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.integration.cli.test_cli import Cli, cli
+from tests.integration.migrations.conftest import alembic, variables
+from tests.support.alembic_program import Alembic
+from tests.support.fleet import Fleet
 from tests.support.projects import NOTES, Project
 
-__all__ = ["cli"]
+__all__ = ["alembic", "cli", "variables"]
 
 PLAN = """
 max_failures = 5
@@ -26,20 +29,24 @@ pause = true
 
 
 @pytest.fixture
-async def project(cli: Cli, tmp_path: Path) -> Project:
+async def prepared(cli: Cli, tmp_path: Path) -> Project:
     """Three tenants, and a revision that they do not have."""
     await cli("init")
     found = Project(tmp_path)
     found.add("0001", NOTES, 'op.drop_table("notes")')
     for slug, tier in (("acme", "pro"), ("globex", "free"), ("initech", "pro")):
         assert (await cli("create", slug, "--tier", tier)).status == 0
-    found.add(
-        "0002", 'op.add_column("notes", sa.Column("title", sa.Text))', 'op.drop_column("notes", "title")', down="0001"
-    )
+    add_title(found)
     return found
 
 
-async def test_a_run_by_a_file(cli: Cli, project: Project, tmp_path: Path) -> None:
+def add_title(project: Project) -> None:
+    """The second revision."""
+    column = 'op.add_column("notes", sa.Column("title", sa.Text))'
+    project.add("0002", column, 'op.drop_column("notes", "title")', down="0001")
+
+
+async def test_a_run_by_a_file(cli: Cli, prepared: Project, tmp_path: Path) -> None:
     """Look ahead, migrate to the pause, go on, undo; each with its exit status, and progress in lines."""
     (tmp_path / "waves.toml").write_text(PLAN)
     ahead = await cli("migrate", "upgrade", "--plan", "waves.toml", "--dry-run")
@@ -73,7 +80,27 @@ async def test_a_run_by_a_file(cli: Cli, project: Project, tmp_path: Path) -> No
     assert {one["revision"] for one in status.json} == {"0001"}
 
 
-async def test_what_does_not_hold_is_said(cli: Cli, project: Project) -> None:
+async def test_alembic_takes_waves(alembic: Alembic, fleet: Fleet, project: Project) -> None:
+    """As arguments of -x, or the name of a file; a pause fails the command, since tenants are left."""
+    add_title(project)
+    (project.root / "waves.toml").write_text("[[wave]]\ntenant = 'acme'\npause = true\n")
+    printed = await alembic("-x", "waves=waves.toml", "-x", "max_failures=3", "upgrade", "head", ok=False)
+    assert "run 1 is paused: paused before wave 2 (rest), as planned; go on with: tenancy migrate resume 1" in printed
+    assert "FAILED globex" not in printed
+    assert [await fleet.revision(slug) for slug in ("acme", "globex")] == ["0002", "0001"]
+    await fleet.migrations.resume(1)
+    await alembic("-x", "wave=tenant=acme command=true", "-x", "wave=rest", "downgrade", "0001")
+    assert [await fleet.revision(slug) for slug in ("acme", "globex")] == ["0001", "0001"]
+    for given, message in (
+        (("wave=5%", "waves=waves.toml"), "by -x wave=... or by -x waves=..., not by both"),
+        (("wave=everybody",), "'everybody' is not understood"),
+        (("max_failures=0",), "give a number of at least 1"),
+    ):
+        arguments = [part for one in given for part in ("-x", one)]
+        assert message in await alembic(*arguments, "upgrade", "head", ok=False)
+
+
+async def test_what_does_not_hold_is_said(cli: Cli, prepared: Project) -> None:
     """A check that fails, words that cannot be meant, an undo that is refused."""
     failed = await cli("migrate", "upgrade", "--wave", "canary: tenant=acme command=false")
     assert failed.status == 1
@@ -87,7 +114,7 @@ async def test_what_does_not_hold_is_said(cli: Cli, project: Project) -> None:
     ):
         refused = await cli("migrate", "upgrade", *arguments)
         assert (refused.status, message in refused.err) == (1, True), refused.err
-    path = project.migrations / "versions" / "0002.py"
+    path = prepared.migrations / "versions" / "0002.py"
     path.write_text(path.read_text().replace('op.drop_column("notes", "title")', "pass"))
     ahead = await cli("migrate", "undo", "1", "--dry-run")
     assert (ahead.status, "its downgrade() does nothing" in ahead.out) == (1, True)
