@@ -253,6 +253,7 @@ def others(plane: Plane) -> dict[str, Any]:
     """What methods need besides, by parameter."""
     tenant_id = uuid7()
     return {
+        "command": "upgrade",
         "subject": "alice",
         "resource": "users",
         "overrides": {"users": 9},

@@ -78,8 +78,9 @@ async def test_each_tenant_goes_back_to_its_own_revision(fleet: Fleet, project: 
         {"c0002"},
         {"c0002", "c0003"},
     ]
-    # the code that could upgrade them is still here
+    # the code that could upgrade them is still here: neither after the fleet nor before their use
     assert await fleet.registry.fleet_revision() is None
+    assert await fleet.registry.behind("0003") == []
     assert (await catch_up.CatchUp(fleet.migrations, fleet.services.schema).run()).upgraded == ()
     assert await revisions(fleet) == now
 
@@ -91,6 +92,7 @@ async def test_each_tenant_goes_back_to_its_own_revision(fleet: Fleet, project: 
 
     redone = await fleet.migrations.undo(undone.run or 0)
     assert redone.ok
+    assert [tenant.slug for tenant in await fleet.registry.behind("0004")] == ["acme", "globex", "initech"]
     assert await revisions(fleet) == {**now, "acme": "0003", "globex": "0003", "newcomer": "0001"}
 
 
