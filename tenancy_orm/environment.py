@@ -36,7 +36,7 @@ from sqlalchemy import MetaData
 
 from .config import TenancyConfig, project
 from .config.values import load_object
-from .errors import ConfigurationError, FleetMigrationError, TenancyError
+from .errors import ConfigurationError, FleetMigrationError, PreflightError, TenancyError
 from .migrations import AlembicSchema, local, logs
 from .migrations.autogenerate import with_imports
 from .migrations.checks import ask_before_migrations
@@ -320,18 +320,23 @@ class _Command:
             options=options,
         )
         arguments = self.arguments
-        report = await migrator.execute(
-            plan,
-            arguments.tenants,
-            options=RunOptions(
-                concurrency=arguments.concurrency,
-                stop_on_failure=arguments.stop_on_failure,
-                max_failures=arguments.max_failures,
-                waves=arguments.waves,
-                x=self.environment.x,
-            ),
-            checks="never" if arguments.skip_preflight else "ahead",
-        )
+        try:
+            report = await migrator.execute(
+                plan,
+                arguments.tenants,
+                options=RunOptions(
+                    concurrency=arguments.concurrency,
+                    stop_on_failure=arguments.stop_on_failure,
+                    max_failures=arguments.max_failures,
+                    waves=arguments.waves,
+                    x=self.environment.x,
+                ),
+                checks="never" if arguments.skip_preflight else "ahead",
+            )
+        except PreflightError as exc:
+            for slug, reason in exc.failures.items():
+                self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)
+            raise
         for slug, reason in report.reasons.items():
             if report.state != "paused" or slug not in report.skipped:
                 self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)

@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from ..errors import ControlUnavailableError, TenancyError
+from ..errors import ControlUnavailableError, PreflightError, TenancyError
 from ..events import MigrationRunStarted
 from ..runs import FleetReport, Progress, TenantOutcome
 from ..runs.progress import RunProgress, duration_text
@@ -154,7 +154,11 @@ def run_shown(migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], *,
 
     async def command(tenancy: Tenancy) -> FleetReport:
         async with shown(tenancy, quiet=as_json) as progress:
-            return await migrate(tenancy, progress)
+            try:
+                return await migrate(tenancy, progress)
+            except PreflightError as exc:
+                _show_preflight(exc, as_json=as_json)
+                raise
 
     with failures_listed():
         report = run(command)
@@ -163,6 +167,14 @@ def run_shown(migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], *,
         raise typer.Exit(EXIT_PAUSED)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _show_preflight(error: PreflightError, *, as_json: bool) -> None:
+    """List every tenant that did not pass: the message has the first ones alone."""
+    if as_json:
+        print_json({"preflight": error.failures, "total": error.total})
+    else:
+        print_table("failed", ("tenant", "found"), error.failures.items())
 
 
 def show_report(report: FleetReport, *, as_json: bool) -> None:

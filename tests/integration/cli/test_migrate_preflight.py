@@ -38,5 +38,10 @@ async def test_checks_from_the_shell(cli: Cli, tmp_path: Path) -> None:
 
     refused = await cli("migrate", "upgrade")
     assert (refused.status, "none was touched: globex: 0002 no empty notes: 1 row" in refused.err) == (1, True)
+    assert refused.out.split() == ["TENANT", "FOUND", "globex", "0002", "no", "empty", "notes:", "1", "row"]
+    assert (await cli("migrate", "upgrade", "--json")).json == {
+        "preflight": {"globex": "0002 no empty notes: 1 row"},
+        "total": 2,
+    }
     assert (await cli("migrate", "upgrade", "--tenant", "acme")).status == 0
     assert (await cli("migrate", "upgrade", "--skip-preflight")).status == 0

@@ -283,6 +283,7 @@ async def test_alembic_upgrade_honours_it(alembic: Alembic, fleet: Fleet, projec
     project.add("0002", RATING, down="0001", preflight=NOT_EMPTY)
     await fleet.execute("globex", "INSERT INTO notes (body) VALUES ('')")
     printed = await alembic("upgrade", "head", ok=False)
+    assert printed.startswith("FAILED globex: 0002 no empty notes: 1 row\n")
     assert "none was touched: globex: 0002 no empty notes: 1 row" in printed
     assert await states(fleet) == ["0001"] * 3
     assert "give true or false" in await alembic("-x", "skip_preflight=1", "upgrade", "head", ok=False)
