@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,7 @@ from ..errors import MarkerMismatchError, MigrationError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.errors import (
-    DEADLOCK_DETECTED,
     INVALID_PARAMETER_VALUE,
-    LOCK_NOT_AVAILABLE,
     QUERY_CANCELED,
     UNDEFINED_TABLE,
     sqlstate_of,
@@ -43,13 +41,10 @@ from .limits import Limits, try_repeatedly
 from .logs import labelled, logger, quiet
 from .plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
 from .scripts import Environment
-from .waits import holders_of, watched
+from .waits import holders_of, naming_blockers
 
 # Advisory locks are per database, so one key serves all tenants: "tenancy" in ASCII, and 2 for the tenants' schemas.
 _LOCK = 0x74656E616E637902
-
-# the errors that a lock of another session may have caused
-_BLOCKED = frozenset({LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED, QUERY_CANCELED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,25 +133,14 @@ class DatabaseMigration:
         self.attempts += 1
         connection = await self.target.connect()
         try:
-            async with self._watching(connection):
+            async with naming_blockers(connection, self._watch()):
                 await self._migrate_on(connection)
         finally:
             await close(connection)
 
-    @asynccontextmanager
-    async def _watching(self, connection: Connection) -> AsyncIterator[None]:
-        """Add to an error of the body who held the lock. The first attempt is watched only if there is no other."""
-        connect = self.target.connect_watch
-        if connect is None or (self.attempts == 1 and self.limits.attempts > 1):
-            yield
-            return
-        async with watched(connection.get_server_pid(), connect) as watch:
-            try:
-                yield
-            except Exception as exc:
-                if watch.holders and sqlstate_of(exc) in _BLOCKED:
-                    raise MigrationError(f"{describe(exc)}, {watch}") from exc
-                raise
+    def _watch(self) -> Callable[[], Awaitable[Connection]] | None:
+        """Return what looks who holds a lock. The first attempt is watched only if there is no other."""
+        return self.target.connect_watch if self.attempts > 1 or self.limits.attempts == 1 else None
 
     async def _migrate_on(self, connection: Connection) -> None:
         state = await self._read(connection)

@@ -26,6 +26,7 @@ from .limits import try_repeatedly
 from .logs import labelled, logger
 from .plan import Heads, Plan, format_revision
 from .selection import Selection
+from .waits import naming_blockers
 
 ChecksAsked: TypeAlias = Literal["ahead", "in_place", "never"]
 """When a run asks checks: of all tenants before the first is changed, right before their revision, or not at all."""
@@ -202,6 +203,7 @@ class _Question:
         self._tenant = tenant
         self._target = preflight._connections.target(tenant, preflight._health)
         self.state: State | None = None
+        self._attempts = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -212,9 +214,13 @@ class _Question:
     async def ask(self) -> None:
         """Ask, on one connection."""
         self._forget()
+        self._attempts += 1
+        limits = self._connections.limits
+        watch = self._target.connect_watch if self._attempts > 1 or limits.attempts == 1 else None
         connection = await self._target.connect()
         try:
-            await self._ask(connection)
+            async with naming_blockers(connection, watch):
+                await self._ask(connection)
         finally:
             await close(connection)
 

@@ -12,15 +12,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from ..errors import TenancyError
+from ..errors import MigrationError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.errors import DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, QUERY_CANCELED, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
+from .failures import describe
 from .logs import logger
 
 _PATIENCE_SECONDS = 0.05  # a statement that waits no longer needs no explanation
 _POLL_SECONDS = 0.25
 _SHOWN = 3
+
+# the errors that a lock of another session may have caused
+_BLOCKED = frozenset({LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED, QUERY_CANCELED})
 
 # a session of a role that the administrator may not look at has no name, state or age
 _FIELDS = (
@@ -78,6 +83,29 @@ class LockWatch:
             return ""
         more = ", ..." if len(self.holders) > _SHOWN else ""
         return f"blocked by {', '.join(map(str, self.holders[:_SHOWN]))}{more}"
+
+
+@asynccontextmanager
+async def naming_blockers(
+    connection: Connection, connect: Callable[[], Awaitable[Connection]] | None
+) -> AsyncIterator[None]:
+    """Add to an error of the body who held the lock that ``connection`` waited for.
+
+    ``connect`` opens the connection that looks; None looks at nothing.
+
+    Raises:
+        MigrationError: the body's error, with the names.
+    """
+    if connect is None:
+        yield
+        return
+    async with watched(connection.get_server_pid(), connect) as watch:
+        try:
+            yield
+        except Exception as exc:
+            if watch.holders and sqlstate_of(exc) in _BLOCKED:
+                raise MigrationError(f"{describe(exc)}, {watch}") from exc
+            raise
 
 
 @asynccontextmanager

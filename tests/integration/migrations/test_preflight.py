@@ -202,6 +202,12 @@ async def test_asking_is_bounded_and_a_lock_is_waited_for_again(
                 await until(is_waiting, False)
             await transaction.commit()
             assert (await asking).ok
+    settings = {"lock_timeout": 0.8, "attempts": 1}
+    async with open_fleet(config.replace(migration=settings)) as other, fleet.connect("acme") as holder:
+        async with holder.transaction():
+            await holder.execute("LOCK TABLE notes")
+            (reason,) = (await other.migrations.preflight()).reasons.values()
+        assert f"(SQLSTATE 55P03), blocked by pid {holder.get_server_pid()} (" in reason
 
 
 async def test_a_tenant_that_cannot_be_asked_fails(fleet: Fleet, project: Project) -> None:
