@@ -123,13 +123,19 @@ def preflight(context: ModuleType | EnvironmentContext, *, timeout: float = 60.0
         context: ``alembic.context``.
         timeout: How long each check may take, in seconds.
 
+    Raises:
+        ConfigurationError: no Alembic command runs this env.py.
+
     ``context.run_migrations`` then raises:
         CommandError: a check did not pass; nothing was changed.
     """
-    proxy = context if isinstance(context, EnvironmentContext) else context._proxy
-    if is_reading() or proxy.is_offline_mode():
+    if is_reading():
         return
-    ask_before_migrations(proxy.get_context(), timeout)
+    proxy = context if isinstance(context, EnvironmentContext) else context._proxy
+    if proxy is None:
+        raise ConfigurationError("environment.preflight works only in an env.py that Alembic runs")
+    if not proxy.is_offline_mode():
+        ask_before_migrations(proxy.get_context(), timeout)
 
 
 def find_config(config: Config) -> TenancyConfig:

@@ -137,10 +137,6 @@ class Finding:
         return f"{self.rows} row{'s' * (self.rows != 1)}"
 
 
-class CheckRefusedError(MigrationError):
-    """The checks of a tenant cannot be asked safely."""
-
-
 # --- what a revision says ---------------------------------------------------------------------------------------------
 
 
@@ -187,14 +183,14 @@ def refuse_foreign_code(connection: SyncConnection, tenant: Tenant | None) -> No
     """Refuse to ask where the tenant's role could have put code of its own on the search path.
 
     Raises:
-        CheckRefusedError: it may create objects in a schema of the search path, or owns some there.
+        MigrationError: it may create objects in a schema of the search path, or owns some there.
     """
     if tenant is None or tenant.placement is None:
         return
     statement = sa.text(_FOREIGN.format(role=":role"))
     schema = connection.execute(statement, {"role": tenant.placement.role}).scalar()
     if schema is not None:
-        raise CheckRefusedError(
+        raise MigrationError(
             f"the tenant's role may create objects in schema {schema!r}, or owns some there, and checks would execute "
             "them with the owner's rights: revoke that, or skip the preflight"
         )
