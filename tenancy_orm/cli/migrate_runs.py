@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -92,7 +93,7 @@ def show(
     if not tenants:
         return
     console.print()
-    columns = (
+    columns: tuple[str | Column, ...] = (
         "tenant",
         "state",
         Column("server", drop=3),
@@ -101,6 +102,7 @@ def show(
         Column("seconds", drop=2),
         Column("attempts", drop=4),
         "sqlstate",
+        *(["data"] if any("data" in one.detail for one in tenants) else []),
         "error",
     )
     rows = [
@@ -113,6 +115,7 @@ def show(
             _seconds(one.seconds),
             one.attempts,
             one.sqlstate,
+            *([_data(one.detail)] if "data" in columns else []),
             one.error,
         )
         for one in tenants
@@ -206,6 +209,17 @@ def _state(record: RunRecord) -> str:
 
 def _seconds(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f}"
+
+
+def _data(detail: Mapping[str, Any]) -> str | None:
+    """How far data migrations have come: those that are under way, or all if they are done."""
+    found = detail.get("data", {})
+    under_way = {label: one for label, one in found.items() if not one["done"]}
+    texts = []
+    for label, one in (under_way or found).items():
+        waits = f", waits: {one['waits_for']}" if "waits_for" in one else ""
+        texts.append(f"{label}: {one['rows']:,} of {max(one['estimate'], one['rows']):,} rows{waits}")
+    return "; ".join(texts) or None
 
 
 def _end(is_lost: bool, left_at: datetime | None) -> str:

@@ -462,6 +462,19 @@ class MigrationConfig(Section, frozen=True):
     """Whether ``tenancy worker`` upgrades the tenants that are behind, the busiest first, in recorded runs."""
     background_concurrency: Count = 2
     """How many tenants it upgrades at once."""
+    data_batch_seconds: Seconds = 0.5
+    """How long a batch of a data migration should take, in seconds; the number of its rows follows."""
+    data_pause: SecondsOrZero = 1.0
+    """For how long a data migration rests after each batch, as a multiple of the time that the batch took."""
+    data_lock_timeout: Seconds = 1.0
+    """How long a batch waits for a lock, in seconds, before it is rolled back and tried again."""
+    data_statement_timeout: Seconds = 60.0
+    """How long a statement of a batch may take, in seconds, before the batch is tried again with fewer rows."""
+    data_max_active: AtLeastZero = 32
+    """While more sessions than that are active on a server, data migrations there wait, for a minute before each batch
+    at most; 0 is no bound."""
+    data_max_lag_seconds: SecondsOrZero = 30.0
+    """While a standby lags behind by more seconds than that, data migrations wait in the same way; 0 is no bound."""
 
 
 class RehearsalConfig(Section, frozen=True):

@@ -19,6 +19,7 @@ from ..postgres.connections import Connection
 from ..postgres.errors import TOO_MANY_CONNECTIONS, sqlstate_of
 from ..routing.marker import marker_text
 from ..tenant import Placement, Tenant
+from .data_batches import DataLimits
 from .database import ConnectionAdapter, Target
 from .extensions import WantedExtensions
 from .failures import describe
@@ -79,6 +80,7 @@ class Connections:
             statement=config.migration.statement_timeout,
             notice=config.migration.notice,
             preflight=config.migration.preflight_timeout,
+            data=DataLimits.of(config.migration),
         )
 
     def adapter(self, server: str) -> ConnectionAdapter:

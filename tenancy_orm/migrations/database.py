@@ -33,6 +33,8 @@ from ..tenant import Tenant
 from . import local
 from .adapter import ConnectionAdapter
 from .checks import ask_in_place, preceded, script_of
+from .data_batches import DataObserver, DataRunner, track
+from .data_migrations import parts
 from .execution import StatementObserver
 from .extensions import WantedExtensions, hint
 from .failures import describe
@@ -74,8 +76,10 @@ class DatabaseMigration:
 
     ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
     failure. ``installed`` are the extensions that this migration installed, and ``changed`` is whether it changed the
-    heads or installed any. ``announce`` is called before the first change, and
-    ``announced`` tells whether it was. ``attempts`` is how often the migration was tried.
+    heads, installed any or ran data migrations. ``announce`` is called before the first change, and
+    ``announced`` tells whether it was. ``attempts`` is how often the migration was tried. ``observe_data`` is called
+    after each batch of a data migration, and ``reached`` before the first one, with the revision that the database has
+    during that; the change is announced again before the next revision.
 
     ``checks`` are the revisions with a ``preflight()`` that is asked right before they run; None means all, as without
     a preflight of the fleet.
@@ -90,6 +94,8 @@ class DatabaseMigration:
         limits: Limits,
         announce: Callable[[], Awaitable[None]] | None = None,
         checks: frozenset[str] | None = None,
+        observe_data: DataObserver | None = None,
+        reached: Callable[[str | None], Awaitable[None]] | None = None,
     ) -> None:
         self.plan = plan
         self.target = target
@@ -103,6 +109,9 @@ class DatabaseMigration:
         self.attempts = 0
         self._announce = announce
         self._checks = checks
+        self._observe_data = observe_data
+        self._reached = reached
+        self._deadline = asyncio.timeout(None)
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._step: MigrationStep | None = None
 
@@ -120,7 +129,7 @@ class DatabaseMigration:
             Exception: connecting failed.
         """
         with local.isolated(), labelled(self.target.label):
-            deadline = asyncio.timeout(self.limits.total)
+            self._deadline = deadline = asyncio.timeout(self.limits.total)
             try:
                 async with deadline:
                     await try_repeatedly(self._attempt, self.limits)
@@ -147,14 +156,16 @@ class DatabaseMigration:
         if self.before is None:
             self.before = state.heads
             self._path = self.plan.path_from(state.heads)
-        if not self._remaining(state.heads) and not self._missing(state) and not self._must_repair(state):
+        if not (
+            self._remaining(state.heads) or self._missing(state) or self._must_repair(state) or self._has_data(state)
+        ):
             return
         await lock(connection, timeout=self.limits.wait, connect_watch=self.target.connect_watch)
         # read again, now that no other run can change it
         state = await self._read(connection)
         await self._install(self._missing(state))
         steps = self._remaining(state.heads)
-        if steps:
+        if steps or self._has_data(state):
             await self._migrate(connection, state, steps)
         elif self._must_repair(state):
             await repair(connection)
@@ -171,6 +182,10 @@ class DatabaseMigration:
 
     def _must_repair(self, state: State) -> bool:
         return state.has_invalid_indexes and self.plan.command != "stamp"
+
+    def _has_data(self, state: State) -> bool:
+        """Whether an earlier upgrade has left data migrations unfinished, which this migration finishes."""
+        return state.has_data and self.plan.command == "upgrade"
 
     async def _install(self, names: tuple[str, ...]) -> None:
         if self.target.extensions is not None and names:
@@ -198,7 +213,7 @@ class DatabaseMigration:
         await self._give_notice(connection)
         async with self.adapter.adapt(connection, self.target.url) as adapted:
             try:
-                await self._apply(adapted, state, steps)
+                await self._apply_parts(connection, adapted, state, steps)
             except Exception:
                 await self._read_after_failure(connection)
                 raise
@@ -208,6 +223,48 @@ class DatabaseMigration:
             self.changed = True
         if self._must_repair(found):
             await repair(connection)
+
+    async def _apply_parts(
+        self, connection: Connection, adapted: AsyncConnection, state: State, steps: tuple[MigrationStep, ...]
+    ) -> None:
+        """Apply the steps, and run each data migration after its revision is committed and before the next one."""
+        data = DataRunner(
+            adapted, self.plan.environment, self.target.tenant, self.limits.data, observer=self._observe_data
+        )
+        if self._has_data(state):
+            await self._run_data(data, state)
+        for part in parts(self.plan.command, steps):
+            # again after a data migration
+            await self._give_notice(connection)
+            if self.plan.command == "downgrade":
+                async with self._unbounded():
+                    await data.reverse(part[0])
+            await self._apply(adapted, state, part)
+            state = await self._read(connection)
+            self.changed = True
+            if self._has_data(state):
+                await self._run_data(data, state)
+
+    async def _run_data(self, data: DataRunner, state: State) -> None:
+        """Run data migrations. The schema does not change in that time, which may be long; every process is told."""
+        if self._reached is not None:
+            await self._reached(format_revision(state.heads))
+            self.announced = False
+        self.changed = True
+        async with self._unbounded():
+            await data.resume()
+
+    @asynccontextmanager
+    async def _unbounded(self) -> AsyncIterator[None]:
+        """Let the body take as long as the rows of a large table need; its batches have limits of their own."""
+        loop, until = asyncio.get_running_loop(), self._deadline.when()
+        left = None if until is None else until - loop.time()
+        self._deadline.reschedule(None)
+        try:
+            yield
+        finally:
+            if left is not None:
+                self._deadline.reschedule(loop.time() + left)
 
     async def _give_notice(self, connection: Connection) -> None:
         """Announce the change, and wait until it is known where the database is in use."""
@@ -265,6 +322,7 @@ class DatabaseMigration:
             observer.on(context, connection),
             context.begin_transaction(),
         ):
+            track(context, self.target.tenant)
             if not state.has_version_table:
                 make_version_table(context, connection, environment, self.target.tenant)
             elif state.heads and not self.plan.purges:
@@ -334,12 +392,16 @@ def _preset_heads(context: EnvironmentContext, heads: Heads) -> None:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What one SELECT reads of a database: its heads and extensions; whether it has version table, invalid indexes."""
+    """What one SELECT reads of a database.
+
+    Its heads and extensions; whether it has a version table, invalid indexes, and unfinished data migrations.
+    """
 
     heads: Heads
     has_version_table: bool
     has_invalid_indexes: bool
     extensions: frozenset[str]
+    has_data: bool = False
 
 
 async def read_state(
@@ -362,7 +424,9 @@ async def read_state(
         exists = False
         (row,) = await connection.fetch(_READ.format(_NO_HEADS, HAS_INVALID_INDEXES), timeout=timeout)
     _check_marker(target, row["database"], row["marker"])
-    return State(frozenset(row["heads"]), exists, row["has_invalid_indexes"], frozenset(row["extensions"]))
+    return State(
+        frozenset(row["heads"]), exists, row["has_invalid_indexes"], frozenset(row["extensions"]), row["has_data"]
+    )
 
 
 _IN_USE = (
@@ -374,7 +438,8 @@ _NO_HEADS = "ARRAY[]::text[]"
 _READ = (
     "SELECT {} AS heads, d.datname AS database, pg_catalog.shobj_description(d.oid, 'pg_database') AS marker, "
     "{} AS has_invalid_indexes, "
-    "ARRAY(SELECT extname::text FROM pg_catalog.pg_extension) AS extensions "
+    "ARRAY(SELECT extname::text FROM pg_catalog.pg_extension) AS extensions, "
+    "pg_catalog.to_regclass('tenancy_migration.data') IS NOT NULL AS has_data "  # data_checkpoints.TABLE
     "FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()"
 )
 

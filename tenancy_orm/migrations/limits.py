@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..postgres.errors import sqlstate_of
+from .data_batches import DataLimits
 from .failures import TRANSIENT, describe
 from .logs import logger
 
@@ -20,9 +21,10 @@ class Limits:
     """Time limits of a migration, in seconds, and how many attempts it has if it cannot get a lock.
 
     ``connect`` bounds opening a connection and reading the revision, ``wait`` waiting for another run, ``total`` the
-    whole migration of one database, ``preflight`` each check of a revision. ``notice`` is the time between the
-    announcement of a change and the change. ``pause`` is the first one between two attempts; each further one is twice
-    as long, up to ``longest_pause``. ``statement`` is PostgreSQL's statement_timeout.
+    whole migration of one database but for its data migrations, which have the limits ``data``, and ``preflight`` each
+    check of a revision. ``notice`` is the time between the announcement of a change and the change. ``pause`` is the
+    first one between two attempts; each further one is twice as long, up to ``longest_pause``. ``statement`` is
+    PostgreSQL's statement_timeout.
     """
 
     connect: float = 10.0
@@ -34,6 +36,7 @@ class Limits:
     pause: float = 0.2
     longest_pause: float = 2.0
     statement: float = 0.0
+    data: DataLimits = field(default_factory=DataLimits)
 
 
 async def try_repeatedly(attempt: Callable[[], Awaitable[T]], limits: Limits) -> T:

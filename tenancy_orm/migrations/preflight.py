@@ -20,6 +20,7 @@ from . import local
 from .checks import Finding, ask, refuse_foreign_code, script_of
 from .concurrency import interleave, map_concurrently
 from .connections import Connections, Health, placement_of
+from .data_migrations import of_step
 from .database import State, active, close, read_state
 from .failures import describe
 from .limits import try_repeatedly
@@ -237,6 +238,12 @@ class _Question:
         async with adapter.adapt(connection, self._target.url) as adapted:
             await adapted.run_sync(self._ask_each, pending, lacks_extensions)
 
+    def _follows_data(self, number: int) -> bool:
+        """Whether data migrations run before a step: of earlier steps, or left by an earlier run."""
+        if self.state is None or self.state.has_data:
+            return True
+        return any(map(of_step, self._plan.path_from(self.state.heads).steps[:number]))
+
     def _ask_each(self, connection: SyncConnection, pending: list[tuple[int, Script]], lacks_extensions: bool) -> None:
         context = self._plan.environment.context(**self._plan.options)
         with connection.begin() as transaction, active(context, connection, self._plan.environment, self._tenant):
@@ -251,8 +258,10 @@ class _Question:
                         may_wait=number > 0 or lacks_extensions,
                     )
                     self.asked += result.asked
-                    self.findings += result.findings
-                    if result.deferred:
+                    # what an earlier revision's data migration is about to mend is asked after it
+                    is_early = [one.error is None and self._follows_data(number) for one in result.findings]
+                    self.findings += [one for one, early in zip(result.findings, is_early, strict=True) if not early]
+                    if result.deferred or any(is_early):
                         self.deferred.append(script.revision)
             if transaction.is_active:
                 transaction.rollback()

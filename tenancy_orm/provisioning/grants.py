@@ -6,17 +6,20 @@ from ..postgres.connections import Connection, transaction, version
 from ..postgres.quoting import quote_identifier, quote_literal
 from .tenant_rights import Contents, TenantRights, grant_statements
 
+CHECKPOINTS_SCHEMA = "tenancy_migration"
+"""In a tenant's database while data migrations are unfinished: how far they have come, nothing of the tenant's."""
+
 _CONTENTS = """
 WITH owner AS (SELECT oid FROM pg_roles WHERE rolname = $1),
 versions AS (SELECT attrelid FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped
               GROUP BY attrelid HAVING array_agg(attname::text) = ARRAY['version_num'])
 SELECT 'schema' AS kind, quote_ident(nspname) AS name FROM pg_namespace
- WHERE nspname = 'public' OR nspowner = (TABLE owner)
+ WHERE nspname = 'public' OR nspowner = (TABLE owner) AND nspname <> 'tenancy_migration'
 UNION ALL
 SELECT CASE WHEN relkind = 'S' THEN 'sequence' WHEN c.oid IN (TABLE versions) THEN 'version' ELSE 'table' END,
        quote_ident(nspname) || '.' || quote_ident(relname)
   FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
- WHERE relowner = (TABLE owner) AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+ WHERE relowner = (TABLE owner) AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND nspname <> 'tenancy_migration'
  ORDER BY 1, 2
 """
 

@@ -177,6 +177,10 @@ _ADD_MISSING = text(
     "(SELECT FROM tenancy.migration_run_tenants t WHERE t.run = :run AND t.tenant_id = n.id) RETURNING tenant_id"
 )
 # one statement: what it had before is recorded by the time when anybody may see the change
+_NOTE = text(
+    "UPDATE tenancy.migration_run_tenants SET detail = detail || CAST(:detail AS jsonb) "
+    "WHERE run = :run AND tenant_id = :tenant AND claim = :me"
+)
 _BEGIN = (
     "WITH begun AS (UPDATE tenancy.migration_run_tenants SET state = 'running', "  # noqa: S608 - a constant
     "started_at = coalesce(started_at, clock_timestamp()), "
@@ -245,6 +249,15 @@ class RunClaims:
         args = (self.run, tenant_id, self.claimant.id, before, CHANNEL, payload, target or BASE, seconds)
         if not await self._control.fetch(_BEGIN, *args):
             raise JobLostError
+
+    async def note(self, tenant_id: UUID, detail: Mapping[str, Any]) -> None:
+        """Add ``detail`` to a tenant's record, unless others have it by now.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        async with self._control.connect() as connection:
+            await connection.execute(_NOTE, {**self._names, "tenant": tenant_id, "detail": json.dumps(detail)})
 
     async def turn(
         self,

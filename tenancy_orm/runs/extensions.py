@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from ..migrations.connections import Connections, Health, prepare_servers
+from ..migrations.data_batches import DataObserver
 from ..migrations.database import Target, close, install, lock, read_state
 from ..migrations.failures import describe
 from ..migrations.logs import TENANT_FAILED, labelled, logger
@@ -57,7 +58,7 @@ class ExtensionWork:
         if outcome.error is not None:
             logger.error(TENANT_FAILED, outcome.slug, outcome.error)
 
-    async def migrate(self, claimed: Claimed, begin: Begin) -> MigrationResult:
+    async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
         """Install what one tenant lacks."""
         tenant, started = claimed.tenant, time.monotonic()
         if tenant.placement is None:

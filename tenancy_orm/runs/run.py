@@ -11,6 +11,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..errors import ControlUnavailableError, JobLostError
 from ..events import EventBus, MigrationRunEnded, MigrationRunStarted
 from ..jobs import Claimant
+from ..migrations.data_batches import DataObserver, DataProgress
 from ..migrations.failures import describe
 from ..migrations.logs import logger, warning_once
 from ..secrets.keyring import Keyring
@@ -23,6 +24,7 @@ from .report import FleetReport, Progress, TenantOutcome
 from .tenant_migration import Begin, MigrationResult
 
 _PASSES = 10  # how often a run looks for tenants that were created during it
+_OBSERVED_SECONDS = 1.0  # between two notes of how far a data migration has come
 _PAUSE = 0.5  # between attempts to record the beginning of a change
 
 
@@ -50,7 +52,7 @@ class RunWork(Protocol):
             MigrationError: the run cannot be started; no tenant was touched.
         """
 
-    async def migrate(self, claimed: Claimed, begin: Begin) -> MigrationResult:
+    async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
         """Migrate one tenant."""
 
     def emit(self, outcome: TenantOutcome) -> None:
@@ -210,7 +212,7 @@ class Run:
         async def begin(before: str | None, target: str | None) -> None:
             await self._begin(claimed, before, target)
 
-        result = await self._work.migrate(claimed, begin)
+        result = await self._work.migrate(claimed, begin, self._observer(claimed))
         outcome = result.outcome
         if outcome is None:
             state, detail = ("waiting", {}) if result.is_interrupted else ("skipped", {"gone": True})
@@ -243,6 +245,24 @@ class Run:
                 if time.monotonic() >= deadline:
                     raise
             await asyncio.sleep(_PAUSE)
+
+    def _observer(self, claimed: Claimed) -> DataObserver:
+        """Record how far the data migrations of a tenant have come, once a second."""
+        known: dict[str, Any] = {}
+        due = 0.0
+
+        async def observe(progress: DataProgress) -> None:
+            nonlocal due
+            known[progress.label] = progress.fields()
+            if not progress.done and time.monotonic() < due:
+                return
+            due = time.monotonic() + _OBSERVED_SECONDS
+            try:
+                await self._claims.note(claimed.tenant.id, {"data": known})
+            except CONTROL_FAILURES as exc:
+                logger.debug("the progress of a data migration is not recorded: %s", type(exc).__name__)
+
+        return observe
 
     # --- the report -------------------------------------------------------------------------------------------------
 

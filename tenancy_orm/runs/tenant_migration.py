@@ -7,9 +7,10 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from ..errors import JobLostError
+from ..errors import ControlUnavailableError, JobLostError
 from ..events import TenantMigrated, TenantMigrationFailed
 from ..migrations.connections import Connections, Health, placement_of
+from ..migrations.data_batches import DataObserver
 from ..migrations.database import DatabaseMigration
 from ..migrations.failures import describe
 from ..migrations.logs import TENANT_FAILED, logger
@@ -55,11 +56,18 @@ class TenantMigration:
         self._selection = Selection(services.registry)
 
     async def run(
-        self, plan: Plan, tenant: Tenant, begin: Begin, *, checks: frozenset[str] | None = None
+        self,
+        plan: Plan,
+        tenant: Tenant,
+        begin: Begin,
+        *,
+        checks: frozenset[str] | None = None,
+        observe_data: DataObserver | None = None,
     ) -> MigrationResult:
         """Apply ``plan`` to ``tenant``; an error is its outcome, and a cancellation is in the result.
 
-        ``checks`` are the revisions with checks that are asked right before they run; all where None.
+        ``checks`` are the revisions with checks that are asked right before they run; all where None. ``observe_data``
+        is called after each batch of a data migration.
         """
         started = time.monotonic()
         if tenant.placement is None:
@@ -72,7 +80,7 @@ class TenantMigration:
         error: Exception | None = None
         migration: DatabaseMigration
         try:
-            migration = self._migration(plan, tenant, announce, checks)
+            migration = self._migration(plan, tenant, announce, checks, observe_data)
         except Exception as exc:  # noqa: BLE001 - its server may not be configured
             return MigrationResult(outcome=self._failure(tenant, exc, started))
         try:
@@ -93,8 +101,20 @@ class TenantMigration:
         )
 
     def _migration(
-        self, plan: Plan, tenant: Tenant, announce: Callable[[], Awaitable[None]], checks: frozenset[str] | None
+        self,
+        plan: Plan,
+        tenant: Tenant,
+        announce: Callable[[], Awaitable[None]],
+        checks: frozenset[str] | None,
+        observe_data: DataObserver | None,
     ) -> DatabaseMigration:
+        async def reached(revision: str | None) -> None:
+            """Record the revision before its data migrations: requests are served at it, for as long as they take."""
+            try:
+                await self._services.registry.set_revision(tenant.id, revision)
+            except ControlUnavailableError as exc:
+                logger.warning("the revision cannot be recorded before the data migrations: %s", exc)
+
         return DatabaseMigration(
             plan,
             self._connections.target(tenant, self._health),
@@ -102,6 +122,8 @@ class TenantMigration:
             limits=self._connections.limits,
             announce=announce,
             checks=checks,
+            observe_data=observe_data,
+            reached=reached,
         )
 
     def _failure(self, tenant: Tenant, error: Exception, started: float) -> TenantOutcome:

@@ -7,6 +7,7 @@ from uuid import UUID
 
 from ..errors import ControlUnavailableError
 from ..migrations.connections import Connections, Health, prepare_servers
+from ..migrations.data_batches import DataObserver
 from ..migrations.database import close
 from ..migrations.logs import logger
 from ..migrations.plan import Plan, format_revision
@@ -84,15 +85,17 @@ class MigrationWork:
             # until the run has ended nobody knows where the fleet is, and no tenant may be upgraded by itself
             await self.services.registry.set_fleet_revision(None)
 
-    async def migrate(self, claimed: Claimed, begin: Begin) -> MigrationResult:
+    async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
         """Migrate one tenant."""
-        return await self.migrate_tenant(claimed.tenant, begin)
+        return await self.migrate_tenant(claimed.tenant, begin, observe_data)
 
-    async def migrate_tenant(self, tenant: Tenant, begin: Begin) -> MigrationResult:
+    async def migrate_tenant(
+        self, tenant: Tenant, begin: Begin, observe_data: DataObserver | None = None
+    ) -> MigrationResult:
         """Migrate a tenant that no run has claimed."""
         # by a process that did not ask ahead, all are asked right before they run
         checks = frozenset[str]() if self._checks == "never" else self._deferred.get(tenant.id)
-        return await self._migration.run(self.plan, tenant, begin, checks=checks)
+        return await self._migration.run(self.plan, tenant, begin, checks=checks, observe_data=observe_data)
 
     def emit(self, outcome: TenantOutcome) -> None:
         """Log a failure, and emit the event of a migration."""
