@@ -172,6 +172,17 @@ def of_step(step: MigrationStep) -> tuple[DataMigration, ...]:
     return data_migrations_of(step.revision.module) if isinstance(step, RevisionStep) else ()
 
 
+def mention_data_migrations(migration_context: Any) -> None:
+    """Have a script of SQL say where data migrations would run: it does not have them."""
+
+    def mention(ctx: Any, step: Any, heads: set[Any], run_args: Any) -> None:
+        for one in () if step.is_stamp else data_migrations_of(step.up_revision.module):
+            if step.is_upgrade or one.reversal is not None:
+                ctx.impl.static_output(f"-- not in this script: data migration {step.up_revision_id}:{one.name}")
+
+    migration_context.on_version_apply_callbacks = (*migration_context.on_version_apply_callbacks, mention)
+
+
 def parts(command: str, steps: Sequence[MigrationStep]) -> list[tuple[MigrationStep, ...]]:
     """Split a path where data migrations run: after the last step of a part, or before the first of a downgrade's."""
     found: list[list[MigrationStep]] = [[]]
@@ -209,6 +220,7 @@ __all__ = [
     "Statement",
     "data_migration",
     "data_migrations_of",
+    "mention_data_migrations",
     "of_step",
     "parts",
     "statements_of",

@@ -13,6 +13,7 @@ from sqlalchemy import event
 
 from ..errors import MigrationError
 from ..postgres.sqlalchemy_versions import await_, has_begun
+from .data_migrations import mention_data_migrations
 from .indexes import indexes_created, make_room
 from .logs import warn_once
 from .plan import MigrationStep
@@ -84,6 +85,7 @@ async def _execute(cursor: Any, adapted: Any, parts: list[str]) -> None:
 def printing_sql(context: EnvironmentContext, environment: Environment) -> Iterator[None]:
     """Print what creates the version table's schema first, if the statements of the body begin at base."""
     migration_context: Any = context.get_context()
+    mention_data_migrations(migration_context)
     schema: str | None = environment.options.get("version_table_schema")
     if schema is None:
         yield

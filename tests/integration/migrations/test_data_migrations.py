@@ -404,6 +404,7 @@ async def test_plain_alembic_runs_them_as_well(fleet: Fleet, project: Project, a
     add(project, "0002", broken)
     failed = await alembic("upgrade", "head", ok=False)
     assert "data migration 0002:count_words is unfinished: division by zero" in failed
+    assert "\n-- not in this script: data migration 0002:count_words\n" in await alembic("upgrade", "head", "--sql")
     await alembic("stamp", "0001")
     assert not await has_checkpoints(fleet, "acme")
     await fleet.execute("acme", "ALTER TABLE notes DROP COLUMN words")
