@@ -34,7 +34,7 @@ class RunProgress:
 
     ``wave`` counts from 1, ``wave_name`` is its name. ``rate`` is tenants a second, of the last ``WINDOW_SECONDS``;
     ``remaining_seconds`` is for all that are left at this rate, without what waits between waves, None while the rate
-    is 0.
+    is 0. ``data_rows`` of about ``data_estimate`` are done by the data migrations that are under way.
     """
 
     run: int
@@ -48,6 +48,8 @@ class RunProgress:
     rate: float
     seconds: float
     servers: tuple[ServerProgress, ...]
+    data_rows: int = 0
+    data_estimate: int = 0
 
     @property
     def total(self) -> int:
@@ -81,12 +83,21 @@ class RunProgress:
             return 0.0
         return self.left / self.rate if self.rate else None
 
+    @property
+    def data_text(self) -> str | None:
+        """How far data migrations are, for a line; None if none is under way."""
+        if not self.data_estimate:
+            return None
+        return f"data migrations {self.data_rows:,} of {self.data_estimate:,} rows"
+
     def line(self) -> str:
         """Return one line for a log."""
         parts = [f"{self.done + self.failed} of {self.total} done", f"{self.failed} failed", f"{self.running} running"]
         parts.append(f"{self.rate:.1f}/s")
         if self.remaining_seconds is not None and self.state == "running":
             parts.append(f"{duration_text(self.remaining_seconds)} left")
+        if self.data_text is not None:
+            parts.append(self.data_text)
         wave = f", wave {self.wave} of {self.waves} ({self.wave_name})" if self.waves > 1 else ""
         state = "" if self.state == "running" else f" {self.state}"
         found = f"run {self.run}{state}, {self.command} {self.target}{wave}: {', '.join(parts)}"
@@ -111,7 +122,7 @@ def duration_text(seconds: float) -> str:
 _READ = text("""
 SELECT r.id, r.command, r.target, r.state, r.reason, r.wave, r.plan,
     extract(epoch FROM coalesce(r.ended_at, clock_timestamp()) - r.created_at) AS seconds,
-    t.server, t.total, t.done, t.failed, t.skipped, t.running, t.recent,
+    t.server, t.total, t.done, t.failed, t.skipped, t.running, t.recent, t.data_rows, t.data_estimate,
     extract(epoch FROM clock_timestamp() - t.first) AS since
 FROM tenancy.migration_runs r LEFT JOIN LATERAL (
     SELECT server, count(*) AS total,
@@ -119,13 +130,19 @@ FROM tenancy.migration_runs r LEFT JOIN LATERAL (
         count(*) FILTER (WHERE state = 'failed') AS failed,
         count(*) FILTER (WHERE state = 'skipped') AS skipped,
         count(*) FILTER (WHERE state = 'running') AS running,
+        -- of data migrations that are under way
+        coalesce(sum(d.rows) FILTER (WHERE state = 'running'), 0)::bigint AS data_rows,
+        coalesce(sum(d.estimate) FILTER (WHERE state = 'running'), 0)::bigint AS data_estimate,
         count(*) FILTER (
             WHERE state IN ('done', 'failed') AND ended_at > clock_timestamp() - make_interval(secs => :window)
         ) AS recent,
         min(started_at) FILTER (
             WHERE ended_at IS NULL OR ended_at > clock_timestamp() - make_interval(secs => :window)
         ) AS first
-    FROM tenancy.migration_run_tenants WHERE run = r.id GROUP BY server
+    FROM tenancy.migration_run_tenants CROSS JOIN LATERAL (
+        SELECT sum((one.value ->> 'rows')::bigint) AS rows, sum((one.value ->> 'estimate')::bigint) AS estimate
+        FROM jsonb_each(detail -> 'data') AS one WHERE NOT (one.value ->> 'done')::boolean
+    ) AS d WHERE run = r.id GROUP BY server
 ) t ON true
 WHERE r.id = :run ORDER BY t.server
 """)
@@ -180,6 +197,8 @@ class ProgressReader:
                 )
                 for row in found
             ),
+            data_rows=sum(row.data_rows for row in found),
+            data_estimate=sum(row.data_estimate for row in found),
         )
 
     async def watch(self, run: int, *, every: float = 1.0) -> AsyncIterator[RunProgress]:

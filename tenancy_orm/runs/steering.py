@@ -9,6 +9,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from ..migrations import local
 from ..migrations.connections import Connections, Health, prepare_servers
+from ..migrations.data_batches import DataObserver
 from ..migrations.database import close
 from ..migrations.plan import Plan
 from ..migrations.scripts import Environment
@@ -83,14 +84,14 @@ class UndoWork:
         if self._everyone:
             await self._services.registry.set_fleet_revision(None)
 
-    async def migrate(self, claimed: Claimed, begin: Begin) -> MigrationResult:
+    async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
         """Bring one tenant back."""
         target = claimed.target or "base"
         if target not in self._plans:
             self._plans[target] = return_to(
                 self._environment, target, stamp=self._stamps, stamp_irreversible=self._stamp_irreversible
             )
-        return await self._migration.run(self._plans[target], claimed.tenant, begin)
+        return await self._migration.run(self._plans[target], claimed.tenant, begin, observe_data=observe_data)
 
     def emit(self, outcome: TenantOutcome) -> None:
         """Log a failure, and emit the event of a migration."""

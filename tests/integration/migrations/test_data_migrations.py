@@ -14,6 +14,7 @@ import pytest
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import ConfigurationError, MigrationError
 from tenancy_orm.migrations import Batch, data_migration
+from tenancy_orm.runs.progress import ProgressReader
 from tests.support.alembic_program import Alembic
 from tests.support.data_migration_process import start
 from tests.support.fleet import Fleet, activity, open_fleet, until
@@ -342,7 +343,7 @@ async def test_requests_are_served_at_the_revision_meanwhile(
     """The registry has it before the first batch; a run that is interrupted leaves what is done, and can go on."""
     project.add("0002", WORDS, down="0001")
     assert (await fleet.migrations.upgrade()).ok
-    await fleet.execute("acme", FILL.format(35))
+    await fleet.execute("acme", FILL.format(35) + "; ANALYZE notes")
     add(project, "0003", COUNT, 'op.execute("CREATE TABLE third ()")', 'op.execute("DROP TABLE third")')
     project.add("0004", 'op.execute("CREATE TABLE fourth ()")', 'op.execute("DROP TABLE fourth")', down="0003")
     await fleet.provisioner.template("default")
@@ -356,6 +357,9 @@ async def test_requests_are_served_at_the_revision_meanwhile(
         migrating = "SELECT migrating_to FROM tenancy.tenants WHERE slug = 'acme'"
         async with fleet.tenancy.internals.control.connect() as control:
             assert (await control.exec_driver_sql(migrating)).scalar() is None
+        run = (await fleet.migrations.runs())[0].id
+        progress = await ProgressReader(fleet.tenancy.internals.control).read(run)
+        assert f"data migrations {progress.data_rows} of 35 rows" in progress.line()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await transaction.commit()
