@@ -183,15 +183,20 @@ def mention_data_migrations(migration_context: Any) -> None:
     migration_context.on_version_apply_callbacks = (*migration_context.on_version_apply_callbacks, mention)
 
 
-def parts(command: str, steps: Sequence[MigrationStep]) -> list[tuple[MigrationStep, ...]]:
-    """Split a path where data migrations run: after the last step of a part, or before the first of a downgrade's."""
+def is_downgrade(step: MigrationStep) -> bool:
+    """Whether a step undoes its revision."""
+    return isinstance(step, RevisionStep) and not step.is_upgrade
+
+
+def parts(steps: Sequence[MigrationStep]) -> list[tuple[MigrationStep, ...]]:
+    """Split a path where data migrations run: after a step that has some, or before it where it undoes its revision."""
     found: list[list[MigrationStep]] = [[]]
     for step in steps:
         has_data = bool(of_step(step))
-        if has_data and command == "downgrade" and found[-1]:
+        if has_data and is_downgrade(step) and found[-1]:
             found.append([])
         found[-1].append(step)
-        if has_data and command == "upgrade":
+        if has_data and not is_downgrade(step):
             found.append([])
     return [tuple(part) for part in found if part]
 
@@ -220,6 +225,7 @@ __all__ = [
     "Statement",
     "data_migration",
     "data_migrations_of",
+    "is_downgrade",
     "mention_data_migrations",
     "of_step",
     "parts",

@@ -34,7 +34,7 @@ from . import local
 from .adapter import ConnectionAdapter
 from .checks import ask_in_place, preceded, script_of
 from .data_batches import DataObserver, DataRunner, track
-from .data_migrations import parts
+from .data_migrations import is_downgrade, parts
 from .execution import StatementObserver
 from .extensions import WantedExtensions, hint
 from .failures import describe
@@ -233,16 +233,16 @@ class DatabaseMigration:
         )
         if self._has_data(state):
             await self._run_data(data, state)
-        for part in parts(self.plan.command, steps):
+        for part in parts(steps):
             # again after a data migration
             await self._give_notice(connection)
-            if self.plan.command == "downgrade":
+            if is_downgrade(part[0]):
                 async with self._unbounded():
                     await data.reverse(part[0])
             await self._apply(adapted, state, part)
             state = await self._read(connection)
             self.changed = True
-            if self._has_data(state):
+            if state.has_data and not is_downgrade(part[-1]) and self.plan.command != "stamp":
                 await self._run_data(data, state)
 
     async def _run_data(self, data: DataRunner, state: State) -> None:

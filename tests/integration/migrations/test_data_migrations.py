@@ -163,8 +163,14 @@ async def test_a_downgrade_undoes_the_rows_that_were_done(fleet: Fleet, project:
         assert (await fleet.revision(slug), await has_checkpoints(fleet, slug)) == ("0001", False)
 
     await fleet.execute("globex", "UPDATE notes SET body = 'x' WHERE body = 'bad'")
+    report = await fleet.migrations.upgrade()
+    assert report.run is not None
+    await fleet.execute("acme", "UPDATE notes SET body = 'note'")
+    assert (await fleet.migrations.undo(report.run)).ok
+    assert await fleet.fetch("acme", undone) == [(35, 35)]
     assert (await fleet.migrations.upgrade()).ok
-    await fleet.execute("globex", "ALTER TABLE notes ADD CHECK (id <> 25 OR body NOT LIKE 'undone%')")
+    again = "UPDATE notes SET body = 'note'; ALTER TABLE notes ADD CHECK (id <> 25 OR body NOT LIKE 'undone%')"
+    await fleet.execute("globex", again)
     (failure,) = (await fleet.migrations.downgrade("0001")).failures
     assert (failure.slug, failure.after) == ("globex", "0002")
     (refused,) = (await fleet.migrations.upgrade()).failures
