@@ -13,7 +13,7 @@ from ..migrations.logs import logger
 from ..secrets.keyring import Keyring
 from .checks import WaveReport, is_sealed, over_budget, run_checks
 from .claims import RunClaims
-from .participation import CONTROL_FAILURES
+from .participation import is_temporary
 from .records import RunRecord, RunState
 from .waves import Wave, Waves
 
@@ -139,7 +139,9 @@ class WaveGate:
             async with self._control.connect() as connection:
                 names = {"run": self._record.id, "me": self._claims.claimant.id}
                 return bool(await connection.scalar(_HAS_GATE, names))
-        except CONTROL_FAILURES:
+        except Exception as exc:
+            if not is_temporary(exc):
+                raise
             return True  # the claim is renewed elsewhere, which also notices when it is lost
 
 

@@ -10,12 +10,10 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 from uuid import UUID
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from ..cancellation import run_to_completion
 from ..errors import ControlUnavailableError, JobLostError
-from ..postgres.failures import SERVER_FAILURES
-from ..postgres.login import reason_of
+from ..migrations.failures import describe
+from ..postgres.errors import DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, QUERY_CANCELED, sqlstate_of
 from .claims import Claimed, Finished, RunClaims, Turn
 from .records import RunState
 
@@ -33,8 +31,12 @@ _MOST_AHEAD = 400  # or so many of them
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # between attempts to reach the control database
 _LEAVE_SECONDS = 10.0
 
-# of the control database: trying again may help
-CONTROL_FAILURES: Final = (ControlUnavailableError, SQLAlchemyError, *SERVER_FAILURES)
+_BUSY: Final = frozenset({DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, QUERY_CANCELED})
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Whether the control database may do later what it has not done now."""
+    return isinstance(error, (ControlUnavailableError, TimeoutError)) or sqlstate_of(error) in _BUSY
 
 
 class Participation:
@@ -200,11 +202,11 @@ class Participation:
             try:
                 async with asyncio.timeout(_LEAVE_SECONDS):
                     await self._claims.leave(self._finished)
-            except CONTROL_FAILURES as exc:
+            except Exception as exc:  # noqa: BLE001 - whatever it is, it hides no other error
                 logger.error(
                     "run %d: what has ended here could not be recorded (%s); go on with: tenancy migrate resume %d",
                     self._claims.run,
-                    reason_of(exc),
+                    describe(exc),
                     self._claims.run,
                 )
 
@@ -224,7 +226,9 @@ class Participation:
                 try:
                     await self._take_turn(began - last if last else 0.0)
                     last, pause, self._failing_since = began, _FIRST_PAUSE, None
-                except CONTROL_FAILURES as exc:
+                except Exception as exc:
+                    if not is_temporary(exc):
+                        raise
                     if self._give_up(exc, began):
                         return
                     await asyncio.sleep(pause)
@@ -238,7 +242,7 @@ class Participation:
     def _give_up(self, error: Exception, now: float) -> bool:
         if self._failing_since is None:
             self._failing_since = now
-            logger.warning("run %d: the control database cannot be used now: %s", self._claims.run, reason_of(error))
+            logger.warning("run %d: the control database cannot be used now: %s", self._claims.run, describe(error))
         if self._tasks or now - self._failing_since < PATIENCE_SECONDS:
             return False
         run = self._claims.run

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..config import TenancyConfig
-from ..errors import RunMismatchError, RunStateError
+from ..errors import RunMismatchError
 from ..jobs import Claimant
 from ..migrations.connections import placement_of
 from ..migrations.logs import logger
@@ -173,8 +173,6 @@ class RecordedRuns:
             RunStateError: it has not ended, and cannot be tried again.
         """
         record = await self._check(run, x)
-        if retry and record.state == "running" and record.processes:
-            raise RunStateError(run, "running", "retried")
         work = await make(record)
         claimant = Claimant()
         await self.records.reopen(run, claimant, retry=retry, skip_checks=skip_checks, actor=actor)

@@ -357,15 +357,12 @@ class RunRecords:
         async with self.control.transaction() as connection:
             found = await lock_run(connection, run)
             if retry and found.state == "running":
-                raise RunStateError(run, found.state, "retried")
+                raise RunStateError(run, "not at its end", "retried; resume it first")
             await connection.execute(RELEASE_LOST, {"run": run})
-            if found.state in ("failed", "cancelled", "done"):
+            if retry or found.state in ("failed", "cancelled", "done"):
                 states = ["failed"] if retry else ["skipped"]
                 await connection.execute(_WAIT_AGAIN, {"run": run, "states": states})
-                await set_state(connection, run, "running", None)
-            elif found.state == "paused":
-                if retry:
-                    await connection.execute(_WAIT_AGAIN, {"run": run, "states": ["failed"]})
+            if found.state != "running":
                 await set_state(connection, run, "running", None)
             if skip_checks:
                 await connection.execute(_SKIP_CHECKS, {"run": run})

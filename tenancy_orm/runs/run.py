@@ -18,7 +18,7 @@ from ..secrets.keyring import Keyring
 from ..tenant import Tenant
 from .claims import GIVEN_UP, Claimed, Finished, RunClaims
 from .gate import PLANNED, WaveGate
-from .participation import CONTROL_FAILURES, PATIENCE_SECONDS, Participation
+from .participation import PATIENCE_SECONDS, Participation, is_temporary
 from .records import RunRecord, RunRecords, RunState, TenantRecord
 from .report import FleetReport, Progress, TenantOutcome
 from .tenant_migration import Begin, MigrationResult
@@ -241,8 +241,8 @@ class Run:
             try:
                 await self._claims.begin(claimed.tenant.id, before, target=target, seconds=self._limit)
                 return
-            except CONTROL_FAILURES:
-                if time.monotonic() >= deadline:
+            except Exception as exc:
+                if not is_temporary(exc) or time.monotonic() >= deadline:
                     raise
             await asyncio.sleep(_PAUSE)
 

@@ -1,0 +1,71 @@
+"""A process that takes part in a run and is killed, or stops: ``python -m tests.support.runs_process``.
+
+It reads what to do as JSON from stdin. At the point that is named there, it sends itself a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import pytest
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.provisioning import Provisioner
+from tenancy_orm.runs.claims import RunClaims
+
+# by the name of a point: what is wrapped, and whether the signal comes after the call
+POINTS: dict[str, tuple[Any, str, bool]] = {
+    "before the first claim": (RunClaims, "open_wave", False),
+    "before the change": (RunClaims, "begin", True),
+    "after the change": (Provisioner, "apply_grants", False),
+    "after the last": (RunClaims, "end", False),
+}
+
+
+def config_of(task: dict[str, Any]) -> TenancyConfig:
+    """The application's configuration."""
+    return TenancyConfig(
+        control_url=task["control_url"],
+        servers={"default": task["admin_url"]},
+        migrations=task["migrations"],
+        encryption_keys={"1": "a2V5" * 10 + "a2U="},
+        name_prefix=task["name_prefix"],
+    )
+
+
+def arrange(patch: pytest.MonkeyPatch, point: str, name: str) -> None:
+    """Have this process send itself the signal of that name, at the second tenant that comes to the point."""
+    owner, method, after = POINTS[point]
+    original = getattr(owner, method)
+    calls = 0
+    which = 1 if owner is RunClaims and method != "begin" else 2
+
+    async def wrapped(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = await original(*args, **options) if after else None
+        if calls == which:
+            os.kill(os.getpid(), signal.Signals[name])
+        return result if after else await original(*args, **options)
+
+    patch.setattr(owner, method, wrapped)
+
+
+async def main(task: dict[str, Any]) -> None:
+    """Upgrade all tenants."""
+    async with Tenancy(config_of(task)) as tenancy:
+        report = await tenancy.migrations.upgrade(concurrency=task.get("concurrency", 1))
+    print(json.dumps({"ok": report.ok, "run": report.run, "changed": len(report.changed)}))
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.stdin.read())
+    with pytest.MonkeyPatch.context() as patching:
+        if given.get("at"):
+            arrange(patching, given["at"], given["signal"])
+        asyncio.run(main(given))
