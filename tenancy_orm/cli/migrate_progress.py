@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -151,10 +152,18 @@ async def _show(tenancy: Tenancy, run: asyncio.Future[int]) -> None:
 def run_shown(migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], *, as_json: bool) -> None:
     """Run a command that migrates tenants, show its progress and its report, and exit with what has come of it.
 
-    Status 1 is for tenants that failed or were not started, 3 for a pause that the waves of the run ask for.
+    Status 1 is for tenants that failed or were not started, 3 for a pause that the waves of the run ask for. After
+    Ctrl-C or SIGTERM what was begun is rolled back, and the tenants wait for whoever resumes the run.
     """
+    runs: list[int] = []
 
     async def command(tenancy: Tenancy) -> FleetReport:
+        # asyncio.run cancels on SIGINT alone
+        main = asyncio.current_task()
+        assert main is not None  # noqa: S101 - for the type checker
+        # once: a second cancellation would interrupt the clean-up that the first one has started
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: main.cancelling() or main.cancel())
+        tenancy.events.subscribe(MigrationRunStarted, lambda started: runs.append(started.run))
         async with shown(tenancy, quiet=as_json) as progress:
             try:
                 return await migrate(tenancy, progress)
@@ -162,8 +171,14 @@ def run_shown(migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], *,
                 _show_preflight(exc, as_json=as_json)
                 raise
 
-    with failures_listed():
-        report = run(command)
+    try:
+        with failures_listed():
+            report = run(command)
+    except (asyncio.CancelledError, KeyboardInterrupt) as exc:
+        if runs:
+            note(f"run {runs[0]} is interrupted; go on with: tenancy migrate resume {runs[0]}")
+        number = signal.SIGINT if isinstance(exc, KeyboardInterrupt) else signal.SIGTERM
+        raise typer.Exit(128 + number) from None
     show_report(report, as_json=as_json)
     if report.is_planned and not report.failures:
         raise typer.Exit(EXIT_PAUSED)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import signal
+import sys
 from pathlib import Path
 
-from tests.integration.cli.test_cli import Cli, cli
+import pytest
+
+from tests.integration.cli.test_cli import COMMAND, Cli, cli
 from tests.support.projects import NOTES, Project
+from tests.support.waiting import until
 
 __all__ = ["cli"]
 
@@ -54,3 +61,46 @@ async def test_runs_from_the_shell(cli: Cli, tmp_path: Path) -> None:
     assert (missing.status, "there is no run 7" in missing.err) == (1, True)
     actions = {one["action"] for one in (await cli("audit", "list", "--json")).json}
     assert {"migration.start", "migration.resume", "migration.retry", "migration.end"} <= actions
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_command_says_how_to_go_on(cli: Cli, tmp_path: Path, number: signal.Signals) -> None:
+    """Nothing is left claimed: the run is resumed at once."""
+    await cli("init")
+    project = Project(tmp_path)
+    project.add("0001", NOTES)
+    await cli("create", "acme")
+    waiting = "if op.get_context().opts['tenant'] is not None:\n    op.execute('SELECT pg_sleep(600)')"
+    project.add("0002", waiting, down="0001")
+    variables = tmp_path / "environment.json"
+    (tmp_path / "dump.py").write_text(f"import json, os\njson.dump(dict(os.environ), open({str(variables)!r}, 'w'))\n")
+    await cli(program=("dump.py",))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, *COMMAND, "migrate", "upgrade"),
+        cwd=tmp_path,
+        env=json.loads(variables.read_text()),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(120):
+
+            async def is_running() -> bool:
+                found = (await cli("migrate", "runs", "--json")).json
+                return bool(found) and found[0]["tenants"]["running"] == 1
+
+            await until(is_running, seconds=100)
+            process.send_signal(number)
+            said = (await process.stderr.read()).decode()
+            assert await process.wait() == 128 + number
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert said.endswith("run 1 is interrupted; go on with: tenancy migrate resume 1\n")
+    (listed,) = (await cli("migrate", "runs", "--json")).json
+    assert (listed["state"], listed["tenants"]["waiting"]) == ("interrupted", 1)
+    (tmp_path / "migrations" / "versions" / "0002.py").write_text(
+        (tmp_path / "migrations" / "versions" / "0002.py").read_text().replace("600", "0")
+    )
+    refused = await cli("migrate", "resume", "1")
+    assert "run 1 was started with other revisions or options" in refused.err
