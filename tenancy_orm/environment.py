@@ -372,7 +372,10 @@ class _Command:
     async def _show_history(self, migrator: FleetMigrator) -> None:
         """Show the history once, and mark every revision that some tenant is at."""
         found = await migrator.status(
-            tenants=self.arguments.tenants, concurrency=self.arguments.concurrency, environment=self.environment
+            verify=True,
+            tenants=self.arguments.tenants,
+            concurrency=self.arguments.concurrency,
+            environment=self.environment,
         )
         failures = {item.slug: item.error for item in found if item.error is not None}
         if failures:

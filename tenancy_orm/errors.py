@@ -85,7 +85,8 @@
     │   ├── RunNotFoundError (LookupError)   no run has that number
     │   ├── RunStateError                    a run's state does not allow it
     │   ├── UndoRefusedError                 a run cannot be undone without a decision
-    │   └── RunMismatchError                 this code is not the one that a run was started with
+    │   ├── RunMismatchError                 this code is not the one that a run was started with
+    │   └── SchemaDriftError
     ├── ReadOnlyError                        a read-only session was to write, or to end its transaction by SQL
     ├── QueryError                           a query over the fleet was refused in a tenant's database
     ├── FleetQueryError                      a query failed for some tenants, and was answered by the others
@@ -101,7 +102,7 @@ can be pickled. No message, attribute or ``repr`` contains a secret. An applicat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -1157,6 +1158,25 @@ class UndoRefusedError(MigrationError):
         self.run = run
         self.irreversible = dict(irreversible)
         self.moved = dict(moved)
+
+
+class SchemaDriftError(MigrationError):
+    """Tenants' schemas are not what their revisions say; nothing was changed."""
+
+    def __init__(self, drifted: Iterable[str], errors: Mapping[str, str], *, total: int) -> None:
+        """Give the slugs of those that drift, and the reason by the slug of each that could not be compared.
+
+        ``total`` is how many were compared.
+        """
+        self.drifted = tuple(drifted)
+        self.failures = dict(errors)
+        self.total = total
+        names = [*self.drifted, *self.failures]
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        super().__init__(
+            f"of {counted(total)}, {len(self.drifted)} drifted and {len(self.failures)} could not be compared: "
+            f"{listed}; nothing was changed: run tenancy migrate drift, which shows the differences"
+        )
 
 
 class JobLostError(TenancyError):

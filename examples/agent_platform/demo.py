@@ -322,7 +322,7 @@ async def upgrade(output: Output, tenancy: Tenancy) -> None:
 
 async def show_revisions(output: Output, tenancy: Tenancy) -> None:
     """Print the revision of each tenant's database."""
-    fleet = await tenancy.migrations.status()
+    fleet = await tenancy.migrations.status(verify=True)
     rows = [(x.slug, str(x.revision), "yes" if x.at_head else "no") for x in fleet]
     expect(sorted(rows) == [(slug, "0002", "yes") for slug in sorted(SLUGS)], f"all are at head: {rows}")
     output.table("The fleet's revisions", ("tenant", "revision", "at head"), rows)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..migrations.selection import NO_TENANTS
 from ..runs import FleetReport, Progress
 from ..runs.busy import Order
 from ..tenancy import Tenancy
-from . import seed
+from . import migrate_drift, migrate_status
 from .migrate_progress import run_shown
 from .migrate_waves import (
     DryRun,
@@ -25,8 +23,7 @@ from .migrate_waves import (
     WaveOption,
     look_ahead,
 )
-from .output import console, print_json, print_table
-from .runtime import EXIT_FAILED, Json, operator, run
+from .runtime import Json, operator
 
 app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_help=True)
 
@@ -56,6 +53,7 @@ def upgrade(
     max_failures: MaxFailures = None,
     dry_run: DryRun = False,
     sql: Sql = False,
+    refuse_drift: migrate_drift.Refuse = False,
     as_json: Json = False,
 ) -> None:
     """Upgrade every tenant's database; one that fails does not stop the others."""
@@ -78,6 +76,7 @@ def upgrade(
             max_failures=given.max_failures,
             progress=progress,
             actor=operator(),
+            refuse_drift=refuse_drift,
         )
 
     run_migration("upgrade", command, as_json)
@@ -147,36 +146,8 @@ def extensions(tenant: Only = None, concurrency: Concurrency = 8, as_json: Json 
     run_migration("install extensions", command, as_json)
 
 
-@app.command()
-def status(as_json: Json = False) -> None:
-    """Show each tenant's revision and extensions; exit status 1 where one is not at head, or lacks an extension.
-
-    Where seeds are configured, it shows those that are outstanding as well.
-    """
-
-    async def command(tenancy: Tenancy) -> Any:
-        return await tenancy.migrations.status(), await seed.read_status(tenancy)
-
-    revisions, seeds = run(command)
-    if as_json:
-        fields = ((asdict(x), seed.status_fields(seeds.get(x.slug))) for x in revisions)
-        print_json([{**found, **more} for found, more in fields])
-    elif not revisions:
-        console.print(NO_TENANTS, highlight=False)
-    else:
-        shown = {True: "yes", False: "no", None: None}
-        rows = [
-            (x.slug, x.revision, shown[x.at_head], *map(", ".join, (x.missing_extensions, x.other_extensions)), x.error)
-            for x in revisions
-        ]
-        columns = ("tenant", "revision", "at head", "lacks extensions", "not in the setting", "error")
-        if seeds:
-            lacking = [", ".join(seeds[x.slug].outstanding) if x.slug in seeds else None for x in revisions]
-            columns = (*columns[:-1], "lacks seeds", "error")  # type: ignore[assignment]
-            rows = [(*row[:-1], lacks, row[-1]) for row, lacks in zip(rows, lacking, strict=True)]
-        print_table("schema revisions", columns, rows)
-    if not all(x.is_complete for x in revisions):
-        raise typer.Exit(EXIT_FAILED)
+app.command()(migrate_status.status)
+app.command()(migrate_drift.drift)
 
 
 def run_migration(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:

@@ -476,6 +476,11 @@ class MigrationConfig(Section, frozen=True):
     data_max_lag_seconds: SecondsOrZero = 30.0
     """While a standby lags behind by more seconds than that, data migrations wait in the same way; 0 is no bound."""
 
+    drift_ignore: Names = ()
+    """Objects that no comparison of schemas looks at: names as patterns of a shell, with their schema unless that is
+    public, such as ``events_2*`` for partitions that the application makes. One may begin with a kind, and must if the
+    object belongs to a table: ``publication cdc_*``, ``index notes_tmp*``. As text: separated by commas."""
+
 
 class RehearsalConfig(Section, frozen=True):
     """Clones of tenants that a migration is tried on."""

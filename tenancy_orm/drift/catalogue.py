@@ -35,6 +35,7 @@ _SETTINGS = "; ".join(
     )
 )
 _INTERNAL_ERROR = "XX000"
+_ROWS = 5_000  # rows that are fetched at once
 _ATTEMPTS = 3  # an object that is dropped while it is printed is an internal error
 
 
@@ -101,6 +102,8 @@ class Ignored:
 
         What belongs to another object is named with its kind: ``index notes_*``, ``column notes.legacy_*``.
         """
+        if not self.patterns:
+            return False
         if key.parent is None:
             column = fields.get("owned by") if key.kind == "sequence" else None
             owner = None if column is None else f"table {column.rpartition('.')[0]}"
@@ -153,30 +156,33 @@ async def read(
         asyncpg.PostgresError: PostgreSQL refused, or a table's lock was not free in time.
         TimeoutError: it took longer than ``timeout``.
     """
-    rows = await _rows(connection, owner, role, timeout)
-    objects = {Key(kind, parent, name): _fields(kind, values) for kind, parent, name, values in rows}
-    found = Catalogue(objects, owner)
-    return found if ignored is None else found.without(ignored)
-
-
-async def _rows(
-    connection: Connection, owner: str, role: str | None, timeout: float | None
-) -> Sequence[asyncpg.Record]:
-    query = catalogue(version(connection))
+    ignored = ignored or Ignored()
     for attempt in range(_ATTEMPTS):
         # a savepoint where a transaction is open: its end restores the settings
         transaction = connection.transaction()
         await transaction.start()
         try:
             await connection.execute(_SETTINGS)
-            rows: Sequence[asyncpg.Record] = await connection.fetch(query, owner, role or "", timeout=timeout)
-            return rows
+            return Catalogue(await _objects(connection, owner, role, ignored, timeout), owner)
         except asyncpg.PostgresError as exc:
             if sqlstate_of(exc) != _INTERNAL_ERROR or attempt == _ATTEMPTS - 1:
                 raise
         finally:
             await finish(connection, transaction.rollback)
     raise AssertionError("unreachable")
+
+
+async def _objects(
+    connection: Connection, owner: str, role: str | None, ignored: Ignored, timeout: float | None
+) -> dict[Key, Mapping[str, str]]:
+    # by a cursor: an application may have made a hundred thousand partitions, which are ignored
+    cursor = connection.cursor(catalogue(version(connection)), owner, role or "", prefetch=_ROWS, timeout=timeout)
+    objects: dict[Key, Mapping[str, str]] = {}
+    async for kind, parent, name, values in cursor:
+        key, fields = Key(kind, parent, name), _fields(kind, values)
+        if not ignored.match(key, fields):
+            objects[key] = fields
+    return objects
 
 
 def _fields(kind: str, values: Sequence[str | None]) -> Mapping[str, str]:

@@ -208,17 +208,21 @@ class Provisioner:
         refuse_while_bound("building a template")
         return await self._templates.ensure(await self._prepared_server(server))
 
-    def scratch(self, server: str) -> AbstractAsyncContextManager[str]:
+    def scratch(self, server: str, *, empty: bool = False) -> AbstractAsyncContextManager[str]:
         """Make a short-lived database with the current schema: ``async with provisioner.scratch("default") as name``.
 
         It has neither seeds nor reference data. Connect to it as the owner. It is dropped at the end, also after a
         cancellation.
 
+        Args:
+            server: The server's name.
+            empty: Make it as a template is before its revisions run: with extensions and rights, and without tables.
+
         Raises:
             TemplateError: the template could not be built or cloned.
         """
         refuse_while_bound("cloning a template")
-        return self._unfilled.scratch(lambda: self._prepared_server(server))
+        return self._unfilled.scratch(lambda: self._prepared_server(server), empty=empty)
 
     async def connect_admin(
         self,

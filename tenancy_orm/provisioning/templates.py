@@ -256,25 +256,32 @@ class Templates:
         return found
 
     @asynccontextmanager
-    async def scratch(self, ready: Callable[[], Awaitable[Server]]) -> AsyncIterator[str]:
+    async def scratch(self, ready: Callable[[], Awaitable[Server]], *, empty: bool = False) -> AsyncIterator[str]:
         """Yield the name of a clone of the template, which is dropped afterwards, also after a cancellation.
 
         Connect to it by ``server.connect_admin(name, role=<owner>)``. If the process dies, the advisory lock of the
         connection opened here is released, and ``reconcile`` drops the clone.
+
+        Args:
+            ready: Returns the server, prepared.
+            empty: Make it as a template is before its schema is applied.
 
         Raises:
             TemplateError: see ``ensure`` and ``clone``.
             ServerUnavailableError: the server does not answer.
         """
         server = await ready()
-        template = await self.ensure(server)
+        template = None if empty else await self.ensure(server)
         name = self._names.scratch(secrets.token_hex(8))
         connection = await self._blockers(server).connect()
         try:
             await locks.lock(connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
             async with asyncio.timeout(self._config.provisioning.timeout):
-                await self.clone(connection, template, name)
-                await databases.open_to_owner(connection, name)
+                if template is not None:
+                    await self.clone(connection, template, name)
+                    await databases.open_to_owner(connection, name)
+                else:
+                    await self._create_empty(server, connection, name)
             yield name
         finally:
             await run_to_completion(self._drop(server, connection, name))
@@ -328,11 +335,7 @@ class Templates:
         await locks.lock(connection, locks.lock_key(name), timeout=self.build_timeout)
         logger.info("building template %s on server %s", name, server.name)
         try:
-            await databases.create(
-                connection, name, template="template0", owner=self._names.owner, open_to_connections=False
-            )
-            await databases.open_to_owner(connection, name)
-            await self._prepare(server, name)
+            await self._create_empty(server, connection, name)
             revision, inputs = await self._apply(server, name)
             if self.base(restricted=await advisory_locks.may_restrict(connection)) != base:
                 raise TemplateError(
@@ -346,6 +349,14 @@ class Templates:
             await run_to_completion(self._drop_partial(server, connection, name))
             raise
         return TemplateInfo(server.name, name, revision), inputs
+
+    async def _create_empty(self, server: Server, connection: Connection, name: str) -> None:
+        """Create a database that has all but the schema."""
+        await databases.create(
+            connection, name, template="template0", owner=self._names.owner, open_to_connections=False
+        )
+        await databases.open_to_owner(connection, name)
+        await self._prepare(server, name)
 
     async def _prepare(self, server: Server, name: str) -> None:
         connection = await self._blockers(server).connect(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -95,6 +96,16 @@ class FailedUpgrade:
     next_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedRevision:
+    """The revision of a tenant's database, as the last migration or creation recorded it."""
+
+    tenant_id: UUID
+    slug: str
+    server: str
+    revision: str | None
+
+
 class Revisions(TenantTable):
     """Stores which schema revision a tenant has, and which one the last migration of the whole fleet brought about."""
 
@@ -131,6 +142,26 @@ class Revisions(TenantTable):
             values |= {"target": target or BASE, "seconds": seconds}
         async with self._control.connect() as connection:
             await connection.execute(_END if ended else _ANNOUNCE, values)
+
+    async def recorded_revisions(self, only: Collection[UUID] | None = None) -> list[RecordedRevision]:
+        """Return the revision of every tenant that is not being created or purged, in order of creation; in one query.
+
+        Args:
+            only: The ids of the tenants; all where None.
+        """
+        refuse_while_bound("listing tenants")
+        query = (
+            select(tenants.c.id, tenants.c.slug, tenants.c.server, tenants.c.schema_revision)
+            .where(
+                tenants.c.status.not_in([Status.PROVISIONING, Status.PURGED]),
+                tenants.c.purge_started_at.is_(None),
+                tenants.c.server.is_not(None),
+                true() if only is None else tenants.c.id.in_(only),
+            )
+            .order_by(tenants.c.id)
+        )
+        async with self._control.connect() as connection:
+            return [RecordedRevision(*row) for row in await connection.execute(query)]
 
     async def fleet_revision(self) -> str | None:
         """Return the revision that the last successful migration of all tenants brought about; None if unknown."""

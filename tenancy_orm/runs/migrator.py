@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,20 +12,19 @@ from sqlalchemy import Connection as SyncConnection
 from ..audit.actor import SYSTEM, Actor
 from ..config.revisions import Declared
 from ..context import refuse_while_bound
+from ..drift import DriftDetector, DriftProgress, DriftReport
 from ..errors import ConfigurationError
 from ..migrations import local
 from ..migrations.commands import CommandResult, CommandRunner
-from ..migrations.concurrency import map_concurrently
 from ..migrations.configuration import alembic_config
-from ..migrations.connections import Connections, Health, placement_of
-from ..migrations.database import State, close, read_state
-from ..migrations.failures import describe
-from ..migrations.plan import Heads, Plan, format_revision
+from ..migrations.connections import Connections, Health
+from ..migrations.database import close
+from ..migrations.plan import Plan
 from ..migrations.preflight import ChecksAsked, Preflight, PreflightReport
 from ..migrations.scripts import Environment, load
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
-from ..tenant import Tenant, TenantRef
+from ..tenant import TenantRef
 from .busy import Order
 from .commands import check_concurrency
 from .compatibility import load_compatibility
@@ -36,7 +35,7 @@ from .report import FleetReport, Progress
 from .run import RunWork
 from .served import CompatibilityReport, compatibility_report, with_declaration
 from .single import bring
-from .status import TenantRevision
+from .status import StatusReader, TenantRevision
 from .steering import DEFAULT_CONCURRENCY, Steering
 from .waves import Waves
 from .work import MigrationWork
@@ -77,6 +76,7 @@ class FleetMigrator(Steering):
         waves: Waves | None = None,
         max_failures: int | None = None,
         actor: Actor = SYSTEM,
+        refuse_drift: bool = False,
     ) -> FleetReport:
         """Upgrade tenants to ``revision``.
 
@@ -103,8 +103,11 @@ class FleetMigrator(Steering):
             waves: Which tenants go first, and what must hold before the others follow.
             max_failures: Start no other tenant after so many failures.
             actor: Who does this, for the records.
+            refuse_drift: Change nothing if the schema of one of these tenants is not what its revision says, or cannot
+                be compared; see ``drift``.
 
         Raises:
+            SchemaDriftError: with ``refuse_drift``: it names the tenants; nothing was changed.
             ConfigurationError: there is no migration directory, or its env.py cannot be used for a fleet; or ``join``
                 is given with ``tenants``.
             PreflightError: a check does not pass for some tenants; no tenant was touched.
@@ -116,6 +119,9 @@ class FleetMigrator(Steering):
         if join and tenants is not None:
             raise ConfigurationError("a run over all tenants can be joined; leave out either join or tenants")
         plan = Plan.of(await self.environment(x), "upgrade", revision)
+        if refuse_drift:
+            tenants = None if tenants is None else tuple(tenants)
+            (await self.drift(tenants=tenants, concurrency=concurrency)).raise_for_drift()
         options = RunOptions(
             concurrency=concurrency,
             server_concurrency=server_concurrency,
@@ -234,27 +240,61 @@ class FleetMigrator(Steering):
     async def status(
         self,
         *,
+        verify: bool = False,
         tenants: Iterable[TenantRef] | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
         environment: Environment | None = None,
     ) -> list[TenantRevision]:
-        """Read the revision and the extensions of every tenant from its database, in order of creation.
+        """Return the revision of every tenant, in order of creation, as the registry has recorded it.
 
         Without a migration directory there are no revisions.
+
+        Args:
+            verify: Read the revision and the extensions from each tenant's database.
+            tenants: The tenants; all where None.
+            concurrency: How many databases are read at once.
+            environment: The migrations; loaded where None.
 
         Raises:
             TenancyError: as ``upgrade``; a tenant that cannot be read is in the list, with the reason.
         """
         refuse_while_bound("looking at all tenants' schemas")
-        if environment is None and self.services.config.migrations is not None:
-            environment = await self.environment()
-        heads = frozenset(() if environment is None else environment.script.revision_map._real_heads)
-        health = Health()
+        reader = StatusReader(self.services, self._connections, environment or await self._environment_if_any())
+        return await (reader.verified(tenants, concurrency) if verify else reader.recorded(tenants))
 
-        async def read(tenant: Tenant) -> TenantRevision:
-            return await self._status(tenant, environment, heads, health)
+    async def drift(
+        self,
+        *,
+        tenants: Iterable[TenantRef] | None = None,
+        tiers: Collection[str] = (),
+        servers: Collection[str] = (),
+        concurrency: int = DEFAULT_CONCURRENCY,
+        progress: DriftProgress | None = None,
+    ) -> DriftReport:
+        """Compare the schema of every tenant with what its revision says.
 
-        return await map_concurrently(read, await self._selection.choose(tenants), concurrency)
+        One query reads each database. It changes nothing there; what tenants are compared with is a clone of the
+        template, or, for those that are not at head, a database in which the revisions run. The setting
+        ``migration.drift_ignore`` names objects that are left out.
+
+        Args:
+            tenants: The tenants; all where None.
+            tiers: Only tenants of these tiers.
+            servers: Only tenants on these servers.
+            concurrency: How many databases are read at once.
+            progress: Called as the search proceeds.
+
+        Raises:
+            TenancyError: as ``upgrade``. A tenant that cannot be compared is in the report's ``errors``.
+            UnknownTierError, UnknownServerError: there is no such tier or server.
+        """
+        refuse_while_bound("looking at all tenants' schemas")
+        check_concurrency(concurrency)
+        environment = await self._environment_if_any()
+        detector = DriftDetector(
+            self.services, self._connections, environment, concurrency=concurrency, progress=progress
+        )
+        return await detector.run(tenants, tiers=tiers, servers=servers)
 
     async def compatibility(self, declared: Declared | None = None) -> CompatibilityReport:
         """Count the tenants by revision, and say which this code serves; it asks the control database alone.
@@ -369,34 +409,8 @@ class FleetMigrator(Steering):
             plan, self.services, self._connections, checks=given["checks"], concurrency=given["concurrency"]
         )
 
-    async def _status(
-        self, tenant: Tenant, environment: Environment | None, heads: Heads, health: Health
-    ) -> TenantRevision:
-        found: State | None = None
-        error = None
-        configured = self.services.config.extensions
-        try:
-            target = self._connections.target(tenant, health)
-            connection = await target.connect()
-            try:
-                timeout = self._connections.limits.connect
-                found = await read_state(connection, environment, target, timeout=timeout)
-            finally:
-                await close(connection)
-        except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
-            error = describe(exc)
-        return TenantRevision(
-            tenant_id=tenant.id,
-            slug=tenant.slug,
-            server=placement_of(tenant).server,
-            revision=None if found is None else format_revision(found.heads),
-            recorded=tenant.schema_revision,
-            at_head=None if found is None else found.heads == heads,
-            error=error,
-            missing_extensions=() if found is None else tuple(x for x in configured if x not in found.extensions),
-            # every database has plpgsql
-            other_extensions=() if found is None else tuple(sorted(found.extensions - {*configured, "plpgsql"})),
-        )
+    async def _environment_if_any(self) -> Environment | None:
+        return None if self.services.config.migrations is None else await self.environment()
 
 
 __all__ = ["DEFAULT_CONCURRENCY", "FleetMigrator"]

@@ -124,11 +124,12 @@ class Steering(RunCommands):
     async def status(
         self,
         *,
+        verify: bool = False,
         tenants: Iterable[TenantRef] | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
         environment: Environment | None = None,
     ) -> list[TenantRevision]:
-        """Read the revisions of tenants from their databases."""
+        """Read the revisions of tenants; ``verify``: from their databases."""
         raise NotImplementedError
 
     # --- before -----------------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ class Steering(RunCommands):
         rows = await self._recorded.records.tenants(record.id)
 
         async def read(tenants: Iterable[TenantRef]) -> list[TenantRevision]:
-            return await self.status(tenants=tenants, environment=environment)
+            return await self.status(verify=True, tenants=tenants, environment=environment)
 
         return Undo(self.services, environment, read, record, rows)
 

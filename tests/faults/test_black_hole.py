@@ -170,7 +170,7 @@ async def migration(tenancy: Tenancy, slug: str) -> AsyncGenerator[None, None]:
 
 async def status(tenancy: Tenancy, slug: str) -> AsyncGenerator[None, None]:
     yield
-    assert [one.error for one in await tenancy.migrations.status(tenants=[slug])] != [None]
+    assert [one.error for one in await tenancy.migrations.status(verify=True, tenants=[slug])] != [None]
 
 
 async def creation_under_way(tenancy: Tenancy, slug: str) -> AsyncGenerator[None, None]:

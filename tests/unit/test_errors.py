@@ -45,6 +45,7 @@ SAMPLES: list[TenancyError] = [
     errors.ProvisioningError("it failed", tenant="acme", step="role"),
     errors.FleetMigrationError({"acme": "it failed"}, total=3),
     errors.PreflightError({"acme": "0002 no NULLs: 3 rows"}, total=3),
+    errors.SchemaDriftError(["acme"], {"globex": "it failed"}, total=3),
 ]
 
 

@@ -122,7 +122,8 @@ async def test_people_get_tables(cli: Cli) -> None:
     assert "acme" in shown.out and "active" in shown.out and shown.err == "1 tenant\n"
     status = await cli("migrate", "status")
     assert status.status == 0, status.out + status.err
-    assert "acme" in status.out
+    assert status.out.splitlines()[0].split() == ["REVISION", "TENANTS", "AT", "HEAD"]
+    assert "acme" not in status.out and "acme" in (await cli("migrate", "status", "--all")).out
 
 
 async def test_tenants_are_found_by_command(cli: Cli) -> None:
@@ -149,17 +150,17 @@ async def test_tenants_are_found_by_command(cli: Cli) -> None:
 
 
 async def test_an_extension_that_is_configured_later_reaches_tenants_by_command(cli: Cli) -> None:
-    """`migrate status` says who lacks it, by its exit status too, until `migrate extensions` or an upgrade ran."""
+    """`migrate status --verify` says who lacks it, and its exit status, until `migrate extensions` or an upgrade."""
     await cli("init")
     await cli("create", "acme")
     later = {"TENANCY_EXTENSIONS": "vector"}
-    lacking = await cli("migrate", "status", **later)
+    lacking = await cli("migrate", "status", "--verify", **later)
     assert lacking.status == 1
     assert "LACKS EXTENSIONS" in lacking.out and "vector" in lacking.out
     installed = await cli("migrate", "extensions", "--json", **later)
     assert installed.status == 0, installed.err
     assert [(one["slug"], one["extensions"]) for one in installed.json["outcomes"]] == [("acme", ["vector"])]
-    shown = await cli("migrate", "status", "--json", **later)
+    shown = await cli("migrate", "status", "--verify", "--json", **later)
     assert shown.status == 0
     assert [one["missing_extensions"] for one in shown.json] == [[]]
     unknown = await cli("migrate", "upgrade", TENANCY_EXTENSIONS="vector,no-such")

@@ -13,7 +13,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tenancy_orm.drift import Catalogue, Difference, Ignored, catalogue, compare
+from tenancy_orm.drift import Catalogue, Difference, Ignored, catalogue
+from tenancy_orm.drift.compare import compare
 from tenancy_orm.drift.mending import TENANT_ROLE
 from tenancy_orm.postgres.quoting import quote_identifier
 from tests.support.postgres import Postgres

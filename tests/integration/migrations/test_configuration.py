@@ -91,7 +91,7 @@ async def test_the_template_is_made_by_the_configuration_that_alembic_runs_with(
     async with Tenancy(fleet.services.config.replace(migration=settings)) as tenancy:
         created = await tenancy.tenants.create("hooli")
         assert created.tenant.schema_revision == "0001,b1"
-        assert all(found.at_head for found in await tenancy.migrations.status())
+        assert all(found.at_head for found in await tenancy.migrations.status(verify=True))
     assert await templates(fleet) == ["0001", "0001,b1"]
 
 

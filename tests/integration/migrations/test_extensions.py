@@ -98,7 +98,7 @@ async def catalogue(fleet: Fleet, slug: str) -> list[list[str]]:
 
 
 async def lacking(fleet: Fleet) -> dict[str, tuple[str, ...]]:
-    return {one.slug: one.missing_extensions for one in await fleet.migrations.status()}
+    return {one.slug: one.missing_extensions for one in await fleet.migrations.status(verify=True)}
 
 
 async def test_an_upgrade_brings_extensions_to_tenants_first(fleet: Fleet, project: Project) -> None:
@@ -168,7 +168,7 @@ async def test_an_extension_that_is_not_configured_any_more_is_left_alone_and_sh
     async with reopened(fleet, extensions=("guarded",)) as later:
         await later.migrations.upgrade()
     await fleet.migrations.upgrade()
-    found = await fleet.migrations.status(tenants=["acme"])
+    found = await fleet.migrations.status(verify=True, tenants=["acme"])
     assert [(x.other_extensions, x.missing_extensions, x.is_complete) for x in found] == [(("guarded",), (), True)]
 
 
@@ -197,7 +197,7 @@ async def test_without_migrations_a_method_brings_them(server: Postgres, config:
             ]
             assert (await later.migrations.install_extensions()).changed == ()
             await later.create("hooli")
-            found = await later.migrations.status()
+            found = await later.migrations.status(verify=True)
             assert [one.is_complete for one in found] == [True, True, True]
             assert await later.tenancy.fetch_value("SELECT guarded_answer()", tenant="globex") == 42
 
@@ -249,7 +249,7 @@ async def test_a_trusted_extension_can_be_created_by_a_revision_and_an_unknown_o
         down="0001",
     )
     (await fleet.migrations.upgrade()).raise_for_failures()
-    assert [one.other_extensions for one in await fleet.migrations.status()] == [("trusty",), ("trusty",)]
+    assert [one.other_extensions for one in await fleet.migrations.status(verify=True)] == [("trusty",), ("trusty",)]
     project.add("0003", 'op.execute(sa.text("CREATE EXTENSION nowhere"))', down="0002")
     with pytest.raises(MigrationError, match="does not have extension 'nowhere': install its package"):
         await fleet.migrations.upgrade()

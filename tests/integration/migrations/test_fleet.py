@@ -460,7 +460,7 @@ async def test_status_reads_the_databases(fleet: Fleet, project: Project) -> Non
     await fleet.migrations.upgrade(tenants=["acme"])
     await fleet.execute("globex", "UPDATE alembic_version SET version_num = '0002'")
     await fleet.execute("initech", f"COMMENT ON DATABASE {fleet.database('initech')} IS 'another'")
-    found = {item.slug: item for item in await fleet.migrations.status()}
+    found = {item.slug: item for item in await fleet.migrations.status(verify=True)}
     assert (found["acme"].revision, found["acme"].recorded, found["acme"].at_head) == ("0002", "0002", True)
     assert found["acme"].is_recorded
     assert (found["globex"].revision, found["globex"].recorded) == ("0002", "0001")

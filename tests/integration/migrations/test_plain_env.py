@@ -47,7 +47,7 @@ async def test_the_tenants_are_migrated_and_its_own_database_is_not(
         assert await fleet.revision(slug) == "0002"
         assert await fleet.columns(slug) == ["id", "body", "rating"]
     (await fleet.migrations.downgrade("-1", tenants=["acme"])).raise_for_failures()
-    assert [x.at_head for x in await fleet.migrations.status()] == [False, True, True, True]
+    assert [x.at_head for x in await fleet.migrations.status(verify=True)] == [False, True, True, True]
     assert await version_table(postgres, empty_url) is None
 
 
@@ -59,7 +59,7 @@ async def test_the_alembic_program_migrates_its_own_database_and_no_tenant(
     done = await run_module("alembic", "upgrade", "head", cwd=project.root, env=shell.environment())
     assert done.status == 0, done.err
     assert await version_table(postgres, empty_url) == "alembic_version"
-    status = await fleet.migrations.status()
+    status = await fleet.migrations.status(verify=True)
     assert [(x.revision, x.recorded, x.at_head) for x in status] == [("0001", "0001", False)] * 3
 
 

@@ -74,7 +74,7 @@ async def test_a_server_that_refuses_connections_is_its_own_tenants_failure(
     project.add("0002", RATING, down="0001")
     async with with_lost_server(fleet, config, closed) as opened:
         report = await opened.migrations.upgrade()
-        status = {item.slug: item for item in await opened.migrations.status()}
+        status = {item.slug: item for item in await opened.migrations.status(verify=True)}
     assert {failure.slug for failure in report.failures} == {"acme", "globex"}
     assert "secret" not in str(report)
     assert status["acme"].at_head is None

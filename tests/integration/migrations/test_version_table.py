@@ -57,7 +57,7 @@ async def test_a_version_table_in_a_schema_of_its_own(config: TenancyConfig, pro
             assert found == [(True, True, False, True)]
         assert (await fleet.migrations.downgrade("-1", tenants=["acme"])).ok
         assert (await fleet.migrations.stamp("head", tenants=["acme"])).ok
-        assert [(f.revision, f.at_head, f.is_recorded) for f in await fleet.migrations.status()] == [
+        assert [(f.revision, f.at_head, f.is_recorded) for f in await fleet.migrations.status(verify=True)] == [
             ("0002", True, True)
         ] * 3
 

@@ -35,7 +35,7 @@ if tenant is not None and tenant.slug == "{}":
 
 async def revisions(fleet: Fleet) -> dict[str, str | None]:
     """The revision of each tenant, in its database; the registry must agree."""
-    found = await fleet.migrations.status()
+    found = await fleet.migrations.status(verify=True)
     assert all(one.is_recorded for one in found)
     return {one.slug: one.revision for one in found}
 

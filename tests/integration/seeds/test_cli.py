@@ -85,12 +85,12 @@ async def test_the_life_of_seeds_by_command(shop: Shop) -> None:
     assert set(shown["seeds"]) == {"0001_roles", "countries"}
     shop.write("seeds/0001_roles.sql", "-- seed: version=2\nINSERT INTO roles VALUES ('guest')")
     shop.write("reference/countries.csv", "code,name\nAT,Österreich\nBE,Belgien\n")
-    status = await shop.run("migrate", "status")
+    status = await shop.run("migrate", "status", "--verify")
     assert status.status == 0, status.err
     lines = [line.split() for line in status.out.splitlines()]
     assert lines[0][-3:] == ["LACKS", "SEEDS", "ERROR"]
     assert [line[-5:-1] for line in lines[1:]][1][-3:] == ["countries,", "0001_roles,", "owner_role"]
-    fields = await shop.json("migrate", "status")
+    fields = await shop.json("migrate", "status", "--verify")
     assert [x["seeds_outstanding"] for x in fields] == [
         ["countries", "0001_roles"],
         ["countries", "0001_roles", "owner_role"],
