@@ -259,7 +259,9 @@ class Run:
             due = time.monotonic() + _OBSERVED_SECONDS
             try:
                 await self._claims.note(claimed.tenant.id, {"data": known})
-            except CONTROL_FAILURES as exc:
+            except Exception as exc:
+                if not is_temporary(exc):
+                    raise
                 logger.debug("the progress of a data migration is not recorded: %s", type(exc).__name__)
 
         return observe
