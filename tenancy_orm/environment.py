@@ -60,7 +60,10 @@ T = TypeVar("T")
 _CHANGES = ("upgrade", "downgrade", "stamp")
 _COMPARISONS = ("check", "revision")
 _HISTORY = ("history", "show", "edit")
-_OURS = ("tenant", "concurrency", "stop_on_failure", "skip_preflight", "wave", "waves", "max_failures")
+_OURS = (
+    *("tenant", "concurrency", "stop_on_failure", "skip_preflight", "refuse_drift"),
+    *("wave", "waves", "max_failures"),
+)
 
 
 def run(
@@ -76,7 +79,8 @@ def run(
     ``-x tenant=<slug>`` (repeatable) chooses tenants, ``-x concurrency=<n>`` sets how many run at once (8), and
     ``-x stop_on_failure=true`` starts no other tenant after a failure. ``-x skip_preflight=true`` asks no check of a
     revision's ``preflight()``. ``-x wave=...`` (repeatable), or ``-x waves=<file>``, gives the waves of the run, and
-    ``-x max_failures=<n>`` starts no other tenant after so many failures.
+    ``-x max_failures=<n>`` starts no other tenant after so many failures. ``-x refuse_drift=true`` changes nothing if a
+    tenant's schema is not what its revision says.
 
     Works with and without a running event loop.
 
@@ -194,6 +198,7 @@ class _Arguments:
     concurrency: int
     stop_on_failure: bool
     skip_preflight: bool
+    refuse_drift: bool
     waves: Waves | None = None
     max_failures: int | None = None
 
@@ -212,7 +217,7 @@ class _Arguments:
         concurrency = cls._number(named, "concurrency", plan.concurrency) or DEFAULT_CONCURRENCY
         max_failures = cls._number(named, "max_failures", plan.max_failures)
         flags = {}
-        for name in ("stop_on_failure", "skip_preflight"):
+        for name in ("stop_on_failure", "skip_preflight", "refuse_drift"):
             given = named.get(name, "false").lower()
             if given not in ("true", "false"):
                 raise CommandError(f"-x {name}={given}: give true or false")
@@ -326,6 +331,9 @@ class _Command:
             options=options,
         )
         arguments = self.arguments
+        if arguments.refuse_drift:
+            drift = await migrator.drift(tenants=arguments.tenants, concurrency=arguments.concurrency)
+            drift.raise_for_drift()
         try:
             report = await migrator.execute(
                 plan,

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.integration.migrations.conftest import config, fleet, project, variables
+from tests.integration.migrations.conftest import alembic, config, fleet, project, variables
 
-__all__ = ["config", "fleet", "project", "variables"]
+__all__ = ["alembic", "config", "fleet", "project", "variables"]

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from tenancy_orm import TenancyConfig
-from tenancy_orm.drift import DriftDetector, DriftReport
+from tenancy_orm.drift import DriftDetector, DriftReport, detection
 from tenancy_orm.drift.mending import TENANT_ROLE
 from tenancy_orm.errors import SchemaDriftError, UnknownServerError, UnknownTierError
+from tenancy_orm.migrations.database import lock
 from tenancy_orm.postgres.quoting import quote_identifier
+from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
@@ -156,12 +158,15 @@ async def test_a_tenant_that_cannot_be_compared_is_an_error(
         await postgres.administer(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
 
-async def test_an_upgrade_that_refuses_drift_touches_no_tenant(fleet: Fleet, project: Project) -> None:
+async def test_an_upgrade_that_refuses_drift_touches_no_tenant(
+    fleet: Fleet, project: Project, alembic: Alembic
+) -> None:
     add_revisions(project)
     await fleet.execute("globex", "ALTER TABLE notes ADD COLUMN own text")
     with pytest.raises(SchemaDriftError, match="globex") as raised:
         await fleet.migrations.upgrade(refuse_drift=True)
     assert raised.value.drifted == ("globex",)
+    assert "1 drifted" in await alembic("-x", "refuse_drift=true", "upgrade", "head", ok=False)
     assert [await fleet.revision(slug) for slug in ("acme", "globex", "initech")] == ["0001"] * 3
     # only the tenants that are to be upgraded count
     report = await fleet.migrations.upgrade(tenants=iter(["acme", "initech"]), refuse_drift=True)
@@ -173,20 +178,32 @@ async def test_an_upgrade_that_refuses_drift_touches_no_tenant(fleet: Fleet, pro
 async def test_a_schema_that_changes_while_it_is_read_is_read_again(
     fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A migration that runs meanwhile is no drift; without the second look, it would be."""
+    """A migration that runs at the same time is no drift; without the second look, it would be."""
     read: Callable[..., Any] = DriftDetector._read
     seen: list[str] = []
 
-    async def reading(self: DriftDetector, tenant: Any) -> Any:
+    async def reading(self: DriftDetector, tenant: Any, **options: Any) -> Any:
         seen.append(tenant.slug)
         if seen.count("acme") == 2 and tenant.slug == "acme":
             await fleet.execute("acme", "ALTER TABLE notes DROP COLUMN passing")
-        return await read(self, tenant)
+        return await read(self, tenant, **options)
 
     await fleet.execute("acme", "ALTER TABLE notes ADD COLUMN passing text")
     monkeypatch.setattr(DriftDetector, "_read", reading)
     report = await fleet.migrations.drift()
     assert (report.ok, report.matching, seen.count("acme")) == (True, 3, 3)
+
+
+async def test_a_tenant_that_is_being_migrated_is_not_compared(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that a run builds at this moment is no drift; whoever asks again later sees the result."""
+    monkeypatch.setattr(detection, "_LOCK_SECONDS", 0.1)
+    await fleet.execute("acme", "CREATE INDEX half ON notes (body)")
+    async with fleet.connect("acme") as run:
+        await lock(run, timeout=5)
+        report = await fleet.migrations.drift()
+    assert (report.matching, list(report.errors), report.groups) == (2, ["acme"], ())
+    assert "a run migrates it" in report.errors["acme"]
+    assert texts(await fleet.migrations.drift()) == {("acme",): ["table notes: index half should not exist"]}
 
 
 async def test_an_administrator_without_superuser_rights_finds_drift(
