@@ -64,10 +64,14 @@ def compare(expected: Catalogue, found: Catalogue) -> list[Difference]:
     """
     mending = Mending(expected.objects, found.objects, owner=expected.owner)
     whole = {key.target for key in expected.objects.keys() ^ found.objects.keys() if key.parent is None}
+    renamed = _renamed(expected, found)
     differences: list[Difference] = []
     for key in sorted({*expected.objects, *found.objects}, key=_order):
         wanted, has = expected.objects.get(key), found.objects.get(key)
-        if wanted == has or key.parent in whole:
+        if wanted == has or key.parent in whole or (wanted is None and key in renamed.values()):
+            continue
+        if key in renamed:
+            differences.append(_rename(key, renamed[key], mending))
             continue
         if key.kind == "privilege":
             differences += _privileges(key, wanted or {}, has or {}, mending)
@@ -78,6 +82,39 @@ def compare(expected: Catalogue, found: Catalogue) -> list[Difference]:
         else:
             differences += _changes(key, wanted, has, mending)
     return differences
+
+
+def _renamed(expected: Catalogue, found: Catalogue) -> dict[Key, Key]:
+    """Indexes and constraints that differ in nothing but their names: those of ``expected``, with the found ones."""
+    surplus = {_nameless(key, found): key for key in found.objects.keys() - expected.objects.keys() if _can_rename(key)}
+    lacking = sorted(filter(_can_rename, expected.objects.keys() - found.objects.keys()), key=_order)
+    # one of each: there may be two such indexes
+    matches = {key: surplus.pop(_nameless(key, expected), None) for key in lacking}
+    return {key: other for key, other in matches.items() if other is not None}
+
+
+def _can_rename(key: Key) -> bool:
+    return key.kind in ("index", "constraint")
+
+
+def _nameless(key: Key, catalogue: Catalogue) -> tuple[object, ...]:
+    fields = catalogue.objects[key]
+    definition = fields["definition"].replace(f"INDEX {key.name} ON", "INDEX ON", 1)
+    return key.kind, key.parent, definition, fields.get("state"), fields.get("comment")
+
+
+def _rename(key: Key, other: Key, mending: Mending) -> Difference:
+    return Difference(
+        kind=key.kind,
+        parent=key.parent,
+        name=other.name,
+        change="changed",
+        field="name",
+        expected=key.name,
+        found=other.name,
+        text=f"{_where(key)}{_label(other)} should be named {key.name}",
+        statements=tuple(mending.renamed(key, other)),
+    )
 
 
 def _order(key: Key) -> tuple[str, bool, str, str]:

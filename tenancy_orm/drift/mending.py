@@ -138,6 +138,15 @@ class Mending:
                 return [f"DROP {key.kind.upper()} {key.name}"]
         return []
 
+    def renamed(self, key: Key, other: Key) -> list[str]:
+        """Return the statements that give the index or constraint ``other`` the name of ``key``."""
+        if key.kind == "index":
+            schema = split_target(key.parent or "")[1].partition(".")[0]
+            return [f"ALTER INDEX {schema}.{other.name} RENAME TO {key.name}"]
+        on = self._table_of(key)
+        target = key.parent if on is None else f"TABLE {on}"
+        return [f"ALTER {target} RENAME CONSTRAINT {other.name} TO {key.name}"]
+
     # --- objects that have changed ----------------------------------------------------------------------------------
 
     def changed(self, key: Key, field: str) -> list[str]:
