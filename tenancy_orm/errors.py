@@ -86,7 +86,8 @@
     │   ├── RunStateError                    a run's state does not allow it
     │   ├── UndoRefusedError                 a run cannot be undone without a decision
     │   ├── RunMismatchError                 this code is not the one that a run was started with
-    │   └── SchemaDriftError
+    │   ├── RehearsalError                   a migration failed on clones of tenants; no tenant was changed
+    │   └── SchemaDriftError                 tenants' schemas are not what their revisions say
     ├── ReadOnlyError                        a read-only session was to write, or to end its transaction by SQL
     ├── QueryError                           a query over the fleet was refused in a tenant's database
     ├── FleetQueryError                      a query failed for some tenants, and was answered by the others
@@ -1177,6 +1178,17 @@ class SchemaDriftError(MigrationError):
             f"of {counted(total)}, {len(self.drifted)} drifted and {len(self.failures)} could not be compared: "
             f"{listed}; nothing was changed: run tenancy migrate drift, which shows the differences"
         )
+
+
+class RehearsalError(MigrationError):
+    """A migration failed on clones of tenants, or led to another schema than new tenants have; none was changed."""
+
+    def __init__(self, failures: Mapping[str, str], *, total: int) -> None:
+        """Give the reason by the slug of each tenant that was cloned; ``total`` is how many were."""
+        names = ", ".join(sorted(failures)[:5]) + (", ..." if len(failures) > 5 else "")
+        super().__init__(f"the rehearsal failed for clones of {len(failures)} of {counted(total)}: {names}")
+        self.failures = dict(failures)
+        self.total = total
 
 
 class JobLostError(TenancyError):

@@ -9,8 +9,9 @@ import typer
 
 from ..runs import FleetReport, Progress
 from ..runs.busy import Order
+from ..runs.migrator import DEFAULT_CONCURRENCY
 from ..tenancy import Tenancy
-from . import migrate_drift, migrate_status
+from . import migrate_drift, migrate_lint, migrate_rehearsal, migrate_status
 from .migrate_progress import run_shown
 from .migrate_waves import (
     DryRun,
@@ -54,9 +55,15 @@ def upgrade(
     dry_run: DryRun = False,
     sql: Sql = False,
     refuse_drift: migrate_drift.Refuse = False,
+    rehearse: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Try it on clones of N tenants, and change no tenant.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Upgrade every tenant's database; one that fails does not stop the others."""
+    if rehearse is not None:
+        migrate_rehearsal.show(revision, rehearse, tenant, False, True, concurrency or DEFAULT_CONCURRENCY, as_json)
+        return
     given = GivenWaves.of(wave, plan, wave_seed, max_failures, concurrency)
     if dry_run or sql:
         look_ahead("upgrade", revision, tenant, given, sql=sql, as_json=as_json)
@@ -148,6 +155,10 @@ def extensions(tenant: Only = None, concurrency: Concurrency = 8, as_json: Json 
 
 app.command()(migrate_status.status)
 app.command()(migrate_drift.drift)
+
+
+app.command("rehearse")(migrate_rehearsal.rehearse)
+app.command("lint")(migrate_lint.lint_revisions)
 
 
 def run_migration(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:

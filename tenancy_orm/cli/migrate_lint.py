@@ -1,0 +1,103 @@
+"""``tenancy migrate lint``: what is dangerous in revisions, for a person and for CI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from ..config import TenancyConfig
+from ..errors import ConfigurationError
+from ..migrations.configuration import alembic_config
+from ..migrations.scripts import Environment, load
+from ..rehearsal.git import changed_since
+from ..rehearsal.lint import LintFinding, LintReport, heads_of, lint, revisions_between
+from ..tenancy import Tenancy
+from .output import console, note, print_json, printable
+from .runtime import EXIT_FAILED, Json, exit_on_error, load_tenancy, run
+
+
+def lint_revisions(
+    revisions: Annotated[
+        list[str] | None, typer.Argument(help="Revisions; those that tenants lack by default.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="REVISION", help="Revisions after this one, or base.")
+    ] = None,
+    target: Annotated[str, typer.Option("--to", metavar="REVISION", help="The last revision.")] = "heads",
+    since: Annotated[
+        str | None,
+        typer.Option("--since", metavar="COMMIT", help="Revisions that are new or changed since this commit of git."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="RULE", help="Leave out this rule; repeatable.")
+    ] = None,
+    pg_version: Annotated[
+        str | None, typer.Option(help="PostgreSQL's version; squawk's configuration by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look for what is dangerous in revisions, with squawk. Exit status 1 if anything is found."""
+    if sum(1 for given in (revisions, start, since) if given) > 1:
+        raise typer.BadParameter("give revisions, --from or --since")
+
+    def checked(config: TenancyConfig, environment: Environment, chosen: Iterable[str]) -> LintReport:
+        return lint(
+            environment,
+            chosen,
+            settings=config.migration,
+            exclude=tuple(exclude or ()),
+            pg_version=pg_version,
+        )
+
+    async def by_fleet(tenancy: Tenancy) -> LintReport:
+        starts = {
+            frozenset(filter(None, (tenant.schema_revision or "").split(",")))
+            async for tenant in tenancy.tenants.iterate()
+        }
+        environment = await tenancy.migrations.environment()
+        chosen = revisions_between(environment, sorted(starts, key=sorted) or [frozenset()], target)
+        return checked(tenancy.config, environment, chosen)
+
+    def without_database() -> LintReport:
+        config = load_tenancy().config
+        if config.migrations is None:
+            raise ConfigurationError("TenancyConfig.migrations names no directory; make one with: tenancy init")
+        environment = load(alembic_config(config.migrations, config.migration))
+        if since is not None:
+            return checked(config, environment, changed_since(environment, since))
+        if start is not None:
+            chosen = revisions_between(environment, [heads_of(environment, start)], target)
+            return checked(config, environment, chosen)
+        return checked(config, environment, revisions or ())
+
+    report = exit_on_error(without_database) if revisions or start or since else run(by_fleet)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+    if not report.ok:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _print(report: LintReport) -> None:
+    for one in report.findings:
+        console.print(printable(_line(one)), markup=False)
+        if one.statement:
+            console.print(printable(f"    {one.statement}"), markup=False)
+        if one.help:
+            console.print(printable(f"    {one.help}"), markup=False)
+    count, checked = len(report.findings), len(report.revisions)
+    note(f"{count} finding{'s' * (count != 1)} in {checked} revision{'s' * (checked != 1)}")
+
+
+def _line(one: LintFinding) -> str:
+    """One line as compilers print it, which editors and CI can read: path:line: level: message [rule]."""
+    path = os.path.relpath(one.path)
+    where = one.path if path.startswith("..") else path
+    return f"{where}:{one.line or 1}: {one.level}: {one.message} [{one.rule}]"
+
+
+__all__ = ["lint_revisions"]
