@@ -258,7 +258,10 @@ class Reconciler:
         self._services.events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
 
     async def _remove_creation(self, connection: Connection, one: Unfinished, placement: Placement) -> None:
-        await self._remove(connection, placement.server, placement.database, placement.role)
+        installation = self._services.installation
+        own = (marker.warm_text(installation), marker.marker_text(installation, one.tenant.id))
+        if not await removal.is_foreign(connection, placement.database, *own):
+            await self._remove(connection, placement.server, placement.database, placement.role)
         error = "interrupted; removed by reconcile"
         await self._services.registry.discard(
             one.tenant.id, step=one.step or "registered", error=error, actor=self._actor
@@ -369,6 +372,9 @@ class Reconciler:
             if not self._check:
                 if not await self._services.warm_records.withdraw(name):
                     return
+                if await removal.is_foreign(connection, name, marker.warm_text(self._services.installation)):
+                    await self._services.warm_records.remove(name)
+                    return  # an unknown tenant's
                 await self._remove(connection, server, name, name)
                 await self._services.warm_records.remove(name)
             self._findings.orphans.append(name)

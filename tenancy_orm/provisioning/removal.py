@@ -118,6 +118,24 @@ async def remove(
     await remove_role(connection, blockers, names, role)
 
 
+async def is_foreign(connection: Connection, name: str, *markers: str) -> bool:
+    """Whether a database has another marker than these, and so a tenant's data that must not be dropped.
+
+    After an older backup of the control database was restored, the row of a warm database may name one that a creation
+    has claimed since.
+
+    Args:
+        connection: An administrative one, to any database of the server.
+        name: The database. One that does not exist, or has no marker, is nobody's.
+        markers: Those of whoever would drop it.
+    """
+    state = await databases.state(connection, name)
+    if state is None or state.comment is None or state.comment in markers:
+        return False
+    logger.error("database %s has the marker of another tenant than the control database says; it is kept", name)
+    return True
+
+
 # --- databases ------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.rows import TenantDraft
 from ..routing import marker
 from ..tenant import Tenant
+from . import removal
 from .pipeline import Creation, ProvisioningServices, Step, describe
 from .role_settings import RoleSettings
 from .scram import scram_verifier
@@ -168,11 +169,16 @@ class WarmCreation(Creation):
             await super()._prove()
 
     async def _end_connections(self) -> None:
+        # after the proof has begun, the database is this tenant's
         if self._services.first_connections is not None:
             self._services.first_connections.forget(self._draft.id)
         await super()._end_connections()
 
     async def _drop_opened(self) -> None:
+        installation = self._services.installation
+        own = (marker.warm_text(installation), marker.marker_text(installation, self._draft.id))
+        if await removal.is_foreign(self._admin, self._draft.database, *own):
+            return
         await self._drop_database()
         await self._drop_role()
 

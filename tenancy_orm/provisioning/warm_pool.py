@@ -425,9 +425,10 @@ class WarmPool:
     async def _remove(self, connection: Connection, server: Server, name: str) -> None:
         deadline = asyncio.get_running_loop().time() + self._config.timeout
         async with asyncio.timeout_at(deadline):
-            await removal.remove(
-                connection, self._blockers(server), self._names, database=name, role=name, deadline=deadline
-            )
+            if not await removal.is_foreign(connection, name, marker.warm_text(self._services.installation)):
+                await removal.remove(
+                    connection, self._blockers(server), self._names, database=name, role=name, deadline=deadline
+                )
             await self._records.remove(name)
 
 

@@ -11,8 +11,10 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm.errors import ProvisioningError
+from tenancy_orm.postgres.connections import version
 from tenancy_orm.protocols import GrantTarget
 from tenancy_orm.provisioning import ReconcileReport, grants, warm_pool
+from tenancy_orm.provisioning.warm_creation import recipe
 from tenancy_orm.provisioning.warm_pool import WarmReport
 from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.tenant import Status
@@ -130,6 +132,46 @@ async def test_a_damaged_warm_database_is_replaced(workshop: Workshop, damage: s
     async with workshop.connect(tenant) as connection:
         await connection.execute("INSERT INTO notes (body) VALUES ('hello')")
     assert len(await ready(workshop)) == 1
+
+
+@pytest.mark.parametrize("by", ["a creation", "a killed creation", "a drain", "a filling", "a reconcile"])
+async def test_a_database_that_a_lost_tenant_has_is_kept(workshop: Workshop, by: str) -> None:
+    """An older backup of the control database says that it is warm: nobody drops it, or gives it away."""
+    warm = await fill(workshop)
+    tenants = [await workshop.create("lost"), await workshop.create("lost-too")]
+    async with workshop.connect(tenants[0]) as connection:
+        await connection.execute("INSERT INTO notes (body) VALUES ('precious')")
+    async with workshop.control.transaction() as connection:
+        restored = (
+            "INSERT INTO tenancy.warm_databases (name, server, template, recipe, state, wanted_at) "
+            "SELECT database_name, server, 't', :recipe, 'ready', '-infinity' FROM tenancy.tenants"
+        )
+        settings = await workshop.provisioner._settings_of("default")
+        template = await workshop.provisioner.template("default")
+        async with workshop.admin() as admin:
+            wanted = recipe(workshop.provisioner._services, template, settings, version(admin))
+        # other recipes' are dropped by a filling, these are claimed
+        await connection.execute(text(restored), {"recipe": "other" if by == "a filling" else wanted})
+        await connection.execute(text("ALTER TABLE tenancy.tenants DISABLE TRIGGER tenants_guard"))
+        await connection.execute(text("DELETE FROM tenancy.tenants"))
+        await connection.execute(text("ALTER TABLE tenancy.tenants ENABLE TRIGGER tenants_guard"))
+    match by:
+        case "a creation":
+            new = [await workshop.create(f"t{number}") for number in range(2)]
+            assert not {placement(tenant).database for tenant in new} & set(warm)
+        case "a killed creation":
+            draft = workshop.draft("killed")
+            claimed = await workshop.registry.register(draft, recipe=wanted, claimed_step="proved")
+            assert placement(claimed).database in warm
+        case "a drain":
+            await workshop.provisioner.warm_pool.drain()
+        case "a filling":
+            await workshop.provisioner.warm_pool.refill()
+    report = await workshop.provisioner.reconcile()
+    assert set(report.unknown) == set(warm) and report.errors == ()
+    assert not set(await ready(workshop)) & set(warm)
+    async with workshop.connect(tenants[0]) as connection:
+        assert await connection.fetchval("SELECT body FROM notes") == "precious"
 
 
 async def test_a_refused_creation_takes_nothing_from_the_pool(workshop: Workshop) -> None:
