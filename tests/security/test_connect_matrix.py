@@ -18,7 +18,8 @@ from tests.support.postgres import Postgres
 from tests.support.provisioning import VERSIONS, Workshop, intercept, open_workshop, placement, running_server
 
 SLUGS = ("acme", "globex", "initech")
-SHARED = ("registry", "maintenance", "postgres", "template1", "template", "scratch")
+SHARED = ("registry", "maintenance", "postgres", "template1", "template", "scratch", "warm")
+SEALED = ("template", "warm")
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda version: f"pg{version}")
@@ -62,13 +63,17 @@ async def make_fleet(server: Postgres, stack: AsyncExitStack) -> Fleet:
     registry, maintenance = server.new_name("registry"), server.new_name("maintenance")
     await server.create_database(maintenance)
     workshop = await open_workshop(
-        control_url=await server.create_database(registry), admin_url=server.url(maintenance), name_prefix="matrix"
+        control_url=await server.create_database(registry),
+        admin_url=server.url(maintenance),
+        name_prefix="matrix",
+        provisioning={"warm_pool": 1, "warm_pool_max": 1, "warm_pool_background": False},
     )
     stack.push_async_callback(workshop.close)
     tenants = {slug: await workshop.create(slug) for slug in SLUGS}
     names = {slug: placement(tenant).role for slug, tenant in tenants.items()}
     names |= {"registry": registry, "maintenance": maintenance, "postgres": "postgres", "template1": "template1"}
     names["template"] = (await workshop.provisioner.template("default")).name
+    (names["warm"],) = (await workshop.provisioner.warm_pool.refill()).made
     names["scratch"] = await stack.enter_async_context(workshop.provisioner.scratch("default"))
     return Fleet(server, names, {slug: workshop.provisioner.password(tenant) for slug, tenant in tenants.items()})
 
@@ -79,12 +84,12 @@ async def open_to_public(fleet: Fleet, database: str) -> AsyncIterator[None]:
     name = fleet.names[database]
     async with fleet.server.connect() as connection:
         await connection.execute(f'GRANT CONNECT ON DATABASE "{name}" TO PUBLIC')
-        if database == "template":
+        if database in SEALED:
             await connection.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS true')
         try:
             yield
         finally:
-            if database == "template":
+            if database in SEALED:
                 await connection.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS false')
             await databases.close_to_public(connection, name)
 
@@ -97,20 +102,21 @@ async def test_a_role_is_refused_by_every_other_database(fleet: Fleet, tenant: s
     """With the REVOKE undone the connection works; with it in force it is refused."""
     async with open_to_public(fleet, database):
         await fleet.connect(tenant, database)
-    sealed = asyncpg.ObjectNotInPrerequisiteStateError if database == "template" else asyncpg.InsufficientPrivilegeError
+    sealed = asyncpg.ObjectNotInPrerequisiteStateError if database in SEALED else asyncpg.InsufficientPrivilegeError
     with pytest.raises(sealed):
         await fleet.connect(tenant, database)
 
 
-async def test_a_template_that_is_not_sealed_refuses_as_well(fleet: Fleet) -> None:
+@pytest.mark.parametrize("database", SEALED)
+async def test_a_database_that_is_not_sealed_refuses_as_well(fleet: Fleet, database: str) -> None:
     """Its REVOKE is in force from its first moment, not only the seal."""
     async with fleet.server.connect() as connection:
-        await connection.execute(f'ALTER DATABASE "{fleet.names["template"]}" WITH ALLOW_CONNECTIONS true')
+        await connection.execute(f'ALTER DATABASE "{fleet.names[database]}" WITH ALLOW_CONNECTIONS true')
         try:
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
-                await fleet.connect("acme", "template")
+                await fleet.connect("acme", database)
         finally:
-            await connection.execute(f'ALTER DATABASE "{fleet.names["template"]}" WITH ALLOW_CONNECTIONS false')
+            await connection.execute(f'ALTER DATABASE "{fleet.names[database]}" WITH ALLOW_CONNECTIONS false')
 
 
 @pytest.mark.parametrize("tenant", SLUGS)

@@ -168,6 +168,21 @@ async def test_an_extension_that_is_configured_later_reaches_tenants_by_command(
     assert "server 'default' does not have the extension 'no-such'" in unknown.err
 
 
+async def test_the_warm_pool_by_command(cli: Cli) -> None:
+    """Fill it, claim from it, show it, and drop it."""
+    await cli("init")
+    pool = {"TENANCY_PROVISIONING_WARM_POOL": "2"}
+    filled = (await cli("warm-pool", "refill", "--json", **pool)).json
+    assert len(filled["made"]) == 2 and filled["errors"] == []
+    await cli("create", "acme", **pool)
+    assert filled["made"][0] in (await cli("sql", "SELECT current_database()", "--tenant", "acme", "--json")).out
+    (shown,) = (await cli("warm-pool", "show", "--json", **pool)).json
+    assert (shown["ready"], shown["target"]) == (1, 2)
+    assert "INCOMPLETE" in (await cli("warm-pool", "show")).out
+    assert "made 0, dropped 1" in (await cli("warm-pool", "drain")).out
+    assert (await cli("warm-pool", "refill", "--server", "elsewhere")).status == 1
+
+
 async def test_templates_by_command(cli: Cli) -> None:
     """List, rebuild and prune; the former one is in use, since its process may still run."""
     await cli("init")
