@@ -33,6 +33,7 @@ SCHEMA = "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY);" +
 )
 ROUNDS = 40
 AT_ONCE = 4
+MANY = 1_000
 
 
 @pytest.fixture
@@ -192,4 +193,25 @@ async def test_creations_at_once(
             *(f"{label:32} {rate:8.1f}" for label, rate in rates.items()),
             f"{'ratio of times':32} {rates['raw'] / rates['tenants']:8.2f}",
         ],
+    )
+
+
+@pytest.mark.timeout(1_800)
+async def test_a_thousand_creations_at_once(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    """All are asked for at the same moment; every one succeeds, and four run at a time."""
+    done: list[float] = []
+
+    async def create(number: int) -> None:
+        await workshop.create(f"many-{number}")
+        done.append(time.perf_counter() - started)
+
+    started = time.perf_counter()
+    ended = await asyncio.gather(*(create(number) for number in range(MANY)), return_exceptions=True)
+    failed = [error for error in ended if error is not None]
+    assert failed == []
+    assert await workshop.consistent()
+    report(
+        capsys,
+        f"{MANY} creations at once, {AT_ONCE} running",
+        [f"{'a second':32} {MANY / done[-1]:8.1f}", f"{'the last one after (s)':32} {done[-1]:8.1f}"],
     )
