@@ -269,7 +269,9 @@ def activate(server: Name, as_json: Json = False) -> None:
 @app.command()
 def remove(
     server: Name,
-    drop_templates: Annotated[bool, typer.Option("--drop-templates", help="Drop its templates and warm databases first.")] = False,
+    drop_templates: Annotated[
+        bool, typer.Option("--drop-templates", help="Drop its templates and warm databases first.")
+    ] = False,
     forget_templates: Annotated[
         bool,
         typer.Option("--forget-templates", help="Leave its templates and warm databases: the server does not exist."),

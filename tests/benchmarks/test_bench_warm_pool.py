@@ -58,8 +58,7 @@ async def test_a_creation_from_the_warm_pool(
         name_prefix=name_prefix,
         servers={"default": postgres.admin_url},
         metadata=Base.metadata,
-        provisioning={"warm_pool": ROUNDS + 3, "warm_pool_background": False, "warm_pool_concurrency": 4},
-    )
+    ).replace(provisioning={"warm_pool": ROUNDS + 3, "warm_pool_background": False, "warm_pool_concurrency": 4})
     watch, parts = Stopwatch(), Stopwatch()
     async with AsyncExitStack() as stack:
         tenancy = Tenancy(config)

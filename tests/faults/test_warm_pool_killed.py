@@ -19,7 +19,7 @@ from tests.support.provisioning import Workshop, open_workshop, placement
 pytestmark = pytest.mark.new_installation
 
 POOL: dict[str, Any] = {"warm_pool": 1, "warm_pool_max": 1, "warm_pool_background": False}
-CONFIG = {"provisioning": POOL}
+CONFIG: dict[str, Any] = {"provisioning": POOL}
 
 
 @pytest.fixture
