@@ -352,7 +352,7 @@ class FleetMigrator(Steering):
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("rehearsing a migration")
-        _check_concurrency(concurrency)
+        check_concurrency(concurrency)
         rehearsal = Rehearsal(
             self.services,
             self._connections,
