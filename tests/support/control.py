@@ -154,6 +154,14 @@ async def control_plane(
     plane = ControlPlane(config, control, audit, Registry(control, audit), events, directory, keys)
     events.subscribe(Event, plane.seen.append)
     directory.on_invalidate(plane.heard.append)
+    look_again = directory.look_again
+
+    def hear(tenant_id: UUID) -> None:
+        look_again(tenant_id)
+        plane.heard.append(tenant_id)
+
+    # a creation calls back nobody
+    directory.look_again = hear  # type: ignore[method-assign]
     try:
         if initialise:
             await control.upgrade()
