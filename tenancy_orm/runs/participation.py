@@ -51,6 +51,7 @@ class Participation:
         per_server: How many all processes migrate at once on one server.
         stop_on_failure: Whether the run ends at the first failure.
         max_failures: The run ends at so many failures.
+        at_gate: The wave at the end of which this process has the gate already.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Participation:
         per_server: int,
         stop_on_failure: bool,
         max_failures: int | None = None,
+        at_gate: int | None = None,
     ) -> None:
         self._claims = claims
         self._prepare = prepare
@@ -82,10 +84,11 @@ class Participation:
         self._finished: list[Finished] = []
         self._oldest = 0.0  # when the first of them has ended
         self._state: RunState = "running"
-        self._at_gate: int | None = None  # the wave at the end of which this process has the gate
+        self._at_gate = at_gate  # the wave at the end of which this process has the gate
         self._failure: Exception | None = None
         self._failing_since: float | None = None  # since when the control database does not answer
         self._is_ready = False  # not before it is prepared
+        self._has_begun = False
         self._has_more = True
         self._stopped = False
         self._done: Counter[str] = Counter()  # since the last turn, by server
@@ -159,6 +162,7 @@ class Participation:
                 return
             claimed = self._queue[min(ready, key=lambda s: self._busy[s])].popleft()
             tenant = claimed.tenant
+            self._has_begun = True
             self._busy[claimed.server] += 1
             self._begun[tenant.id] = time.monotonic()
             name = f"tenancy-migrate-{tenant.slug}"
@@ -216,7 +220,8 @@ class Participation:
 
     async def _keep(self) -> None:
         """Take turns: often enough to keep the claim, and whenever something is to be written or claimed."""
-        last = 0.0
+        # who has the gate has nothing to learn before it is passed
+        last = 0.0 if self._at_gate is None else time.monotonic()
         pause = _FIRST_PAUSE
         try:
             while True:
@@ -283,7 +288,9 @@ class Participation:
         free = self._concurrency - len(self._tasks)
         slots = {s: self._slots.get(s, self._concurrency) - self._busy[s] for s in self._queue}
         ahead = {s: min(_MOST_AHEAD, int(_AHEAD * rate)) for s, rate in self._rates.items()}
-        return {s: max(0, min(free, slots[s])) + ahead.get(s, 0) - len(self._queue[s]) for s in self._queue}
+        # at first it is not known how long they take; what is too much is given back
+        first = 0 if self._has_begun else self._concurrency
+        return {s: max(0, min(free, slots[s])) + ahead.get(s, first) - len(self._queue[s]) for s in self._queue}
 
     def _give_back_excess(self) -> None:
         """Let go of what was claimed ahead when tenants were done more quickly than they are now."""
@@ -293,10 +300,10 @@ class Participation:
                 self._finished.append(Finished(tenant_id=waiting.pop().tenant.id, state="waiting", counts=False))
 
     async def _take_turn(self, seconds: float) -> None:
-        if seconds > 0:
+        if seconds > 0 and self._has_begun:
             for server in self._queue:
-                rate, now = self._rates.get(server, 0.0), self._done[server] / seconds
-                self._rates[server] = 0.5 * rate + 0.5 * now
+                now = self._done[server] / seconds
+                self._rates[server] = 0.5 * self._rates.get(server, now) + 0.5 * now
             self._done.clear()
             self._give_back_excess()
         finished = list(self._finished)

@@ -31,7 +31,8 @@ class RunRecord:
     """A run: who started it, what it does, and how far it is.
 
     ``wave`` is the wave that runs now, from 0; -1 while the run is prepared. ``tenants`` has the number of tenants in
-    each state, ``processes`` how many take part now.
+    each state, ``processes`` how many take part now. ``gate`` is the process that
+    opens the next wave, if one does now.
     """
 
     id: int
@@ -51,6 +52,7 @@ class RunRecord:
     ended_at: datetime | None
     tenants: Mapping[str, int]
     processes: int
+    gate: UUID | None = None
 
     @property
     def is_interrupted(self) -> bool:
@@ -158,9 +160,9 @@ _TENANTS = text(
 _PROCESSES = text("SELECT * FROM tenancy.migration_run_processes WHERE run = :run ORDER BY joined_at, id")
 _INSERT = text(
     "INSERT INTO tenancy.migration_runs "
-    "(command, target, undoes, actor_kind, actor_id, host, package_version, code_version, fingerprint, plan) "
+    "(command, target, undoes, actor_kind, actor_id, host, package_version, code_version, fingerprint, plan, gate) "
     "VALUES (:command, :target, :undoes, :actor_kind, :actor_id, :host, :package_version, :code_version, "
-    ":fingerprint, CAST(:plan AS jsonb)) RETURNING id"
+    ":fingerprint, CAST(:plan AS jsonb), :gate) RETURNING id"
 )
 _ADD_TENANTS = text(
     "INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, wave, target, position) "
@@ -244,7 +246,7 @@ class RunRecords:
                     await lock_run(connection, int(found))
                     await add_process(connection, int(found), claimant)
                     return int(found)
-            run = int(await connection.scalar(_INSERT, _new_values(new)) or 0)
+            run = int(await connection.scalar(_INSERT, {**_new_values(new), "gate": claimant.id}) or 0)
             await add_tenants(connection, run, tenants)
             await add_process(connection, run, claimant)
             detail = {"run": run, "command": new.command, "target": new.target, "tenants": len(tenants)}
@@ -470,6 +472,7 @@ def _run_from_row(row: Row[*tuple[Any, ...]]) -> RunRecord:
         ended_at=row.ended_at,
         tenants={state: row.tenants.get(state, 0) for state in TENANT_STATES},
         processes=row.processes,
+        gate=row.gate,
     )
 
 

@@ -140,6 +140,7 @@ class Run:
             per_server=int(plan["server_concurrency"]),
             stop_on_failure=bool(plan["stop_on_failure"]),
             max_failures=plan.get("max_failures"),
+            at_gate=record.wave if record.gate == self._claims.claimant.id else None,
         )
         try:
             await part.run()

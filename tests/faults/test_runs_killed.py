@@ -94,7 +94,8 @@ async def test_a_run_that_is_killed_is_resumed(fleet: Fleet, task: Task, at: str
         assert (await fleet.migrations.resume(1)).ok
     await is_applied_once(fleet)
     lost = [one.losses for one in await fleet.migrations.run_tenants(1)]
-    assert sum(lost) == (1 if "change" in at else 0)
+    # the first tenant's outcome may not have been written yet either
+    assert sum(lost) in ((1, 2) if "change" in at else (0,))
 
 
 @pytest.mark.parametrize("at", ["before the change", "after the change"])
