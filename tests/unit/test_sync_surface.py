@@ -17,11 +17,14 @@ ASYNCHRONOUS_ALONE = {
     "wrap": "takes plain functions as well",
     "loop": "for run_coroutine_threadsafe, which sync.call does",
     "config": "the configuration is that of the Tenancy",
+    "job": "a decorator of the Tenancy, for functions of a worker",
+    "worker": "a process of its own: tenancy worker",
     "events": "of the Tenancy: subscribers are called in its event loop",
     **dict.fromkeys(
         (
             *("tenants", "domains", "keys", "members", "revocations", "tiers", "quotas", "metrics", "audit"),
             *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
+            *("jobs", "warm_pool"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),

@@ -114,7 +114,7 @@ def test_every_mistake_is_named_at_once() -> None:
         ({"max_connections": 3}, "did you mean pool.max_connections?"),
         ({"pool": {"max_conections": 3}}, "did you mean pool.max_connections?"),
         ({"tires": {}}, "did you mean tiers?"),
-        ({"retention_seconds": 1}, "did you mean retention.audit_seconds or retention.tenant_seconds?"),
+        ({"retention_seconds": 1}, "did you mean retention.run_seconds or retention.audit_seconds?"),
     ],
 )
 def test_an_unknown_setting_comes_with_a_suggestion(changes: dict[str, Any], suggestion: str) -> None:
