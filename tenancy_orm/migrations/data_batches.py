@@ -221,7 +221,7 @@ class DataRunner:
                 now = await self._call(partial(work.batch, table=table, checkpoint=checkpoint, size=size))
             except Exception as exc:
                 failures += 1
-                is_retried = sqlstate_of(exc) in _RETRIED or isinstance(exc, RowsLeftError)
+                is_retried = sqlstate_of(exc) in _RETRIED or isinstance(exc, _RowsLeftError)
                 if failures == _ATTEMPTS or not is_retried:
                     raise
                 logger.info("%s: a batch of %d rows is tried again: %s", checkpoint.name, size, describe(exc))
@@ -286,7 +286,7 @@ class DataRunner:
         return None
 
 
-class RowsLeftError(MigrationError):
+class _RowsLeftError(MigrationError):
     """A batch has not made ``where`` false for all of its rows."""
 
 
@@ -360,7 +360,7 @@ class _Work:
             else:
                 connection.execute(statement)
         if self.where is not None and (left := table.count(connection, rows)):
-            raise RowsLeftError(f"{left} of {matched} rows still have {self.where} after a batch")
+            raise _RowsLeftError(f"{left} of {matched} rows still have {self.where} after a batch")
         return matched
 
 
@@ -388,4 +388,4 @@ def _role_of(tenant: Tenant | None) -> str | None:
     return None if tenant is None or tenant.placement is None else tenant.placement.role
 
 
-__all__ = ["DataLimits", "DataObserver", "DataProgress", "DataRunner", "RowsLeftError", "track"]
+__all__ = ["DataLimits", "DataObserver", "DataProgress", "DataRunner", "track"]
