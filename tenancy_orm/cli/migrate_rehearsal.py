@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -46,6 +48,12 @@ def show(
     """Rehearse, and print the report; exit with a failure if a clone failed or differs."""
 
     async def command(tenancy: Tenancy) -> RehearsalReport:
+        main = asyncio.current_task()
+        assert main is not None  # noqa: S101 - for the type checker
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # once: a second cancellation would interrupt the clean-up that the first one has started
+            loop.add_signal_handler(number, lambda: main.cancelling() or main.cancel())
         return await tenancy.migrations.rehearse(
             revision,
             clones=clones,
@@ -57,7 +65,11 @@ def show(
             actor=operator(),
         )
 
-    report = run(command)
+    try:
+        report = run(command)
+    except asyncio.CancelledError:
+        note("stopped: the clone was dropped")
+        raise typer.Exit(128 + signal.SIGTERM) from None
     if as_json:
         print_json(report)
     else:

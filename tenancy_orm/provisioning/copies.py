@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -38,11 +37,11 @@ from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
 from . import databases, event_trigger, removal, roles
 from .blockers import Blockers
-from .copy_logins import CopyLogin, create_login
+from .copy_logins import CopyLogin, create_login, end_login
 from .extensions import install
 
 Content = Literal["data", "schema", "nothing"]
-"""What a copy has: everything; or the schema alone, with the statistics from PostgreSQL 18 on; or only extensions."""
+"""What a copy has: everything; or the schema alone, with statistics from PostgreSQL 18 on; or only ``extensions``."""
 
 _KEEPALIVES = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
 _LOCK_WAIT = "10s"  # a migration that has a table of the tenant locked is not queued behind for longer
@@ -162,7 +161,7 @@ class Copies:
         Args:
             tenant: The tenant.
             content: What is copied.
-            extensions: Extensions that the copy has, beside those of the tenant's database.
+            extensions: Extensions that the copy has, beside those of the tenant's database where that is copied.
             timeout: Seconds that making the copy may take.
             valid_for: Seconds for which its login is valid after that.
 
@@ -229,7 +228,7 @@ class _Copying:
         version = connections.version(self._connection)
         for name in (self._name, self._reader):
             await locks.lock(self._connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
-        extensions = await self._extensions()
+        extensions = [] if content == "nothing" else await self._extensions()
         restorer = await self._create(seconds, extensions, wanted)
         if content == "nothing":
             return self._copy(restorer, content, (), started)
@@ -273,6 +272,9 @@ class _Copying:
                 if not await connections.is_alive(connection):
                     connection.terminate()
                     self._connection = connection = await self._blockers.connect(purpose="tenancy-copy")
+                # first: who is no superuser cannot drop a database with sessions of others
+                for role in (self._reader, self._name):
+                    await end_login(connection, self._blockers, role)
                 await removal.drop_database(connection, self._blockers, self._name)
                 for role in (self._reader, self._name):
                     await self._drop_role(role)
@@ -345,10 +347,8 @@ class _Copying:
     async def _drop_role(self, role: str) -> None:
         connection = self._connection
         async with asyncio.timeout(self._config.provisioning.timeout):
-            if await roles.exists(connection, role):
-                await self._blockers.run(connection, partial(roles.expire, connection, role))
-                await roles.terminate(connection, role, timeout=connections.CLOSE_SECONDS)
-                await removal.drop_retired(connection, self._blockers, self._names, role)
+            await end_login(connection, self._blockers, role)
+            await removal.drop_retired(connection, self._blockers, self._names, role)
 
     # --- contents ---------------------------------------------------------------------------------------------------
 

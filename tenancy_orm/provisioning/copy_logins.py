@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from types import MappingProxyType
 
 from ..postgres import connections, login
@@ -24,6 +25,8 @@ from ..postgres.connections import Connection
 from ..postgres.dsn import Dsn
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..secrets.keyring import new_password
+from . import roles
+from .blockers import Blockers
 from .scram import scram_verifier
 
 _ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE INHERIT NOREPLICATION NOBYPASSRLS"
@@ -91,3 +94,14 @@ async def create_login(
     ]
     await connection.execute("; ".join(statements))
     return CopyLogin(role=role, database=database, password=password, dsn=dsn.without_service())
+
+
+async def end_login(connection: Connection, blockers: Blockers, role: str) -> None:
+    """End a login and its sessions; ``reconcile`` and whoever made it drop it then. Does nothing if there is none.
+
+    Raises:
+        TimeoutError: its sessions did not end in time.
+    """
+    if await roles.exists(connection, role):
+        await blockers.run(connection, partial(roles.expire, connection, role))
+        await roles.terminate(connection, role, timeout=connections.CLOSE_SECONDS)

@@ -34,6 +34,7 @@ from ..tenant import Placement, Status, Tenant
 from . import databases, grants, removal, role_settings, roles, server_state, temporary_logins
 from .alignment import align_role, role_deviations
 from .blockers import Blockers
+from .copy_logins import end_login
 from .differences import Difference
 from .pipeline import ProvisioningServices, describe, prove, tenant_key
 from .tenant_check import TenantCheck
@@ -417,6 +418,7 @@ class Reconciler:
             state = await databases.state(connection, name) if free else None
             if state is not None and not state.is_template:
                 if not self._check:
+                    await end_login(connection, self._blockers(server), name)
                     await removal.drop_database(connection, self._blockers(server), name)
                 self._findings.orphans.append(name)
 
@@ -432,8 +434,7 @@ class Reconciler:
             if not free or not await roles.exists(connection, name):
                 return
             if not self._check:
-                await roles.expire(connection, name)
-                await roles.terminate(connection, name, timeout=connections.CLOSE_SECONDS)
+                await end_login(connection, self._blockers(server), name)
                 await removal.drop_retired(connection, self._blockers(server), self._services.names, name)
             if name not in self._findings.orphans:  # its database has the same name
                 self._findings.orphans.append(name)

@@ -1,6 +1,5 @@
 """Rehearsal: a migration, tried on clones of tenants before it runs."""
 
-from .rehearsal import Rehearsal
 from .report import (
     CloneReport,
     DifferenceReport,
@@ -19,7 +18,6 @@ __all__ = [
     "Estimate",
     "LockReport",
     "PhaseReport",
-    "Rehearsal",
     "RehearsalReport",
     "RevisionReport",
     "RewriteReport",

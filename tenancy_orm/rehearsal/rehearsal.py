@@ -80,7 +80,7 @@ class Rehearsal:
         self._actor = actor
         self._plan = Plan.of(environment, "upgrade", revision)
         self._notes: dict[str, None] = {}
-        self._fresh: dict[str, Catalogue] = {}  # by server
+        self._fresh: dict[str, Catalogue | TenancyError] = {}  # by server
 
     async def run(self, tenants: Iterable[TenantRef] | None, clones: int) -> RehearsalReport:
         """Rehearse on clones of ``tenants``; where None, of the largest, the oldest and others, ``clones`` in all.
@@ -98,7 +98,8 @@ class Rehearsal:
         chosen = await self._choose(tenants, clones, behind)
         reports = [await self._rehearse(one) for one in chosen]
         samples = [
-            Sample(report.size, report.upgrade.seconds)
+            # without connecting, and what the measurement itself took
+            Sample(report.size, sum(revision.seconds for revision in report.upgrade.revisions))
             for report in reports
             if report.upgrade is not None and report.upgrade.error is None
         ]
@@ -233,21 +234,30 @@ class Rehearsal:
             await run_to_completion(close(connection))
 
     async def _build_fresh(self, tenant: Tenant) -> Catalogue:
-        """Return the schema of a new database at the target, built in the same way as a clone; once for each server."""
+        """Return the schema of a new database at the target, built in the same way as a clone; once for each server.
+
+        Raises:
+            MigrationError: it cannot be built.
+        """
         server = placement_of(tenant).server
-        found = self._fresh.get(server)
-        if found is None:
+        if server not in self._fresh:
             self._tell(f"build of {self._plan.target} on server {server}")
-            limit = self._services.config.rehearsal.timeout
-            async with self._services.provisioner.copies.open(
-                tenant, content="nothing", extensions=self._services.config.extensions, timeout=limit, valid_for=limit
-            ) as copy:
-                clone = CloneRehearsal(copy, tenant, self._environment, self._connections, self._tell)
-                try:
-                    found = self._fresh[server] = await clone.build(self._revision)
-                except MigrationError as exc:
-                    raise MigrationError(f"a new database cannot be built: {exc}") from exc
+            try:
+                self._fresh[server] = await self._build(tenant)
+            except TenancyError as exc:
+                self._fresh[server] = MigrationError(f"a new database cannot be built: {describe(exc)}")
+        found = self._fresh[server]
+        if isinstance(found, TenancyError):
+            raise found
         return found
+
+    async def _build(self, tenant: Tenant) -> Catalogue:
+        limit = self._services.config.rehearsal.timeout
+        async with self._services.provisioner.copies.open(
+            tenant, content="nothing", extensions=self._services.config.extensions, timeout=limit, valid_for=limit
+        ) as copy:
+            clone = CloneRehearsal(copy, tenant, self._environment, self._connections, self._tell)
+            return await clone.build(self._revision)
 
     async def _check_space(self, candidate: Candidate) -> None:
         """Refuse to clone what is larger than allowed, or than what is free, where that can be known.

@@ -24,9 +24,6 @@ from ..migrations.preflight import ChecksAsked, Preflight, PreflightReport
 from ..migrations.scripts import Environment, load
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
-from ..provisioning.copies import Content
-from ..rehearsal.rehearsal import DEFAULT_CLONES, Rehearsal
-from ..rehearsal.report import RehearsalReport
 from ..tenant import TenantRef
 from .busy import Order
 from .commands import check_concurrency
@@ -34,17 +31,18 @@ from .compatibility import load_compatibility
 from .extensions import ExtensionWork
 from .recorded import RunOptions
 from .records import RunRecord
+from .rehearsing import Rehearsing
 from .report import FleetReport, Progress
 from .run import RunWork
 from .served import CompatibilityReport, compatibility_report, with_declaration
 from .single import bring
 from .status import StatusReader, TenantRevision
-from .steering import DEFAULT_CONCURRENCY, Steering
+from .steering import DEFAULT_CONCURRENCY
 from .waves import Waves
 from .work import MigrationWork
 
 
-class FleetMigrator(Steering):
+class FleetMigrator(Rehearsing):
     """Upgrades, downgrades, stamps and inspects the schemas of all tenants (``tenancy.migrations``).
 
     Only operators may do this: while a tenant is bound, everything here raises ``CrossTenantError``.
@@ -314,57 +312,6 @@ class FleetMigrator(Steering):
         refuse_while_bound("counting tenants")
         compatibility = await load_compatibility(with_declaration(self.services.config, declared))
         return await compatibility_report(self.services.registry, compatibility)
-
-    async def rehearse(
-        self,
-        revision: str = "head",
-        *,
-        clones: int = DEFAULT_CLONES,
-        tenants: Iterable[TenantRef] | None = None,
-        content: Content = "data",
-        downgrade: bool = True,
-        concurrency: int = DEFAULT_CONCURRENCY,
-        tell: Callable[[str], None] | None = None,
-        x: Sequence[str] = (),
-        actor: Actor = SYSTEM,
-    ) -> RehearsalReport:
-        """Try ``upgrade(revision)`` on clones of some tenants, which are dropped at the end. No tenant is changed.
-
-        Each clone is upgraded, downgraded and upgraded again. After each step its schema is compared: with that of a
-        new database, or with the one before. The report has the time of each statement, the locks that it held, what
-        it rewrote, and an estimate for the fleet.
-
-        Args:
-            revision: As for ``upgrade``.
-            clones: How many tenants are cloned, of those that are behind: the largest, the oldest, others at random.
-            tenants: The tenants to clone; then ``clones`` is not used.
-            content: "data" clones everything; "schema" the schema, with the statistics from PostgreSQL 18 on.
-            downgrade: False: upgrade only.
-            concurrency: How many tenants the run would upgrade at once, for the estimate.
-            tell: Called with a line about what is done now.
-            x: As for ``upgrade``.
-            actor: Who does this, for the audit log.
-
-        Raises:
-            ConfigurationError: as ``upgrade``; or ``clones`` or ``concurrency`` is less than 1.
-            MigrationError: the revision does not exist, or no tenant is behind it.
-            TenantNotFoundError: one of ``tenants`` does not exist.
-            ControlUnavailableError: the control database does not answer.
-        """
-        refuse_while_bound("rehearsing a migration")
-        check_concurrency(concurrency)
-        rehearsal = Rehearsal(
-            self.services,
-            self._connections,
-            await self.environment(x),
-            revision,
-            content=content,
-            downgrade=downgrade,
-            concurrency=concurrency,
-            tell=tell,
-            actor=actor,
-        )
-        return await rehearsal.run(tenants, clones)
 
     async def environment(self, x: Sequence[str] = ()) -> Environment:
         """Load the migration directory.

@@ -265,3 +265,28 @@ async def test_a_clone_that_takes_too_long_is_given_up(fleet: Fleet, project: Pr
         report = await bounded.migrations.rehearse(tenants=["acme"])
     assert report.failures == {"acme": "not done within 5 s; raise rehearsal.timeout"}
     assert await leftovers() == []
+
+
+async def test_extensions_are_there_before_the_tenants_contents(fleet: Fleet, project: Project) -> None:
+    """Those of the tenant, wherever they are; and those that the setting adds, which the revision needs."""
+    await fleet.execute("acme", "CREATE SCHEMA ext; CREATE EXTENSION vector SCHEMA ext")
+    await fleet.execute("acme", f'GRANT USAGE ON SCHEMA ext TO "{fleet.services.names.owner}"')
+    async with fleet.connect("acme") as connection:
+        await connection.execute(f'SET ROLE "{fleet.services.names.owner}"')
+        await connection.execute("CREATE TABLE points (at ext.vector(2)); INSERT INTO points VALUES ('[1,2]')")
+    project.add(
+        "0002",
+        'op.execute("SET LOCAL search_path = public, ext; CREATE TABLE embeddings (v vector(3))")',
+        'op.drop_table("embeddings")',
+        down="0001",
+    )
+    (clone,) = (await fleet.migrations.rehearse("0002", tenants=["globex"])).clones
+    assert "a new database cannot be built" in (clone.error or "")
+    async with open_fleet(fleet.services.config.replace(extensions=("vector",))) as extended:
+        report = await extended.migrations.rehearse(clones=2)
+        clones = {clone.slug: clone for clone in report.clones}
+        assert clones["globex"].ok, report.failures
+        assert clones["acme"].error is None, report.failures
+        texts = {one.text for one in clones["acme"].differences}
+        assert "table points should not exist" in texts
+        assert "table embeddings: column v is ext.vector(3), should be public.vector(3)" in texts
