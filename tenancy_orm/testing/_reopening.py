@@ -63,6 +63,7 @@ class ReopenedAssembly(Assembly):
         self._opened.append(self.control.close)
         self.servers = _copied(first.servers, config)
         self._opened.append(self.servers.close)
+        self.compatibility = first.compatibility
         self.keyring = Keyring(config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
         self.audit = AuditLog(self.control, Signer(config.sealing_keys))
