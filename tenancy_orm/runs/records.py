@@ -308,17 +308,22 @@ class RunRecords:
 
     # --- operators' commands ----------------------------------------------------------------------------------------
 
-    async def cancel(self, run: int, *, actor: Actor = SYSTEM) -> RunRecord:
+    async def cancel(self, run: int, *, to_undo: bool = False, actor: Actor = SYSTEM) -> RunRecord:
         """Skip the tenants of a run that wait; those that are being migrated are finished.
+
+        With ``to_undo``, only a run in which no process takes part.
 
         Raises:
             RunNotFoundError: there is none of that number.
-            RunStateError: it has ended.
+            RunStateError: it has ended; or a process takes part.
         """
         async with self.control.transaction() as connection:
             found = await lock_run(connection, run)
             if found.state not in ("running", "paused"):
                 raise RunStateError(run, found.state, "cancelled")
+            # somebody may have resumed it since its undo was planned
+            if to_undo and found.state == "running" and await connection.scalar(_ANY_LIVE, {"run": run}):
+                raise RunStateError(run, "running", "undone; cancel it first")
             await connection.execute(RELEASE_LOST, {"run": run})
             await connection.execute(_SKIP_WAITING, {"run": run})
             await set_state(connection, run, "cancelled", f"cancelled by {actor.id or actor.kind}")

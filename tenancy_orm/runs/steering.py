@@ -269,7 +269,7 @@ class Steering(RunCommands):
         plan, targets = await undo.plan(tenants, include_new=include_new, new_target=new_revision)
         refuse(plan, stamp_irreversible=stamp_irreversible, leave_moved=leave_moved)
         if record.state in ("running", "paused"):
-            await self._recorded.records.cancel(run, actor=actor)
+            await self._recorded.records.cancel(run, to_undo=True, actor=actor)
         everyone = bool(record.plan["all"] or record.plan.get("everyone")) and tenants is None
         how = {
             "stamps": undo.stamps,

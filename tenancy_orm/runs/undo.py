@@ -13,6 +13,7 @@ from alembic.util.exc import CommandError
 from sqlalchemy import text
 
 from ..errors import MigrationError, RunStateError, UndoRefusedError
+from ..jobs import CLAIM_SECONDS
 from ..migrations.connections import placement_of
 from ..migrations.failures import describe
 from ..migrations.plan import Plan, format_revision
@@ -100,8 +101,18 @@ class Undo:
     ) -> None:
         if record.command == "extensions":
             raise MigrationError(f"run {record.id} installed extensions; they are not removed again")
+        rows = list(rows)
         if record.state == "running" and record.processes:
             raise RunStateError(record.id, "running", "undone; cancel it first")
+        # what a process finishes after a pause or a cancellation is not in the databases yet
+        if record.processes and (unfinished := [row.slug for row in rows if row.state == "running"]):
+            names = ", ".join(unfinished[:5]) + (", ..." if len(unfinished) > 5 else "")
+            raise RunStateError(
+                record.id,
+                record.state,
+                f"undone while tenants are being migrated ({names}); try again once tenancy migrate show lists none "
+                f"as running: if their process was killed, {CLAIM_SECONDS:g} s later",
+            )
         self._services = services
         self._environment = environment
         self._read = read

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tenancy_orm.errors import MigrationError, RunNotFoundError, UndoRefusedError
+from tenancy_orm.errors import MigrationError, RunNotFoundError, RunStateError, UndoRefusedError
+from tenancy_orm.jobs import Claimant
 from tenancy_orm.runs import Wave, Waves, catch_up
+from tenancy_orm.runs.undo import Undo
 from tests.support.fleet import Fleet
 from tests.support.projects import Project
+from tests.support.waiting import until
 
 
 def add_column(
@@ -125,6 +129,49 @@ async def test_a_run_that_ended_in_the_middle_is_undone(fleet: Fleet, project: P
     undone = await fleet.migrations.undo(failed.run)
     assert sorted(one.slug for one in undone.changed) == ["acme", "globex"]
     assert await revisions(fleet) == {"acme": "0001", "globex": "0001", "initech": "0001"}
+
+
+@pytest.mark.parametrize("stop", ["cancel", "pause"])
+async def test_a_tenant_that_is_still_being_migrated_is_not_left_behind(
+    fleet: Fleet, project: Project, stop: str
+) -> None:
+    """Its database has the old revision until the change is committed: it would count as one that was not touched."""
+    add_column(project, "0002", "0001", before='op.execute("SELECT pg_sleep(2)")')
+    running = asyncio.create_task(fleet.migrations.upgrade(concurrency=1))
+
+    async def is_begun() -> bool:
+        return any(one.tenants["running"] for one in await fleet.migrations.runs())
+
+    await until(is_begun, seconds=20)
+    (run,) = await fleet.migrations.runs()
+    await getattr(fleet.migrations, stop)(run.id)
+    for planned in (fleet.migrations.plan_undo(run.id), fleet.migrations.undo(run.id)):
+        with pytest.raises(RunStateError, match=r"undone while tenants are being migrated \(acme\); try again once"):
+            await planned
+    await running
+    assert len(await fleet.migrations.runs()) == 1
+    assert (await fleet.migrations.undo(run.id)).ok
+    assert set((await revisions(fleet)).values()) == {"0001"}
+
+
+async def test_a_run_that_was_resumed_since_its_undo_was_planned_is_not_cancelled(
+    fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan would be without what its processes have changed in the meantime."""
+    add_column(project, "0002", "0001")
+    paused = await fleet.migrations.upgrade(waves=Waves((Wave(tenants="acme", pause=True),)))
+    assert paused.run is not None
+    original = Undo.plan
+
+    async def plan(*args: Any, **options: Any) -> Any:
+        found = await original(*args, **options)
+        await fleet.migrations._recorded.records.reopen(paused.run or 0, Claimant())
+        return found
+
+    monkeypatch.setattr(Undo, "plan", plan)
+    with pytest.raises(RunStateError, match="is running, and cannot be undone; cancel it first"):
+        await fleet.migrations.undo(paused.run)
+    assert (await revisions(fleet))["acme"] == "0002"
 
 
 async def test_an_undo_is_a_run_that_can_be_resumed(fleet: Fleet, project: Project, tmp_path: Path) -> None:
