@@ -205,8 +205,17 @@ _WAIT_AGAIN = text(
     "AND n.status NOT IN ('provisioning', 'purged') AND n.purge_started_at IS NULL"
 )
 _ANY_LIVE = text(f"SELECT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = :run AND {_LIVE})")  # noqa: S608 - a constant
+# a retry goes through waves whose tenants were skipped: when these wait again, their wave comes first, with its checks
+_GO_BACK = text(
+    "UPDATE tenancy.migration_runs r SET wave = least(r.wave, (SELECT min(t.wave) "
+    "FROM tenancy.migration_run_tenants t WHERE t.run = r.id AND t.state = 'waiting')) WHERE r.id = :run"
+)
+_FORGET_SKIP_CHECKS = text("UPDATE tenancy.migration_runs SET plan = plan - 'skip_checks' WHERE id = :run")
+# not those of a wave that is still to be migrated: nobody knows yet what they would say
 _SKIP_CHECKS = text(
-    "UPDATE tenancy.migration_runs SET plan = plan || jsonb_build_object('skip_checks', wave) WHERE id = :run"
+    "UPDATE tenancy.migration_runs r SET plan = plan || jsonb_build_object('skip_checks', wave) WHERE r.id = :run "
+    "AND NOT EXISTS (SELECT FROM tenancy.migration_run_tenants t WHERE t.run = r.id AND t.wave <= r.wave "
+    "AND t.state IN ('waiting', 'running'))"
 )
 _PRUNE = text(
     "DELETE FROM tenancy.migration_runs r WHERE r.created_at < clock_timestamp() - make_interval(secs => :seconds) "
@@ -354,7 +363,8 @@ class RunRecords:
             run: Its number.
             claimant: The process that goes on with it.
             retry: Try its failed tenants again, and no others; without it, go on with those that were not started.
-            skip_checks: Begin the next wave, whatever the checks of the one that runs now say.
+            skip_checks: Begin the next wave, whatever the checks of the one that runs now say, if all of its tenants
+                are at an end.
             actor: Who does this.
 
         Raises:
@@ -369,8 +379,11 @@ class RunRecords:
             if retry or found.state in ("failed", "cancelled", "done"):
                 states = ["failed"] if retry else ["skipped"]
                 await connection.execute(_WAIT_AGAIN, {"run": run, "states": states})
+                if not retry:
+                    await connection.execute(_GO_BACK, {"run": run})
             if found.state != "running":
                 await set_state(connection, run, "running", None)
+                await connection.execute(_FORGET_SKIP_CHECKS, {"run": run})
             if skip_checks:
                 await connection.execute(_SKIP_CHECKS, {"run": run})
             await add_process(connection, run, claimant)

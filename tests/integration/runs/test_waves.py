@@ -165,6 +165,34 @@ async def test_failures_are_bounded(fleet: Fleet, project: Project, tmp_path: Pa
     assert (await fleet.migrations.retry(stopped.run)).ok
 
 
+async def test_who_was_skipped_has_its_wave_when_the_run_goes_on(
+    fleet: Fleet, project: Project, checks: Checks, tmp_path: Path
+) -> None:
+    """A retry of the canary alone comes to the last wave; the others are not migrated all at once after it."""
+    project.add("0002", BROKEN.format(slugs=("acme",), mended=str(tmp_path / "mended")), COLUMN[1], down="0001")
+    waves = Waves((*canary().waves[:1], Wave(tenants=["globex"], functions="run_checks:check")))
+    stopped = await fleet.migrations.upgrade(waves=waves, max_failures=1)
+    assert stopped.run is not None
+    (tmp_path / "mended").touch()
+    retried = await fleet.migrations.retry(stopped.run)
+    assert (retried.state, await migrated(fleet)) == ("failed", ["acme"])
+    checks.answer = False
+    assert (await fleet.migrations.resume(stopped.run)).state == "paused"
+    assert (await migrated(fleet), [report.tenants for report in checks.reports]) == (["acme", "globex"], [("globex",)])
+
+
+async def test_only_a_wave_that_has_ended_is_passed_over(fleet: Fleet, project: Project) -> None:
+    """After a pause that was planned the next wave is still to come: its failures stop the run."""
+    project.add("0002", BROKEN.format(slugs=("globex",), mended="/nowhere"), COLUMN[1], down="0001")
+    waves = Waves((*canary(pause=True).waves[:1], Wave(tenants=["globex"])))
+    planned = await fleet.migrations.upgrade(waves=waves)
+    assert planned.run is not None
+    paused = await fleet.migrations.resume(planned.run, skip_checks=True)
+    assert (paused.state, await migrated(fleet)) == ("paused", ["acme"])
+    await fleet.migrations.resume(planned.run, skip_checks=True)
+    assert await migrated(fleet) == ["acme", "initech", "umbrella"]
+
+
 async def test_one_machine_checks_for_all_of_them(
     fleet: Fleet, config: TenancyConfig, project: Project, checks: Checks
 ) -> None:
