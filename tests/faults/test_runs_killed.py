@@ -98,6 +98,25 @@ async def test_a_run_that_is_killed_is_resumed(fleet: Fleet, task: Task, at: str
     assert sum(lost) in ((1, 2) if "change" in at else (0,))
 
 
+@pytest.mark.parametrize("at", ["in the check", "before the second wave", "after the second wave is open"])
+async def test_a_process_is_killed_between_waves(fleet: Fleet, task: Task, tmp_path: Path, at: str) -> None:
+    """Who goes on checks again, and begins no wave without; a wave that is open was checked."""
+    checked, killed = tmp_path / "checked", tmp_path / "killed"
+    kill = f"[ -e {killed} ] || {{ touch {killed}; kill -9 $PPID; }}" if at == "in the check" else ""
+    (tmp_path / "check.sh").write_text(f"echo $MIGRATION_WAVE $MIGRATION_TENANTS >> {checked}\n{kill}\n")
+    more = {"waves": [f"tenant=acme command='sh {tmp_path}/check.sh'"], "signal": "SIGKILL"}
+    async with another(task, **more, at=None if kill else at) as child, asyncio.timeout(SECONDS):
+        assert await child.wait() == -signal.SIGKILL
+    assert checked.read_text() == "1 1\n"
+    assert [await fleet.revision(slug) for slug in TENANTS] == ["0002", "0001", "0001"]
+    await expire(fleet)
+    assert (await fleet.migrations.get_run(1)).is_interrupted
+    async with asyncio.timeout(SECONDS):
+        assert (await fleet.migrations.join(1)).ok
+    assert checked.read_text() == "1 1\n" * (1 if "open" in at else 2)
+    await is_applied_once(fleet)
+
+
 @pytest.mark.parametrize("at", ["before the change", "after the change"])
 async def test_a_frozen_process_does_no_harm_when_it_goes_on(fleet: Fleet, task: Task, at: str) -> None:
     """Another takes over its tenants. It notices, writes nothing about them, and takes part again."""

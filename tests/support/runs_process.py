@@ -17,13 +17,16 @@ import pytest
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.runs.claims import RunClaims
+from tenancy_orm.runs.wave_texts import parse_waves
 
-# by the name of a point: what is wrapped, and whether the signal comes after the call
-POINTS: dict[str, tuple[Any, str, bool]] = {
-    "before the first claim": (RunClaims, "open_wave", False),
-    "before the change": (RunClaims, "begin", True),
-    "after the change": (Provisioner, "apply_grants", False),
-    "after the last": (RunClaims, "end", False),
+# by the name of a point: what is wrapped, at which call, and whether the signal comes after it
+POINTS: dict[str, tuple[Any, str, int, bool]] = {
+    "before the first claim": (RunClaims, "open_wave", 1, False),
+    "before the change": (RunClaims, "begin", 2, True),
+    "after the change": (Provisioner, "apply_grants", 2, False),
+    "before the second wave": (RunClaims, "open_wave", 2, False),
+    "after the second wave is open": (RunClaims, "open_wave", 2, True),
+    "after the last": (RunClaims, "end", 1, False),
 }
 
 
@@ -39,11 +42,10 @@ def config_of(task: dict[str, Any]) -> TenancyConfig:
 
 
 def arrange(patch: pytest.MonkeyPatch, point: str, name: str) -> None:
-    """Have this process send itself the signal of that name, at the second tenant that comes to the point."""
-    owner, method, after = POINTS[point]
+    """Have this process send itself the signal of that name when it comes to the point."""
+    owner, method, which, after = POINTS[point]
     original = getattr(owner, method)
     calls = 0
-    which = 1 if owner is RunClaims and method != "begin" else 2
 
     async def wrapped(*args: Any, **options: Any) -> Any:
         nonlocal calls
@@ -59,7 +61,8 @@ def arrange(patch: pytest.MonkeyPatch, point: str, name: str) -> None:
 async def main(task: dict[str, Any]) -> None:
     """Upgrade all tenants."""
     async with Tenancy(config_of(task)) as tenancy:
-        report = await tenancy.migrations.upgrade(concurrency=task.get("concurrency", 1))
+        waves = parse_waves(task["waves"]) if "waves" in task else None
+        report = await tenancy.migrations.upgrade(concurrency=task.get("concurrency", 1), waves=waves)
     print(json.dumps({"ok": report.ok, "run": report.run, "changed": len(report.changed)}))
 
 
