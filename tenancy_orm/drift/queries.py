@@ -6,13 +6,16 @@ its own. Tables and functions are named with their schema, and operators are fou
 ``search_path`` while it runs; with it PostgreSQL prints all other names with their schemas as well.
 
 A row is one object: its kind, the object it belongs to ("table public.notes") if it does, its name, and the values of
-``FIELDS`` of its kind. What an extension has made is not read, nor is what PostgreSQL makes along with another object.
+``FIELDS`` of its kind. What an extension has made is not read, nor is what PostgreSQL makes along with another object,
+nor the checkpoints of data migrations: a database has them only while some are unfinished, and nobody may drop them.
 """
 
 # ruff: noqa: S608 - what is inserted are constants of this file
 from __future__ import annotations
 
 from functools import cache
+
+from ..provisioning.grants import CHECKPOINTS_SCHEMA
 
 OWNER = "<tenancy:owner>"
 TENANT = "<tenancy:tenant>"
@@ -117,7 +120,7 @@ _CTES = f"""
 WITH member AS MATERIALIZED (SELECT classid, objid FROM pg_catalog.pg_depend WHERE deptype = 'e'),
 space AS MATERIALIZED (
   SELECT oid, pg_catalog.quote_ident(nspname) AS name, nspowner, nspacl FROM pg_catalog.pg_namespace
-   WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'tenancy_orm')),
+   WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'tenancy_orm', '{CHECKPOINTS_SCHEMA}')),
 relation AS MATERIALIZED (
   SELECT c.oid, relkind, relowner, relacl, relpersistence, relpartbound, relrowsecurity, relforcerowsecurity,
          relreplident, reloptions, relam, space.name || '.' || pg_catalog.quote_ident(relname) AS name,

@@ -148,6 +148,19 @@ async def test_a_failure_keeps_what_is_done_and_later_revisions_wait(fleet: Flee
     assert (await fleet.revision("acme"), await has_checkpoints(fleet, "acme")) == ("0003", False)
 
 
+async def test_checkpoints_are_no_drift(fleet: Fleet, project: Project) -> None:
+    """A run that refuses drift finishes what is unfinished, and nobody is told to drop the checkpoints."""
+    await fleet.execute("acme", FILL.format(5) + "; UPDATE notes SET body = 'bad' WHERE id = 5")
+    add(project, "0002", COUNT.replace("words + 1", "words + CASE WHEN body = 'bad' THEN 1 / (id - id) ELSE 1 END"))
+    assert not (await fleet.migrations.upgrade()).ok
+    assert await has_checkpoints(fleet, "acme")
+    found = await fleet.migrations.drift()
+    assert (found.ok, found.matching) == (True, 3)
+    await fleet.execute("acme", "UPDATE notes SET body = 'good'")
+    assert (await fleet.migrations.upgrade(refuse_drift=True)).ok
+    assert (await counts(fleet, "acme"), await has_checkpoints(fleet, "acme")) == ([(1, 5)], False)
+
+
 async def test_a_downgrade_undoes_the_rows_that_were_done(fleet: Fleet, project: Project) -> None:
     """All of them; after an unfinished upgrade those alone. An upgrade is refused until that is done."""
     await fleet.execute("acme", FILL.format(35))
