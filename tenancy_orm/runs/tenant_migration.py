@@ -109,7 +109,11 @@ class TenantMigration:
         observe_data: DataObserver | None,
     ) -> DatabaseMigration:
         async def reached(revision: str | None) -> None:
-            """Record the revision before its data migrations: requests are served at it, for as long as they take."""
+            """Record the revision before its data migrations: requests are served at it, for as long as they take.
+
+            The grant hook is first: they may need what it gives on the revision's new objects.
+            """
+            await self._services.provisioner.apply_grants(tenant)
             try:
                 await self._services.registry.set_revision(tenant.id, revision)
             except ControlUnavailableError as exc:

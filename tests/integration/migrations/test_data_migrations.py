@@ -14,6 +14,7 @@ import pytest
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import ConfigurationError, MigrationError
 from tenancy_orm.migrations import Batch, data_migration
+from tenancy_orm.protocols import GrantTarget
 from tenancy_orm.runs.progress import ProgressReader
 from tests.support.alembic_program import Alembic
 from tests.support.data_migration_process import start
@@ -159,6 +160,23 @@ async def test_checkpoints_are_no_drift(fleet: Fleet, project: Project) -> None:
     await fleet.execute("acme", "UPDATE notes SET body = 'good'")
     assert (await fleet.migrations.upgrade(refuse_drift=True)).ok
     assert (await counts(fleet, "acme"), await has_checkpoints(fleet, "acme")) == ([(1, 5)], False)
+
+
+async def test_requests_have_the_hooks_rights_before_the_first_batch(config: TenancyConfig, project: Project) -> None:
+    """They are served at the new revision for as long as its data migrations take, also where those fail."""
+
+    def hook(target: GrantTarget) -> list[str]:
+        grant = f"GRANT TRUNCATE ON public.%I TO {target.role}"
+        loop = f"FOR t IN SELECT tablename FROM pg_tables WHERE tablename = 'bin' LOOP EXECUTE format('{grant}', t);"
+        return [f"DO $$DECLARE t text; BEGIN {loop} END LOOP; END$$"]
+
+    async with open_fleet(config.replace(provisioning={"grants": hook}), initialise=True) as fleet:
+        await fleet.create("acme")
+        await fleet.execute("acme", FILL.format(1))
+        ddl = 'op.execute("CREATE TABLE bin ()")'
+        add(project, "0002", COUNT.replace("words + 1", "1 / (id - id)"), f"{WORDS}; {ddl}")
+        assert list((await fleet.migrations.upgrade()).reasons) == ["acme"]
+        await fleet.tenancy.execute("TRUNCATE bin", tenant="acme")
 
 
 async def test_a_downgrade_undoes_the_rows_that_were_done(fleet: Fleet, project: Project) -> None:
