@@ -119,6 +119,7 @@ class DataRunner:
         tenant: The tenant; None for a template.
         limits: How fast.
         observer: Called after each batch.
+        before_batch: Called before each attempt of a batch, and while one waits for a busy server.
     """
 
     def __init__(
@@ -128,12 +129,14 @@ class DataRunner:
         tenant: Tenant | None,
         limits: DataLimits,
         observer: DataObserver | None = None,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self._adapted = adapted
         self._environment = environment
         self._tenant = tenant
         self._limits = limits
         self._observer = observer
+        self._before_batch = before_batch
 
     async def resume(self) -> bool:
         """Finish what earlier upgrades have left; return whether there was something.
@@ -216,6 +219,7 @@ class DataRunner:
         while True:
             if await self._wait_while_busy(checkpoint):
                 size = max(1, size // 2)
+            self._before_batch()
             began = clock()
             try:
                 now = await self._call(partial(work.batch, table=table, checkpoint=checkpoint, size=size))
@@ -257,6 +261,7 @@ class DataRunner:
             return False  # nobody waits for a template's server because of an empty table
         until, pause = clock() + _BUSY_SECONDS, _FIRST_BUSY_PAUSE
         while (reason := await self._busy()) is not None:
+            self._before_batch()
             if clock() >= until:
                 return True
             await self._observe(checkpoint, waits_for=reason)

@@ -114,6 +114,7 @@ class DatabaseMigration:
         self._deadline = asyncio.timeout(None)
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._step: MigrationStep | None = None
+        self._batch_seconds: float | None = None  # how long one may take, while data migrations run
 
     @property
     def target_revision(self) -> str | None:
@@ -136,7 +137,9 @@ class DatabaseMigration:
             except TimeoutError as exc:
                 if not deadline.expired():
                     raise
-                raise MigrationError(f"not done within {self.limits.total:g} s; raise migration.timeout") from exc
+                what = "" if self._batch_seconds is None else "a batch of a data migration was "
+                seconds = self.limits.total if self._batch_seconds is None else self._batch_seconds
+                raise MigrationError(f"{what}not done within {seconds:g} s; raise migration.timeout") from exc
 
     async def _attempt(self) -> None:
         self.attempts += 1
@@ -229,7 +232,12 @@ class DatabaseMigration:
     ) -> None:
         """Apply the steps, and run each data migration after its revision is committed and before the next one."""
         data = DataRunner(
-            adapted, self.plan.environment, self.target.tenant, self.limits.data, observer=self._observe_data
+            adapted,
+            self.plan.environment,
+            self.target.tenant,
+            self.limits.data,
+            observer=self._observe_data,
+            before_batch=self._extend,
         )
         if self._has_data(state):
             await self._run_data(data, state)
@@ -237,7 +245,7 @@ class DatabaseMigration:
             # again after a data migration
             await self._give_notice(connection)
             if is_downgrade(part[0]):
-                async with self._unbounded():
+                async with self._by_batch():
                     await data.reverse(part[0])
             await self._apply(adapted, state, part)
             state = await self._read(connection)
@@ -251,20 +259,28 @@ class DatabaseMigration:
             await self._reached(format_revision(state.heads))
             self.announced = False
         self.changed = True
-        async with self._unbounded():
+        async with self._by_batch():
             await data.resume()
 
     @asynccontextmanager
-    async def _unbounded(self) -> AsyncIterator[None]:
-        """Let the body take as long as the rows of a large table need; its batches have limits of their own."""
+    async def _by_batch(self) -> AsyncIterator[None]:
+        """Let the body take as long as the rows of a large table need, and bound each of its batches instead."""
         loop, until = asyncio.get_running_loop(), self._deadline.when()
         left = None if until is None else until - loop.time()
-        self._deadline.reschedule(None)
+        # a statement of a batch ends by a limit of its own first, if the server answers
+        self._batch_seconds = self.limits.total + self.limits.data.statement_timeout
+        self._extend()
         try:
             yield
         finally:
-            if left is not None:
-                self._deadline.reschedule(loop.time() + left)
+            if not self._deadline.expired():
+                self._batch_seconds = None
+                self._deadline.reschedule(None if left is None else loop.time() + left)
+
+    def _extend(self) -> None:
+        """Give the next batch its time."""
+        if self._batch_seconds is not None:
+            self._deadline.reschedule(asyncio.get_running_loop().time() + self._batch_seconds)
 
     async def _give_notice(self, connection: Connection) -> None:
         """Announce the change, and wait until it is known where the database is in use."""

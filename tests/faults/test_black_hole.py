@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.errors import TenancyError
+from tests.support.fleet import activity, open_fleet, until
 from tests.support.models import Note
 from tests.support.outages import Writers, go_on, running
 from tests.support.postgres import Postgres
@@ -319,6 +320,49 @@ async def test_every_operation_on_a_server_ends_by_its_deadline(
         assert "succeeded" not in ended.values() or operations is ADMINISTRATION, ended
         async with asyncio.timeout(DEADLINE):
             await stack.aclose()
+
+
+BATCHES = """
+
+from tenancy_orm.migrations import data_migration
+
+@data_migration(table="notes")
+def slow(batch):
+    return "SELECT pg_sleep(1)"
+"""
+
+
+@pytest.mark.parametrize("kind", ["revision", "batch"])
+async def test_a_migration_under_way_ends_by_its_deadline(
+    tenancy_config: TenancyConfig, postgres: Postgres, tmp_path: Path, kind: str
+) -> None:
+    """In a statement of a revision, and in a batch of a data migration, which ``migration.timeout`` does not bound."""
+    project = Project.create(tmp_path)
+    project.add("0001", NOTES)
+    async with proxied(postgres.admin_url) as proxy:
+        config = tenancy_config.replace(
+            servers={"default": proxy.url(postgres.admin_url)},
+            migrations=project.migrations,
+            metadata=None,
+            pool={"connect_timeout": CONNECT},
+            migration={"timeout": STEP, "wait": STEP, "data_statement_timeout": 2.0},
+        )
+        async with open_fleet(config, initialise=True) as fleet:
+            await fleet.create("acme")
+            await fleet.execute("acme", "INSERT INTO notes (body) VALUES ('x')")
+            slow = 'op.get_context().opts["tenant"] and op.execute("SELECT pg_sleep(1)")'
+            path = project.add("0002", slow if kind == "revision" else "pass", down="0001")
+            if kind == "batch":
+                path.write_text(path.read_text() + BATCHES)
+            await fleet.provisioner.template("default")
+            running = asyncio.create_task(fleet.migrations.upgrade())
+            async with postgres.connect(fleet.database("acme")) as connection:
+                await until(lambda: activity(connection, "wait_event = 'PgSleep'"), 1)
+            proxy.swallow()
+            async with asyncio.timeout(DEADLINE):
+                report = await running
+            assert "not done within" in report.reasons["acme"]
+            proxy.restore()
 
 
 async def test_every_operation_on_the_control_database_ends_by_its_deadline(
