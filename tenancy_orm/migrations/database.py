@@ -48,6 +48,11 @@ from .waits import holders_of, naming_blockers
 # Advisory locks are per database, so one key serves all tenants: "tenancy" in ASCII, and 2 for the tenants' schemas.
 _LOCK = 0x74656E616E637902
 
+_COMMITTED = (
+    "; the revision is not recorded, but its autocommit_block() has committed changes of rows, which a repetition "
+    "makes again: undo them before you run it again, or put the block into a revision of its own"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -72,7 +77,8 @@ class DatabaseMigration:
     A database that is at the target already costs one connection and one SELECT. Otherwise it is migrated under an
     advisory lock in that database, taken by polling: PostgreSQL's own wait would hold a snapshot, and a CREATE INDEX
     CONCURRENTLY of the lock's holder would wait for that. After a lock time-out (55P03) or a deadlock (40P01) the
-    migration is tried again, from the revision that was reached. At the end the revision is read back.
+    migration is tried again, from the revision that was reached, unless a part of the next one has changed rows and is
+    committed. At the end the revision is read back.
 
     ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
     failure. ``installed`` are the extensions that this migration installed, and ``changed`` is whether it changed the
@@ -114,7 +120,13 @@ class DatabaseMigration:
         self._deadline = asyncio.timeout(None)
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._step: MigrationStep | None = None
+        self._observer: StatementObserver | None = None  # of the revisions that run, or have failed
         self._batch_seconds: float | None = None  # how long one may take, while data migrations run
+
+    @property
+    def _has_committed_rows(self) -> bool:
+        """Whether a revision that has failed has changed rows nevertheless."""
+        return self._observer is not None and self._observer.has_committed_rows
 
     @property
     def target_revision(self) -> str | None:
@@ -133,7 +145,7 @@ class DatabaseMigration:
             self._deadline = deadline = asyncio.timeout(self.limits.total)
             try:
                 async with deadline:
-                    await try_repeatedly(self._attempt, self.limits)
+                    await try_repeatedly(self._attempt, self.limits, may_repeat=lambda: not self._has_committed_rows)
             except TimeoutError as exc:
                 if not deadline.expired():
                     raise
@@ -297,9 +309,11 @@ class DatabaseMigration:
     async def _apply(self, adapted: AsyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         try:
             await adapted.run_sync(self._run, state, steps)
+            self._observer = None
         except Exception as exc:
             prefix = "" if self._step is None else f"{self._step.short_log}: "
-            raise MigrationError(prefix + describe(exc) + hint(exc) + self._limit(exc)) from exc
+            suffix = _COMMITTED if self._has_committed_rows else ""
+            raise MigrationError(prefix + describe(exc) + hint(exc) + self._limit(exc) + suffix) from exc
         finally:
             await adapted.rollback()
 
@@ -329,7 +343,7 @@ class DatabaseMigration:
     def _run(self, connection: SyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         self._step = None
         environment = self.plan.environment
-        observer = StatementObserver(environment, has_invalid_indexes=state.has_invalid_indexes)
+        self._observer = observer = StatementObserver(environment, has_invalid_indexes=state.has_invalid_indexes)
         context = environment.context(
             fn=lambda heads, context: self._tracking(steps, observer, connection), **self.plan.options
         )

@@ -108,7 +108,8 @@ class StatementObserver:
     revision then does nothing.
 
     An ``autocommit_block`` commits what the same revision did before, without recording the revision; when it fails,
-    the repetition does that part a second time. Such revisions are warned of.
+    the repetition does that part a second time. Such revisions are warned of. ``has_committed_rows`` is whether the
+    revision that ran last has committed changes of rows in this way: a repetition may make them twice without an error.
 
     Where the database has invalid indexes, one is dropped before a statement that creates an index of its name.
     """
@@ -118,11 +119,14 @@ class StatementObserver:
         self._schema: str | None = environment.options.get("version_table_schema")
         self._revision: str | None = None
         self._changed = False
+        self._in_block = False
+        self._wrote_rows = False
+        self.has_committed_rows = False
 
     def begin(self, step: MigrationStep) -> None:
         """Receive the step that runs from now on."""
         self._revision = step.revision.revision if isinstance(step, RevisionStep) else None
-        self._changed = False
+        self._changed = self._wrote_rows = self.has_committed_rows = False
 
     @contextmanager
     def on(self, context: EnvironmentContext, connection: SyncConnection) -> Iterator[None]:
@@ -134,14 +138,21 @@ class StatementObserver:
         def autocommit_block() -> Iterator[None]:
             self._warn()
             with block():
-                yield
+                self.has_committed_rows = self.has_committed_rows or self._wrote_rows
+                self._in_block = True
+                try:
+                    yield
+                finally:
+                    self._in_block = self._wrote_rows = False
             self._changed = False
 
         migration_context.autocommit_block = autocommit_block
         event.listen(connection, "before_cursor_execute", self._before, retval=True)
+        event.listen(connection, "after_cursor_execute", self._after)
         try:
             yield
         finally:
+            event.remove(connection, "after_cursor_execute", self._after)
             event.remove(connection, "before_cursor_execute", self._before)
 
     def _before(
@@ -156,10 +167,17 @@ class StatementObserver:
             await_(make_room(driver, created))
         return text, parameters
 
+    def _after(
+        self, connection: SyncConnection, cursor: Any, text: str, parameters: Any, context: Any, many: bool
+    ) -> None:
+        if any(statement.writes_rows for statement in statements(text)):
+            self._wrote_rows = True
+            self.has_committed_rows = self.has_committed_rows or self._in_block
+
     def _warn(self) -> None:
         if self._changed and self._revision is not None:
             warn_once(
                 f"revision {self._revision} changes the database before its autocommit_block(), which commits that: if "
-                "the block fails, the repetition makes the same change again, and fails; put the block into a revision "
-                "of its own"
+                "the block fails, the repetition makes the same change again: rows are changed twice, and DDL fails; "
+                "put the block into a revision of its own"
             )

@@ -39,8 +39,12 @@ class Limits:
     data: DataLimits = field(default_factory=DataLimits)
 
 
-async def try_repeatedly(attempt: Callable[[], Awaitable[T]], limits: Limits) -> T:
+async def try_repeatedly(
+    attempt: Callable[[], Awaitable[T]], limits: Limits, *, may_repeat: Callable[[], bool] = lambda: True
+) -> T:
     """Call ``attempt`` until it succeeds, at most ``limits.attempts`` times, after errors that may pass by themselves.
+
+    After an error, ``may_repeat`` says whether another attempt is safe.
 
     The pauses grow, and each is a random part of its length: sessions that blocked each other do not meet again.
 
@@ -51,7 +55,7 @@ async def try_repeatedly(attempt: Callable[[], Awaitable[T]], limits: Limits) ->
         try:
             return await attempt()
         except Exception as exc:
-            if number == limits.attempts or sqlstate_of(exc) not in TRANSIENT:
+            if number == limits.attempts or sqlstate_of(exc) not in TRANSIENT or not may_repeat():
                 raise
             logger.info("attempt %d of %d: %s", number, limits.attempts, describe(exc))
             await asyncio.sleep(random.uniform(0.5, 1.0) * min(limits.longest_pause, limits.pause * 2 ** (number - 1)))

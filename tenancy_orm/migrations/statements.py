@@ -29,6 +29,8 @@ _READS = frozenset(
     {"SELECT", "VALUES", "TABLE", "SHOW", "EXPLAIN", "SET", "RESET", "LOCK", "SAVEPOINT", "RELEASE", "ROLLBACK"}
 )
 _WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
+# these may do anything
+_RUNS_CODE = frozenset({"COPY", "DO", "CALL"})
 
 _CREATE_SCHEMA = re.compile(
     r"""CREATE\s+SCHEMA\s+(?P<name>"(?:[^"]|"")+"|[^\W\d][\w$]*)(?:\s+AUTHORIZATION\s+\S+)?\s*;?\s*\Z""",
@@ -65,8 +67,15 @@ class Statement:
     def changes(self) -> bool:
         """Whether it may change data or a schema."""
         if self.words[:1] == ["WITH"]:
-            return not _WRITES.isdisjoint(self.words)
+            return self.writes_rows
         return self.words[:1] != [] and self.words[0] not in _READS
+
+    @property
+    def writes_rows(self) -> bool:
+        """Whether it may change rows: a repetition of it need not fail, as that of a CREATE would."""
+        if self.words[:1] == ["WITH"]:
+            return not _WRITES.isdisjoint(self.words)
+        return self.words[:1] != [] and self.words[0] in _WRITES | _RUNS_CODE
 
 
 @functools.lru_cache(maxsize=8)  # every tenant of a fleet gets the same texts, and some are large

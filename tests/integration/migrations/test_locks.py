@@ -82,6 +82,33 @@ async def test_a_lock_that_stays_is_a_bounded_wait_and_one_tenants_failure(
     assert await fleet.revision("globex") == "0002"
 
 
+@pytest.mark.parametrize("block", ["after", "in"])
+async def test_rows_that_an_autocommit_block_has_committed_are_not_changed_twice(
+    fleet: Fleet, config: TenancyConfig, project: Project, block: str
+) -> None:
+    """A lock time-out after them is no reason to do them again; one without such rows is."""
+    before, inside = (COUNTED, "pass") if block == "after" else ("", COUNTED.strip())
+    body = f"""
+{before}
+with op.get_context().autocommit_block():
+    {inside}
+    op.execute("ALTER TABLE gate ADD COLUMN n integer")
+"""
+    project.add("0002", body, down="0001")
+    project.add("0001", NOTES + '\nop.execute("CREATE TABLE gate ()")', "pass")
+    await fleet.execute("acme", f'CREATE TABLE gate (); ALTER TABLE gate OWNER TO "{fleet.services.names.owner}"')
+    settings = {"lock_timeout": 0.1, "retry_pause": 0.01}
+    async with (
+        impatient(config, migration=settings) as migrations,
+        fleet.connect("acme") as holder,
+        holder.transaction(),
+    ):
+        await holder.execute("LOCK TABLE gate")
+        report = await migrations.upgrade(tenants=["acme"])
+    assert "has committed changes of rows, which a repetition makes again" in report.reasons["acme"]
+    assert await fleet.fetch("acme", "SELECT body FROM notes") == [("applied",)]
+
+
 async def test_a_migration_ends_by_its_deadline(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
     body = """
         tenant = op.get_context().opts["tenant"]
