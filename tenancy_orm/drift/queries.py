@@ -120,7 +120,8 @@ _CTES = f"""
 WITH member AS MATERIALIZED (SELECT classid, objid FROM pg_catalog.pg_depend WHERE deptype = 'e'),
 space AS MATERIALIZED (
   SELECT oid, pg_catalog.quote_ident(nspname) AS name, nspowner, nspacl FROM pg_catalog.pg_namespace
-   WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'tenancy_orm', '{CHECKPOINTS_SCHEMA}')),
+   WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'tenancy_orm')
+     AND NOT (nspname = '{CHECKPOINTS_SCHEMA}' AND pg_catalog.pg_get_userbyid(nspowner) = $1::name)),
 relation AS MATERIALIZED (
   SELECT c.oid, relkind, relowner, relacl, relpersistence, relpartbound, relrowsecurity, relforcerowsecurity,
          relreplident, reloptions, relam, space.name || '.' || pg_catalog.quote_ident(relname) AS name,

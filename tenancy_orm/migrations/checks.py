@@ -78,6 +78,18 @@ WHERE r.rolname = {role} AND n.nspname = ANY (pg_catalog.current_schemas(false))
 LIMIT 1
 """
 
+# A tenant's own tables may have triggers of its own: no batch changes them, and what a foreign key does to them is done
+# with the rights of their owner.
+_FOREIGN_TRIGGER = """
+SELECT pg_catalog.format('%I on %I.%I', t.tgname, n.nspname, c.relname)
+FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_class c ON c.oid = t.tgrelid
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid,
+pg_catalog.pg_roles r
+WHERE r.rolname = :role AND NOT t.tgisinternal AND pg_catalog.pg_has_role(r.oid, p.proowner, 'MEMBER')
+    AND NOT pg_catalog.pg_has_role(r.oid, c.relowner, 'MEMBER')
+LIMIT 1
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -179,8 +191,8 @@ def _type(value: object) -> str:
 # --- asking ---------------------------------------------------------------------------------------------------------
 
 
-def refuse_foreign_code(connection: SyncConnection, tenant: Tenant | None) -> None:
-    """Refuse to ask where the tenant's role could have put code of its own on the search path.
+def refuse_foreign_code(connection: SyncConnection, tenant: Tenant | None, *, what: str = "checks") -> None:
+    """Refuse to ask, or to do ``what``, where the tenant's role could have put code of its own on the search path.
 
     Raises:
         MigrationError: it may create objects in a schema of the search path, or owns some there.
@@ -190,9 +202,27 @@ def refuse_foreign_code(connection: SyncConnection, tenant: Tenant | None) -> No
     statement = sa.text(_FOREIGN.format(role=":role"))
     schema = connection.execute(statement, {"role": tenant.placement.role}).scalar()
     if schema is not None:
+        remedy = "revoke that" if what != "checks" else "revoke that, or skip the preflight"
         raise MigrationError(
-            f"the tenant's role may create objects in schema {schema!r}, or owns some there, and checks would execute "
-            "them with the owner's rights: revoke that, or skip the preflight"
+            f"the tenant's role may create objects in schema {schema!r}, or owns some there, and {what} would execute "
+            f"them with the owner's rights: {remedy}"
+        )
+
+
+def refuse_foreign_triggers(connection: SyncConnection, tenant: Tenant | None) -> None:
+    """Refuse to change rows where a function of the tenant's role would be executed for them, or could be.
+
+    Raises:
+        MigrationError: as ``refuse_foreign_code``, or a table of the owner's has a trigger with such a function.
+    """
+    refuse_foreign_code(connection, tenant, what="data migrations")
+    if tenant is None or tenant.placement is None:
+        return
+    trigger = connection.execute(sa.text(_FOREIGN_TRIGGER), {"role": tenant.placement.role}).scalar()
+    if trigger is not None:
+        raise MigrationError(
+            f"the trigger {trigger} calls a function of the tenant's role, and data migrations would execute it with "
+            "the owner's rights: drop it, or make the owner's role the owner of the function"
         )
 
 

@@ -16,6 +16,7 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.types import Text
 
+from ..errors import MigrationError
 from ..postgres.quoting import quote_identifier
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
 from .data_migrations import DataMigration
@@ -49,7 +50,12 @@ REVOKE ALL ON SCHEMA {CHECKPOINTS_SCHEMA} FROM PUBLIC;
 REVOKE ALL ON {TABLE} FROM PUBLIC
 """
 _REVOKE = f"; REVOKE ALL ON SCHEMA {CHECKPOINTS_SCHEMA} FROM {{0}}; REVOKE ALL ON {TABLE} FROM {{0}}"
-_EXISTS = text(f"SELECT pg_catalog.to_regclass('{TABLE}') IS NOT NULL")
+# whether it is the current role's, and no view; no row if there is none
+_OWN = text(
+    "SELECT c.relkind = 'r' AND c.relowner = r.oid AND n.nspowner = r.oid FROM pg_catalog.pg_class c "  # noqa: S608
+    "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, pg_catalog.pg_roles r "
+    f"WHERE c.oid = pg_catalog.to_regclass('{TABLE}') AND r.rolname = current_user"
+)
 _ARRAY = ARRAY(Text)
 
 # S608 everywhere: the name of the table is a constant
@@ -102,8 +108,15 @@ class Checkpoint:
 
 
 def exists(connection: SyncConnection) -> bool:
-    """Whether there is a table of checkpoints."""
-    return bool(connection.scalar(_EXISTS))
+    """Whether there is a table of checkpoints.
+
+    Raises:
+        MigrationError: it is somebody else's, who may have put code of his own into it.
+    """
+    is_own = connection.scalar(_OWN)
+    if is_own is False:
+        raise MigrationError(f"{TABLE} is not the owner role's table of checkpoints: drop it")
+    return bool(is_own)
 
 
 def create(connection: SyncConnection, role: str | None) -> None:

@@ -32,9 +32,9 @@ from ..provisioning.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
 from .adapter import ConnectionAdapter
-from .checks import ask_in_place, preceded, script_of
+from .checks import ask_in_place, preceded, refuse_foreign_triggers, script_of
 from .data_batches import DataObserver, DataRunner, track
-from .data_migrations import is_downgrade, parts
+from .data_migrations import is_downgrade, of_step, parts
 from .execution import StatementObserver
 from .extensions import WantedExtensions, hint
 from .failures import describe
@@ -243,6 +243,9 @@ class DatabaseMigration:
         self, connection: Connection, adapted: AsyncConnection, state: State, steps: tuple[MigrationStep, ...]
     ) -> None:
         """Apply the steps, and run each data migration after its revision is committed and before the next one."""
+        if self.plan.command != "stamp" and (self._has_data(state) or any(map(of_step, steps))):
+            await adapted.run_sync(refuse_foreign_triggers, self.target.tenant)
+            await adapted.rollback()
         data = DataRunner(
             adapted,
             self.plan.environment,

@@ -149,6 +149,59 @@ async def test_a_failure_keeps_what_is_done_and_later_revisions_wait(fleet: Flee
     assert (await fleet.revision("acme"), await has_checkpoints(fleet, "acme")) == ("0003", False)
 
 
+HOSTILE = """
+CREATE FUNCTION own.become() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('role', 'none', false);
+    NEW.body := current_user;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER become BEFORE UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION own.become()
+"""
+
+
+async def test_a_trigger_of_the_tenants_own_is_not_executed(
+    fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the refusal off, its function runs in the owner's session, and becomes the administrator."""
+    placement = fleet.tenants["acme"].placement
+    assert placement is not None
+    role = placement.role
+    given = f'CREATE SCHEMA own AUTHORIZATION "{role}"; GRANT TRIGGER ON notes TO "{role}"; SET ROLE "{role}"'
+    await fleet.execute("acme", f"{FILL.format(1)}; {given}; {HOSTILE}")
+    await fleet.execute("globex", f'GRANT CREATE ON SCHEMA public TO "{fleet.database("globex")}"')
+    ((administrator,),) = await fleet.fetch("acme", "SELECT session_user::text")
+    add(project, "0002", COUNT)
+    reasons = (await fleet.migrations.upgrade()).reasons
+    assert reasons.keys() == {"acme", "globex"}
+    assert "the trigger become on public.notes calls a function of the tenant's role" in reasons["acme"]
+    assert "may create objects in schema 'public', or owns some there, and data migrations would" in reasons["globex"]
+    assert await fleet.revision("acme") == "0001"
+    with monkeypatch.context() as patched:
+        patched.setattr("tenancy_orm.migrations.database.refuse_foreign_triggers", lambda connection, tenant: None)
+        await fleet.migrations.upgrade(tenants=["acme"])
+    assert await fleet.fetch("acme", "SELECT body FROM notes") == [(administrator,)]
+
+
+async def test_checkpoints_that_a_tenant_has_made_are_not_read(fleet: Fleet, project: Project) -> None:
+    """A view of its own, with a function, would be executed in the owner's session; nor could rows be believed."""
+    add(project, "0002", COUNT)
+    role = fleet.database("acme")
+    await fleet.execute(
+        "acme",
+        f'CREATE SCHEMA tenancy_migration AUTHORIZATION "{role}"; SET ROLE "{role}"; '
+        "CREATE VIEW tenancy_migration.data AS SELECT pg_sleep(60); "
+        f'GRANT ALL ON SCHEMA tenancy_migration TO "{fleet.services.names.owner}"; '
+        f'GRANT ALL ON tenancy_migration.data TO "{fleet.services.names.owner}"',
+    )
+    async with asyncio.timeout(30):
+        reasons = (await fleet.migrations.upgrade(tenants=["acme"])).reasons
+    assert "tenancy_migration.data is not the owner role's table of checkpoints: drop it" in reasons["acme"]
+    assert await fleet.revision("acme") == "0001"
+    await fleet.execute("acme", "DROP SCHEMA tenancy_migration CASCADE")
+    assert (await fleet.migrations.upgrade(tenants=["acme"])).ok
+
+
 async def test_checkpoints_are_no_drift(fleet: Fleet, project: Project) -> None:
     """A run that refuses drift finishes what is unfinished, and nobody is told to drop the checkpoints."""
     await fleet.execute("acme", FILL.format(5) + "; UPDATE notes SET body = 'bad' WHERE id = 5")
