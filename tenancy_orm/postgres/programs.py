@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -138,8 +139,11 @@ async def run_piped(
     finally:
         for process in started:
             await run_to_completion(_end(process))
-    # the second one's failure ends the first one, with "Broken pipe"
-    for arguments, process, text in reversed(list(zip((first, second), started, errors, strict=True))):
+    outcomes = list(zip((first, second), started, errors, strict=True))
+    # a failure of the first one ends the second one's input; one of the second ends the first, with "Broken pipe"
+    if started[0].returncode == -signal.SIGPIPE or b"Broken pipe" in errors[0]:
+        outcomes.reverse()
+    for arguments, process, text in outcomes:
         _check(arguments, process, text)
 
 

@@ -216,6 +216,27 @@ async def test_what_cannot_be_copied_is_an_error_and_nothing_is_left(
     assert await leftovers(fleet, postgres) == []
 
 
+async def test_the_program_that_failed_is_the_one_in_the_message(fleet: Fleet, copies: Copies) -> None:
+    """The other one fails as well, since its input ends or nobody reads its output."""
+    await as_owner(fleet, "ALTER TABLE notes ENABLE ROW LEVEL SECURITY; ALTER TABLE notes FORCE ROW LEVEL SECURITY")
+    with pytest.raises(ProvisioningError, match=r"pg_dump: .*row-level security policy for table \"notes\""):
+        async with copies.open(fleet.tenants["acme"], timeout=60, valid_for=60):
+            pass
+    await as_owner(
+        fleet,
+        """
+        ALTER TABLE notes NO FORCE ROW LEVEL SECURITY;
+        INSERT INTO notes (body) SELECT repeat('long', 100) FROM generate_series(1, 20000);
+        CREATE FUNCTION fits(text) RETURNS boolean LANGUAGE sql RETURN true;
+        ALTER TABLE notes ADD CHECK (fits(body));
+        CREATE OR REPLACE FUNCTION fits(text) RETURNS boolean LANGUAGE sql RETURN false;
+        """,
+    )
+    with pytest.raises(ProvisioningError, match=r"pg_restore: .*COPY failed for table \"notes\""):
+        async with copies.open(fleet.tenants["acme"], timeout=60, valid_for=60):
+            pass
+
+
 async def test_a_copy_ends_by_its_deadline(fleet: Fleet, copies: Copies, postgres: Postgres) -> None:
     async with fleet.connect("acme") as connection:
         # pg_dump waits for this lock
