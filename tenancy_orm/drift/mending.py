@@ -21,6 +21,7 @@ TENANT_ROLE = ':"tenant_role"'
 
 _VARCHAR = re.compile(r"character varying(?:\((\d+)\))?$")
 _ON_PARTITIONED = " ON ONLY "
+_NOT_VALID = " NOT VALID"
 _STATES = {
     None: "ENABLE",
     "disabled": "DISABLE",
@@ -160,6 +161,7 @@ class Mending:
         change = {
             "table": self._table,
             "column": self._column,
+            "constraint": self._constraint,
             "index": self._index,
             "view": self._view,
             "function": self._function,
@@ -202,11 +204,18 @@ class Mending:
             case "not null" if wanted != "not valid":
                 yield f"{alter} {'DROP' if wanted is None else 'SET'} NOT NULL"
             case "type" if wanted is not None and _widens(self._found[key]["type"], wanted):
-                yield f"{alter} TYPE {wanted}"
+                # without this, the column would get the collation of its type
+                collation = self._expected[key].get("collation")
+                yield f"{alter} TYPE {wanted}{f' COLLATE {collation}' if collation is not None else ''}"
             case "storage" if wanted is not None:
                 yield f"{alter} SET STORAGE {wanted.upper()}"
             case "identity" if wanted is not None and "identity" in self._found[key]:
                 yield f"{alter} SET GENERATED {wanted.upper()}"
+
+    def _constraint(self, key: Key, field: str, wanted: str | None) -> Iterable[str]:
+        if field == "definition" and self._found[key].get(field) == f"{wanted}{_NOT_VALID}":
+            on = self._table_of(key)
+            yield f"ALTER {key.parent if on is None else f'TABLE {on}'} VALIDATE CONSTRAINT {key.name}"
 
     def _index(self, key: Key, field: str, wanted: str | None) -> Iterable[str]:
         schema = split_target(key.parent or "")[1].partition(".")[0]
@@ -227,7 +236,11 @@ class Mending:
             yield f"CREATE OR REPLACE VIEW {key.name}{given} AS {wanted.strip().rstrip(';')}"
 
     def _function(self, key: Key, field: str, wanted: str | None) -> Iterable[str]:
-        if field == "definition" and wanted is not None and key.kind != "aggregate":
+        if field != "definition" or wanted is None or key.kind == "aggregate":
+            return
+        # neither the names of arguments nor the result can be replaced
+        before, after = (text.partition("\n LANGUAGE ")[0] for text in (self._found[key][field], wanted))
+        if before == after:
             yield wanted.strip()
 
     def _trigger(self, key: Key, field: str, wanted: str | None) -> Iterable[str]:
@@ -274,9 +287,14 @@ class Mending:
 
     def granted(self, key: Key, privileges: Sequence[str]) -> list[str]:
         """Return the statements that grant privileges to the grantee of ``key``."""
-        what, grantee = self._right(key, (one.removesuffix(GRANT_OPTION) for one in privileges))
-        option = GRANT_OPTION if any(one.endswith(GRANT_OPTION) for one in privileges) else ""
-        return [self._named(f"GRANT {what} TO {grantee}{option}")]
+        plain = [one for one in privileges if not one.endswith(GRANT_OPTION)]
+        grantable = [one.removesuffix(GRANT_OPTION) for one in privileges if one.endswith(GRANT_OPTION)]
+        statements = []
+        for chosen, option in ((plain, ""), (grantable, GRANT_OPTION)):
+            if chosen:
+                right, grantee = self._right(key, chosen)
+                statements.append(self._named(f"GRANT {right} TO {grantee}{option}"))
+        return statements
 
     def revoked(self, key: Key, privileges: Sequence[str], kept: Collection[str]) -> list[str]:
         """Return the statements that revoke privileges; of those that are ``kept``, only the right to grant them."""
@@ -338,7 +356,7 @@ def _add_constraint(key: Key, table: str, definition: str) -> Iterable[str]:
     add = f"ALTER TABLE {table} ADD CONSTRAINT {key.name} {definition}"
     if definition.startswith(("CHECK", "FOREIGN KEY")) and not definition.endswith(("NOT VALID", "NOT ENFORCED")):
         # so that the table is not locked while its rows are read
-        yield f"{add} NOT VALID"
+        yield f"{add}{_NOT_VALID}"
         yield f"ALTER TABLE {table} VALIDATE CONSTRAINT {key.name}"
     else:
         yield add

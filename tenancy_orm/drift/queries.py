@@ -47,7 +47,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "compression",
         "comment",
     ),
-    "constraint": ("definition", "comment"),
+    "constraint": ("definition", "state", "comment"),
     "index": ("definition", "state", "comment"),
     "view": ("owner", "options", "definition", "comment"),
     "rule": ("definition", "state"),
@@ -134,7 +134,8 @@ routine AS MATERIALIZED (
          CASE prokind WHEN 'p' THEN 'procedure' WHEN 'a' THEN 'aggregate' WHEN 'w' THEN 'window function'
          ELSE 'function' END AS kind,
          space.name || '.' || pg_catalog.quote_ident(proname) || '('
-         || pg_catalog.pg_get_function_identity_arguments(p.oid) || ')' AS name
+         || CASE prokind WHEN 'a' THEN pg_catalog.pg_get_function_identity_arguments(p.oid)
+            ELSE pg_catalog.oidvectortypes(proargtypes) END || ')' AS name
     FROM pg_catalog.pg_proc p JOIN space ON space.oid = pronamespace
    WHERE {_not_of_extension("p.oid", "pg_proc")}
      AND p.oid NOT IN (SELECT objid FROM pg_catalog.pg_depend
@@ -205,15 +206,19 @@ _NOT_NULL_OR_NOT_VALID = (
     "AND conkey = ARRAY[attnum] AND NOT convalidated) THEN 'not valid' ELSE 'yes' END"
 )
 
-# what a partition inherits has a name that PostgreSQL chose, and belongs to its parent's
+# What a partition inherits has a name that PostgreSQL chose, and belongs to its parent's. DISABLE TRIGGER ALL also
+# disables the triggers that enforce a foreign key; their names are different in each database.
 _CONSTRAINTS = f"""
 SELECT 'constraint', r.kind || ' ' || r.name, pg_catalog.quote_ident(conname),
-       ARRAY[pg_catalog.pg_get_constraintdef(k.oid), {_comment("k.oid", "pg_constraint")}]
+       ARRAY[pg_catalog.pg_get_constraintdef(k.oid),
+             CASE WHEN EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE tgconstraint = k.oid AND tgisinternal
+                                  AND tgenabled IN ('D', 'R')) THEN 'disabled' END,
+             {_comment("k.oid", "pg_constraint")}]
   FROM pg_catalog.pg_constraint k JOIN relation r ON r.oid = conrelid
- WHERE contype IN ('c', 'p', 'u', 'x', 'f') AND conparentid = 0
+ WHERE contype IN ('c', 'p', 'u', 'x', 'f') AND conparentid = 0 AND (coninhcount = 0 OR conislocal)
 UNION ALL
 SELECT 'constraint', t.kind || ' ' || t.name, pg_catalog.quote_ident(conname),
-       ARRAY[pg_catalog.pg_get_constraintdef(k.oid), {_comment("k.oid", "pg_constraint")}]
+       ARRAY[pg_catalog.pg_get_constraintdef(k.oid), NULL, {_comment("k.oid", "pg_constraint")}]
   FROM pg_catalog.pg_constraint k JOIN kind_of_type t ON t.oid = contypid WHERE contype = 'c'
 """
 

@@ -20,7 +20,10 @@ from tenancy_orm.postgres.quoting import quote_identifier
 from tests.support.postgres import Postgres
 
 BASE = """
-CREATE TABLE notes (id integer PRIMARY KEY, body varchar(80) DEFAULT 'x', n integer NOT NULL, at timestamptz);
+CREATE TABLE notes (id integer PRIMARY KEY, body varchar(80) DEFAULT 'x', n integer NOT NULL, at timestamptz,
+    tag varchar(10) COLLATE "C", CONSTRAINT few CHECK (n < 70));
+CREATE TABLE authors (id integer PRIMARY KEY);
+CREATE TABLE books (author integer REFERENCES authors);
 CREATE TABLE parts (id integer, at date) PARTITION BY RANGE (at);
 CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM ('2020-01-01') TO ('2021-01-01');
 CREATE INDEX notes_n ON notes (n);
