@@ -30,7 +30,8 @@ def status(
 ) -> None:
     """Show how many tenants are at which revision, as the registry has it, and list those that are not at head.
 
-    Exit status 1 where one is not at head; with --verify also where one lacks an extension, or cannot be read.
+    Exit status 1 where one is not at head; with --verify also where one lacks an extension, has an unfinished data
+    migration, or cannot be read.
     """
 
     async def command(tenancy: Tenancy) -> tuple[list[TenantRevision], dict[str, SeedStatus]]:
@@ -71,7 +72,7 @@ def _show_recorded(revisions: Sequence[TenantRevision], everyone: bool) -> None:
 def _show_verified(revisions: Sequence[TenantRevision], seeds: Mapping[str, SeedStatus]) -> None:
     columns = ["tenant", "revision", "at head", "lacks extensions", "not in the setting"]
     rows: list[list[Any]] = [
-        [x.slug, x.revision, _SHOWN[x.at_head], *map(", ".join, (x.missing_extensions, x.other_extensions))]
+        [x.slug, x.revision, _at_head(x), *map(", ".join, (x.missing_extensions, x.other_extensions))]
         for x in revisions
     ]
     if seeds:
@@ -81,6 +82,10 @@ def _show_verified(revisions: Sequence[TenantRevision], seeds: Mapping[str, Seed
     print_table(
         "schema revisions", [*columns, "error"], ([*row, x.error] for row, x in zip(rows, revisions, strict=True))
     )
+
+
+def _at_head(x: TenantRevision) -> str | None:
+    return "yes, data migrations are unfinished" if x.at_head and x.has_unfinished_data else _SHOWN[x.at_head]
 
 
 __all__ = ["status"]

@@ -24,11 +24,15 @@ class TenantRevision:
     ``at_head`` is whether the database has every head of the scripts; if it could not be read, None, with the reason in
     ``error``. Without migrations, ``revision`` is None and ``at_head`` true.
 
-    If it is not ``verified``, the database was not asked: ``revision`` is the recorded one, and no extension is listed.
+    If it is not ``verified``, the database was not asked: ``revision`` is the recorded one, no extension is listed, and
+    whether a data migration is unfinished is not known.
 
     ``missing_extensions`` are those of the setting ``extensions`` that the database lacks; an upgrade installs them.
     ``other_extensions`` are installed, but not in the setting: a revision created them, another extension needs them,
     or they were removed from the setting. They are left alone.
+
+    ``has_unfinished_data`` is whether a data migration of a revision that the database is at has still to be finished;
+    an upgrade does.
     """
 
     tenant_id: UUID
@@ -41,11 +45,12 @@ class TenantRevision:
     error: str | None = None
     missing_extensions: tuple[str, ...] = ()
     other_extensions: tuple[str, ...] = ()
+    has_unfinished_data: bool = False
 
     @property
     def is_complete(self) -> bool:
-        """Whether the database is at head, and has all extensions of the setting."""
-        return self.at_head is True and not self.missing_extensions
+        """Whether the database is at head, with all extensions of the setting and all data migrations."""
+        return self.at_head is True and not self.missing_extensions and not self.has_unfinished_data
 
     @property
     def is_recorded(self) -> bool:
@@ -117,6 +122,7 @@ class StatusReader:
             recorded=tenant.schema_revision,
             at_head=None if found is None else found.heads == self._heads,
             error=error,
+            has_unfinished_data=found is not None and found.has_data,
             missing_extensions=() if found is None else tuple(x for x in configured if x not in found.extensions),
             # every database has plpgsql
             other_extensions=() if found is None else tuple(sorted(found.extensions - {*configured, "plpgsql"})),

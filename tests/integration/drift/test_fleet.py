@@ -13,6 +13,8 @@ from tenancy_orm.drift.mending import TENANT_ROLE
 from tenancy_orm.errors import SchemaDriftError, UnknownServerError, UnknownTierError
 from tenancy_orm.migrations.database import lock
 from tenancy_orm.postgres.quoting import quote_identifier
+from tests.integration.migrations.test_data_migrations import COUNT, FILL, has_checkpoints
+from tests.integration.migrations.test_data_migrations import add as add_data_migration
 from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.postgres import Postgres
@@ -173,6 +175,21 @@ async def test_an_upgrade_that_refuses_drift_touches_no_tenant(
     assert report.ok and len(report.changed) == 2
     await fleet.execute("globex", "ALTER TABLE notes DROP COLUMN own")
     assert (await fleet.migrations.upgrade(refuse_drift=True)).ok
+
+
+async def test_an_unfinished_data_migration_is_no_drift(fleet: Fleet, project: Project) -> None:
+    """Its checkpoints are in the database until it is done. An upgrade that refuses drift is what finishes it."""
+    await fleet.execute("acme", FILL.format(5) + "; UPDATE notes SET body = 'bad'")
+    add_data_migration(project, "0002", COUNT.replace("+ 1", "+ 1 / CASE WHEN body = 'bad' THEN 0 ELSE 1 END"))
+    assert [one.slug for one in (await fleet.migrations.upgrade()).failures] == ["acme"]
+    assert await has_checkpoints(fleet, "acme")
+    assert texts(await fleet.migrations.drift()) == {}
+    acme, globex, _ = await fleet.migrations.status(verify=True)
+    assert (acme.has_unfinished_data, acme.at_head, acme.is_complete) == (True, True, False)
+    assert (globex.has_unfinished_data, globex.is_complete) == (False, True)
+    await fleet.execute("acme", "UPDATE notes SET body = 'good'")
+    assert (await fleet.migrations.upgrade(refuse_drift=True)).ok
+    assert not await has_checkpoints(fleet, "acme")
 
 
 async def test_a_schema_that_changes_while_it_is_read_is_read_again(
