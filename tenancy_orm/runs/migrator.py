@@ -41,6 +41,8 @@ from .steering import DEFAULT_CONCURRENCY
 from .waves import Waves
 from .work import MigrationWork
 
+_REFUSES_DRIFT = "refuse_drift"  # in the plan of a run that began after no tenant was found to drift
+
 
 class FleetMigrator(Rehearsing):
     """Upgrades, downgrades, stamps and inspects the schemas of all tenants (``tenancy.migrations``).
@@ -122,7 +124,7 @@ class FleetMigrator(Rehearsing):
         plan = Plan.of(await self.environment(x), "upgrade", revision)
         if refuse_drift:
             tenants = None if tenants is None else tuple(tenants)
-            (await self.drift(tenants=tenants, concurrency=concurrency)).raise_for_drift()
+            await self._refuse_drift(plan, tenants, concurrency, x=x, join=join)
         options = RunOptions(
             concurrency=concurrency,
             server_concurrency=server_concurrency,
@@ -131,6 +133,7 @@ class FleetMigrator(Rehearsing):
             waves=waves,
             x=x,
             order=order,
+            more={_REFUSES_DRIFT: True} if refuse_drift else {},
         )
         return await self.execute(
             plan,
@@ -397,6 +400,22 @@ class FleetMigrator(Rehearsing):
                 await adapted.run_sync(function)
         finally:
             await close(connection)
+
+    async def _refuse_drift(
+        self, plan: Plan, tenants: Iterable[TenantRef] | None, concurrency: int, *, x: Sequence[str], join: bool
+    ) -> None:
+        """Raise if a tenant drifts; not if there is a run to join that began after the same check."""
+
+        async def is_checked() -> bool:
+            found = await self._recorded.find_running(plan.command, plan.target, x) if join else None
+            return found is not None and bool(found.plan.get(_REFUSES_DRIFT))
+
+        if await is_checked():
+            return
+        report = await self.drift(tenants=tenants, concurrency=concurrency)
+        # another process may have begun the run since: what it migrates cannot be compared
+        if not report.ok and not await is_checked():
+            report.raise_for_drift()
 
     async def _work(self, record: RunRecord, x: Sequence[str]) -> RunWork:
         if record.command == "extensions":

@@ -132,6 +132,10 @@ class RecordedRuns:
         run = await self.records.create(new, rows, claimant, join=join)
         return await self._run(run, claimant, work, None, progress, actor)
 
+    async def find_running(self, command: str, target: str, x: Sequence[str]) -> RunRecord | None:
+        """Return the run that ``start`` would join; None if there is none."""
+        return await self.records.find_running(command, target, await self._fingerprint(command, x))
+
     async def join(
         self,
         run: int,

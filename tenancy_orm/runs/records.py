@@ -276,6 +276,14 @@ class RunRecords:
             raise RunNotFoundError(run)
         return _run_from_row(row)
 
+    async def find_running(self, command: str, target: str, fingerprint: str) -> RunRecord | None:
+        """Return the run that ``create`` would join; None if there is none."""
+        names = {"command": command, "target": target, "fingerprint": fingerprint}
+        async with self.control.connect() as connection:
+            run = await connection.scalar(_FIND, names)
+            row = None if run is None else (await connection.execute(_RUN, {"run": run})).one_or_none()
+        return None if row is None else _run_from_row(row)
+
     async def latest(
         self, *, state: RunState | None = None, limit: int = 20, before: int | None = None
     ) -> list[RunRecord]:

@@ -10,7 +10,8 @@ import asyncpg
 import pytest
 
 from tenancy_orm import Actor, TenancyConfig
-from tenancy_orm.errors import RunMismatchError, RunNotFoundError, RunStateError
+from tenancy_orm.drift import detection
+from tenancy_orm.errors import RunMismatchError, RunNotFoundError, RunStateError, SchemaDriftError
 from tests.support.fleet import Fleet, activity, open_fleet, until
 from tests.support.projects import Project
 
@@ -21,7 +22,7 @@ ALICE = Actor("operator", "cli:alice")
 
 @asynccontextmanager
 async def locked(fleet: Fleet, *slugs: str) -> Any:
-    """Hold a lock that 0002 needs, on tenants' tables."""
+    """Hold a lock that 0002 waits for, on tenants' tables; they can be read."""
     connections: list[asyncpg.Connection[Any]] = []
     try:
         for slug in slugs:
@@ -29,7 +30,7 @@ async def locked(fleet: Fleet, *slugs: str) -> Any:
             assert placement is not None
             connection = await fleet.provisioner.connect_admin(placement.server, placement.database)
             connections.append(connection)
-            await connection.execute("BEGIN; LOCK TABLE notes")
+            await connection.execute("BEGIN; LOCK TABLE notes IN ACCESS SHARE MODE")
         yield connections[0]
     finally:
         for connection in connections:
@@ -90,6 +91,32 @@ async def test_another_machine_takes_part(fleet: Fleet, config: TenancyConfig, p
         reports = await first, await second
     assert [report.run for report in reports] == [1, 1]
     assert all(report.ok and len(report.changed) == 3 for report in reports)
+
+
+async def test_who_joins_a_run_that_began_without_drift_does_not_look_for_drift(
+    fleet: Fleet, config: TenancyConfig, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tenants that the run migrates cannot be compared; that would refuse every machine but the first."""
+    monkeypatch.setattr(detection, "_LOCK_SECONDS", 0.1)
+    project.add("0002", RATING, NO_RATING, down="0001")
+
+    async def took_part(run: int) -> int:
+        return len(await fleet.migrations.run_processes(run))
+
+    async with open_fleet(config.replace(migration={"lock_timeout": 0.5})) as other:
+        async with locked(fleet, "acme") as holder:
+            unchecked = asyncio.create_task(fleet.migrations.upgrade())
+            await until(lambda: is_waiting(holder))
+            with pytest.raises(SchemaDriftError, match="1 could not be compared: acme"):
+                await other.migrations.upgrade(join=True, refuse_drift=True)
+        assert (await unchecked).ok
+        assert (await fleet.migrations.downgrade("0001")).ok
+        async with locked(fleet, "acme") as holder:
+            first = asyncio.create_task(fleet.migrations.upgrade(refuse_drift=True))
+            await until(lambda: is_waiting(holder))
+            second = asyncio.create_task(other.migrations.upgrade(join=True, refuse_drift=True))
+            await until(lambda: took_part(3), 2)
+        assert [(report.run, report.ok) for report in (await first, await second)] == [(3, True), (3, True)]
 
 
 async def test_a_cancelled_run_finishes_what_is_running_and_can_be_resumed(
