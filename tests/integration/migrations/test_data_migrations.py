@@ -10,6 +10,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+import sqlalchemy as sa
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import ConfigurationError, MigrationError
@@ -183,19 +184,31 @@ async def test_a_trigger_of_the_tenants_own_is_not_executed(
     assert await fleet.fetch("acme", "SELECT body FROM notes") == [(administrator,)]
 
 
-async def test_checkpoints_that_a_tenant_has_made_are_not_read(fleet: Fleet, project: Project) -> None:
-    """A view of its own, with a function, would be executed in the owner's session; nor could rows be believed."""
+HOSTILE_CHECKPOINTS = """
+CREATE FUNCTION tenancy_migration.become() RETURNS integer LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM set_config('role', 'none', false);
+    RAISE EXCEPTION 'I am %', current_user;
+END $$;
+CREATE VIEW tenancy_migration.data AS SELECT tenancy_migration.become() AS id;
+GRANT ALL ON SCHEMA tenancy_migration TO PUBLIC; GRANT ALL ON tenancy_migration.data TO PUBLIC
+"""
+
+
+async def test_checkpoints_that_a_tenant_has_made_are_not_read(
+    fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view's function is executed in the owner's session, and becomes the administrator, where it is not refused."""
     add(project, "0002", COUNT)
     role = fleet.database("acme")
-    await fleet.execute(
-        "acme",
-        f'CREATE SCHEMA tenancy_migration AUTHORIZATION "{role}"; SET ROLE "{role}"; '
-        "CREATE VIEW tenancy_migration.data AS SELECT pg_sleep(60); "
-        f'GRANT ALL ON SCHEMA tenancy_migration TO "{fleet.services.names.owner}"; '
-        f'GRANT ALL ON tenancy_migration.data TO "{fleet.services.names.owner}"',
-    )
-    async with asyncio.timeout(30):
-        reasons = (await fleet.migrations.upgrade(tenants=["acme"])).reasons
+    made = f'CREATE SCHEMA tenancy_migration AUTHORIZATION "{role}"; SET ROLE "{role}"; {HOSTILE_CHECKPOINTS}'
+    await fleet.execute("acme", made)
+    ((administrator,),) = await fleet.fetch("acme", "SELECT session_user::text")
+    with monkeypatch.context() as patched:
+        anybodys = sa.text("SELECT true WHERE to_regclass('tenancy_migration.data') IS NOT NULL")
+        patched.setattr("tenancy_orm.migrations.data_checkpoints._OWN", anybodys)
+        assert f"I am {administrator}" in (await fleet.migrations.upgrade(tenants=["acme"])).reasons["acme"]
+    reasons = (await fleet.migrations.upgrade(tenants=["acme"])).reasons
     assert "tenancy_migration.data is not the owner role's table of checkpoints: drop it" in reasons["acme"]
     assert await fleet.revision("acme") == "0001"
     await fleet.execute("acme", "DROP SCHEMA tenancy_migration CASCADE")
