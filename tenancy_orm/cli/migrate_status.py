@@ -30,8 +30,8 @@ def status(
 ) -> None:
     """Show how many tenants are at which revision, as the registry has it, and list those that are not at head.
 
-    Exit status 1 where one is not at head; with --verify also where one lacks an extension, has an unfinished data
-    migration, or cannot be read.
+    Exit status 1 where one is not at head, or has an unfinished data migration; with --verify also where one lacks an
+    extension, or cannot be read.
     """
 
     async def command(tenancy: Tenancy) -> tuple[list[TenantRevision], dict[str, SeedStatus]]:
@@ -54,16 +54,16 @@ def status(
 
 
 def _show_counts(revisions: Sequence[TenantRevision]) -> None:
-    counts = Counter((x.revision, x.at_head) for x in revisions)
-    rows = [(revision, number, _SHOWN[at_head]) for (revision, at_head), number in counts.most_common()]
+    counts = Counter((x.revision, _at_head(x)) for x in revisions)
+    rows = [(revision, number, at_head) for (revision, at_head), number in counts.most_common()]
     print_table(f"revisions of {counted(len(revisions))}", ("revision", "tenants", "at head"), rows)
 
 
 def _show_recorded(revisions: Sequence[TenantRevision], everyone: bool) -> None:
-    listed = [x for x in revisions if everyone or not x.at_head]
+    listed = [x for x in revisions if everyone or not x.is_complete]
     if listed:
         print()
-        rows = [(x.slug, x.revision, _SHOWN[x.at_head], x.server) for x in listed]
+        rows = [(x.slug, x.revision, _at_head(x), x.server) for x in listed]
         title = "all tenants" if everyone else "not at head"
         print_table(title, ("tenant", "revision", "at head", "server"), rows)
     note("these are the recorded revisions; --verify asks the databases, and shows extensions as well")

@@ -204,6 +204,13 @@ _WAIT_AGAIN = text(
     "FROM tenancy.tenants n WHERE t.run = :run AND t.state = ANY(CAST(:states AS text[])) AND n.id = t.tenant_id "
     "AND n.status NOT IN ('provisioning', 'purged') AND n.purge_started_at IS NULL"
 )
+# a later run that is done has finished it
+_UNFINISHED_DATA = text(
+    "SELECT t.tenant_id, t.revision_after FROM tenancy.migration_run_tenants t "
+    "WHERE t.state <> 'done' AND jsonb_path_exists(t.detail, '$.data.*.done ? (@ == false)') AND NOT EXISTS (SELECT "
+    "FROM tenancy.migration_run_tenants l WHERE l.tenant_id = t.tenant_id AND l.run > t.run AND l.state = 'done') "
+    "ORDER BY t.run"
+)
 _ANY_LIVE = text(f"SELECT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = :run AND {_LIVE})")  # noqa: S608 - a constant
 # a retry goes through waves whose tenants were skipped: when these wait again, their wave comes first, with its checks
 _GO_BACK = text(
@@ -305,6 +312,14 @@ class RunRecords:
         values = {"run": run, "states": states, "limit": limit, "after": after}
         async with self.control.connect() as connection:
             return [TenantRecord(**_without_claim(row)) for row in await connection.execute(_TENANTS, values)]
+
+    async def with_unfinished_data(self) -> dict[UUID, str | None]:
+        """Return the tenants with data migrations that a run has begun, and none has finished.
+
+        With each is the revision that it was left at; None if its run goes on, or has lost its process.
+        """
+        async with self.control.connect() as connection:
+            return {row.tenant_id: row.revision_after for row in await connection.execute(_UNFINISHED_DATA)}
 
     async def processes(self, run: int) -> list[ProcessRecord]:
         """Return the processes that take part in a run, or did, in the order in which they joined."""

@@ -15,6 +15,7 @@ from ..migrations.scripts import Environment
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
+from .records import RunRecords
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +25,14 @@ class TenantRevision:
     ``at_head`` is whether the database has every head of the scripts; if it could not be read, None, with the reason in
     ``error``. Without migrations, ``revision`` is None and ``at_head`` true.
 
-    If it is not ``verified``, the database was not asked: ``revision`` is the recorded one, no extension is listed, and
-    whether a data migration is unfinished is not known.
+    If it is not ``verified``, the database was not asked: ``revision`` is the recorded one, and no extension is listed.
 
     ``missing_extensions`` are those of the setting ``extensions`` that the database lacks; an upgrade installs them.
     ``other_extensions`` are installed, but not in the setting: a revision created them, another extension needs them,
     or they were removed from the setting. They are left alone.
 
     ``has_unfinished_data`` is whether a data migration of a revision that the database is at has still to be finished;
-    an upgrade does.
+    an upgrade does. If it is not verified, that is what the records of runs say.
     """
 
     tenant_id: UUID
@@ -75,9 +75,10 @@ class StatusReader:
         self._heads = frozenset(() if environment is None else environment.script.revision_map._real_heads)
 
     async def recorded(self, tenants: Iterable[TenantRef] | None) -> list[TenantRevision]:
-        """Return what the registry has recorded of tenants, or of all, in one query."""
+        """Return what the registry has recorded of tenants, or of all, in one query, and one for runs."""
         only = None if tenants is None else [tenant.id for tenant in await self._selection.choose(tenants)]
         head = format_revision(self._heads)
+        unfinished = await RunRecords(self._services.control).with_unfinished_data()
         return [
             TenantRevision(
                 tenant_id=row.tenant_id,
@@ -87,6 +88,8 @@ class StatusReader:
                 recorded=row.revision,
                 at_head=self._environment is None or row.revision == head,
                 verified=False,
+                has_unfinished_data=row.tenant_id in unfinished
+                and unfinished[row.tenant_id] in (None, row.revision),  # what it was brought to since is without
             )
             for row in await self._services.registry.recorded_revisions(only)
         ]

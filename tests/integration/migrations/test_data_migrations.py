@@ -128,6 +128,9 @@ async def test_a_failure_keeps_what_is_done_and_later_revisions_wait(fleet: Flee
     assert await counts(fleet, "acme") == [(0, 15), (1, 20)]
     assert (await fleet.revision("acme"), await fleet.recorded("acme")) == ("0002", "0002")  # 0003 waits
     assert report.run is not None
+    for verify in (False, True):  # without 0003, acme would be at head
+        shown = {x.slug: (x.has_unfinished_data, x.is_complete) for x in await fleet.migrations.status(verify=verify)}
+        assert shown == {"acme": (True, False), "globex": (False, True), "initech": (False, True)}
     (record,) = await fleet.migrations.run_tenants(report.run, state="failed")
     progress = record.detail["data"]["0002:count_words"]
     assert (progress["done"], progress["rows"] <= 20) == (False, True)
@@ -148,6 +151,8 @@ async def test_a_failure_keeps_what_is_done_and_later_revisions_wait(fleet: Flee
     assert (await fleet.migrations.upgrade()).ok
     assert await counts(fleet, "acme") == [(1, 35)]
     assert (await fleet.revision("acme"), await has_checkpoints(fleet, "acme")) == ("0003", False)
+    for verify in (False, True):
+        assert all(x.is_complete for x in await fleet.migrations.status(verify=verify))
 
 
 HOSTILE = """
@@ -511,6 +516,8 @@ async def test_plain_alembic_runs_them_as_well(fleet: Fleet, project: Project, a
     add(project, "0002", broken)
     failed = await alembic("upgrade", "head", ok=False)
     assert "data migration 0002:count_words is unfinished: division by zero" in failed
+    for verify in (False, True):
+        assert [x.has_unfinished_data for x in await fleet.migrations.status(verify=verify)] == [True, False, False]
     assert "\n-- not in this script: data migration 0002:count_words\n" in await alembic("upgrade", "head", "--sql")
     await alembic("stamp", "0001")
     assert not await has_checkpoints(fleet, "acme")
