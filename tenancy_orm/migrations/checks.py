@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -41,7 +41,7 @@ from ..postgres.errors import (
 from ..tenant import Tenant
 from .failures import TRANSIENT
 from .plan import MigrationStep
-from .statements import statements
+from .statements import statements, tokens
 
 Statement: TypeAlias = "str | SelectBase | TextClause"
 
@@ -274,6 +274,16 @@ def _counting(check: Check, statement: SelectBase | TextClause) -> sa.Select[Any
     return sa.select(sa.func.pg_catalog.count(sa.text("*"))).select_from(found.limit(MOST_ROWS + 1).subquery("counted"))
 
 
+def names_any(connection: SyncConnection, check: Check, tables: Collection[str]) -> bool:
+    """Whether a check names one of these tables."""
+    found = check.statement
+    if isinstance(found, SelectBase):
+        found = str(found.compile(dialect=connection.dialect))
+    sql = found.text if isinstance(found, TextClause) else found
+    wanted = {table.lower() for table in tables}
+    return any(sql[start:end].strip('"').lower() in wanted for _, start, end in tokens(sql))
+
+
 def _one_query(check: Check, text: str) -> str:
     found = statements(text)
     if len(found) == 1 and found[0].psql_command is None:
@@ -293,7 +303,15 @@ class Asked:
     errors: list[Exception] | None = None
 
 
-def ask(connection: SyncConnection, script: Script, timeout: float, *, ahead: bool, may_wait: bool) -> Asked:
+def ask(
+    connection: SyncConnection,
+    script: Script,
+    timeout: float,
+    *,
+    ahead: bool,
+    may_wait: bool,
+    changing: Collection[str] = (),
+) -> Asked:
     """Ask the checks of a revision.
 
     Args:
@@ -302,6 +320,8 @@ def ask(connection: SyncConnection, script: Script, timeout: float, *, ahead: bo
         timeout: The seconds for each check.
         ahead: Whether it is asked before the run; checks that say so are deferred then.
         may_wait: Whether a check is deferred that names a table, for example, that does not exist yet.
+        changing: The tables with rows that data migrations change before the revision: a check that names one is
+            deferred if it finds rows.
 
     Raises:
         DBAPIError: a lock was not available, or the connection was lost: another attempt may succeed.
@@ -325,7 +345,9 @@ def ask(connection: SyncConnection, script: Script, timeout: float, *, ahead: bo
                     _failed(result, script, check.name, exc, timeout)
                 else:
                     result.asked += 1
-                    if rows:
+                    if rows and changing and names_any(connection, check, changing):
+                        result.deferred = True
+                    elif rows:
                         result.findings.append(Finding(script.revision, check.name, rows))
         except DBAPIError as exc:
             # a statement of preflight() itself

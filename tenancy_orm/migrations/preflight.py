@@ -20,7 +20,8 @@ from . import local
 from .checks import Finding, ask, refuse_foreign_code, script_of
 from .concurrency import interleave, map_concurrently
 from .connections import Connections, Health, placement_of
-from .data_migrations import of_step
+from .data_checkpoints import read
+from .data_migrations import data_migrations_of, of_step
 from .database import State, active, close, read_state
 from .failures import describe
 from .limits import try_repeatedly
@@ -238,11 +239,14 @@ class _Question:
         async with adapter.adapt(connection, self._target.url) as adapted:
             await adapted.run_sync(self._ask_each, pending, lacks_extensions)
 
-    def _follows_data(self, number: int) -> bool:
-        """Whether data migrations run before a step: of earlier steps, or left by an earlier run."""
-        if self.state is None or self.state.has_data:
-            return True
-        return any(map(of_step, self._plan.path_from(self.state.heads).steps[:number]))
+    def _changing(self, connection: SyncConnection, number: int) -> set[str]:
+        """The tables of the data migrations that run before a step: of earlier steps, or left by an earlier run."""
+        assert self.state is not None  # noqa: S101 - read before
+        found = {one.table for step in self._plan.path_from(self.state.heads).steps[:number] for one in of_step(step)}
+        for checkpoint in read(connection) if self.state.has_data else ():
+            module = self._plan.environment.script.get_revision(checkpoint.revision).module
+            found |= {one.table for one in data_migrations_of(module) if one.name == checkpoint.name}
+        return found
 
     def _ask_each(self, connection: SyncConnection, pending: list[tuple[int, Script]], lacks_extensions: bool) -> None:
         context = self._plan.environment.context(**self._plan.options)
@@ -256,12 +260,12 @@ class _Question:
                         self._connections.limits.preflight,
                         ahead=True,
                         may_wait=number > 0 or lacks_extensions,
+                        # what a data migration is about to mend is asked after it
+                        changing=self._changing(connection, number),
                     )
                     self.asked += result.asked
-                    # what an earlier revision's data migration is about to mend is asked after it
-                    is_early = [one.error is None and self._follows_data(number) for one in result.findings]
-                    self.findings += [one for one, early in zip(result.findings, is_early, strict=True) if not early]
-                    if result.deferred or any(is_early):
+                    self.findings += result.findings
+                    if result.deferred:
                         self.deferred.append(script.revision)
             if transaction.is_active:
                 transaction.rollback()

@@ -95,7 +95,7 @@ def shout(batch):
 
 
 async def test_a_check_of_what_a_data_migration_mends_is_asked_after_it(fleet: Fleet, project: Project) -> None:
-    """It would stop the run before it begins; a check of the same revision, or of an earlier one, does."""
+    """It would stop the run before it begins; a check of another table, or of the same revision, does."""
     project.add("0002", 'op.add_column("notes", sa.Column("words", sa.Integer))', UNWORDS, down="0001")
     assert (await fleet.migrations.upgrade()).ok
     await fleet.execute("acme", FILL.format(35))
@@ -103,6 +103,12 @@ async def test_a_check_of_what_a_data_migration_mends_is_asked_after_it(fleet: F
     check = '\n\ndef preflight():\n    yield "SELECT FROM notes WHERE words IS NULL"\n'
     path = project.add("0004", 'op.alter_column("notes", "words", nullable=False)', "pass", down="0003")
     path.write_text(path.read_text() + check)
+    other = '\n    yield "SELECT FROM alembic_version"\n'
+    path.write_text(path.read_text() + other)
+    with pytest.raises(MigrationError, match="none was touched"):
+        await fleet.migrations.upgrade()
+    assert await fleet.revision("acme") == "0002"
+    path.write_text(path.read_text().replace(other, ""))
     report = await fleet.migrations.upgrade()
     assert report.ok, report.reasons
     await fleet.migrations.downgrade("0002")
