@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+from sqlalchemy import make_url
+
 from tests.integration.cli.test_cli import COMMAND, Cli, cli
 from tests.support.postgres import Postgres
 from tests.support.projects import NOTES, Project
@@ -134,3 +136,25 @@ async def test_lint_names_lines_and_has_an_exit_status(cli: Cli, tmp_path: Path)
     assert (await cli("migrate", "lint", **away)).status == 1
     for wrong in (("0002", "--from", "base"), ("nowhere",), ("--since", "nowhere")):
         assert (await cli("migrate", "lint", *wrong)).status != 0
+
+
+async def test_lint_leaves_out_tenants_that_an_upgrade_leaves_out(
+    cli: Cli, tmp_path: Path, empty_url: str, postgres: Postgres
+) -> None:
+    """One that is being created has no revision yet, and one that newer code has migrated an unknown one."""
+    await cli("init")
+    project = Project(tmp_path)
+    project.add("0001", 'op.execute("CREATE TABLE old (n integer NOT NULL)")')
+    await cli("create", "acme")
+    await cli("create", "globex")
+    project.add("0002", 'op.execute("DROP TABLE old")', 'op.execute("CREATE TABLE old ()")', down="0001")
+    async with postgres.connect(make_url(empty_url).database or "") as connection:
+        await connection.execute(
+            "UPDATE tenancy.tenants SET schema_revision = '9999' WHERE slug = 'globex';"
+            "INSERT INTO tenancy.tenants (id, slug, status, tier, server, database_name, role_name, sealed_password) "
+            "SELECT gen_random_uuid(), 'new', 'provisioning', tier, server, 'new', 'new', sealed_password "
+            "FROM tenancy.tenants WHERE slug = 'acme'"
+        )
+    found = await cli("migrate", "lint", "--json")
+    assert (found.json["revisions"], {one["revision"] for one in found.json["findings"]}) == (["0002"], {"0002"})
+    assert "left out: tenants at 9999" in found.err
