@@ -35,7 +35,7 @@ _SEQUENCE = {
     "cache": "CACHE {}",
 }
 # what GRANT, ALTER and COMMENT call objects
-_WORDS = {"function": "FUNCTION", "window function": "FUNCTION", "procedure": "PROCEDURE", "aggregate": "AGGREGATE"}
+_WORDS = {"window function": "FUNCTION", "foreign server": "SERVER"}
 _GRANT_WORDS = {"view": "TABLE", "materialized view": "TABLE", "foreign table": "TABLE", "aggregate": "FUNCTION"}
 _TYPES = frozenset(kind for kind, general in KIND_OF.items() if general == "type")
 
@@ -74,8 +74,14 @@ class Mending:
                 yield f"ALTER {key.parent} ADD CONSTRAINT {key.name} {definition}"
             case "index":
                 yield _create_index(definition)
-            case "statistics" | "trigger" | "rule":
+            case "trigger":
+                yield definition
+                yield from self._trigger_state(key, fields)
+            case "rule":
                 yield definition.rstrip(";")
+            case "statistics":
+                yield definition
+                yield from self._owned(key, fields)
             case "domain":
                 default = f" DEFAULT {fields['default']}" if "default" in fields else ""
                 yield f"CREATE DOMAIN {key.name} AS {definition}{default}{' NOT NULL' * ('not null' in fields)}"
@@ -252,6 +258,12 @@ class Mending:
         elif field == "definition" and wanted is not None:
             yield f"DROP TRIGGER {key.name} ON {table}"
             yield wanted
+            yield from self._trigger_state(key, self._expected[key])
+
+    def _trigger_state(self, key: Key, fields: Mapping[str, str]) -> Iterable[str]:
+        """A new trigger is enabled."""
+        if "state" in fields:
+            yield f"ALTER TABLE {self._table_of(key)} {_STATES[fields['state']]} TRIGGER {key.name}"
 
     def _policy(self, key: Key, field: str, wanted: str | None) -> Iterable[str]:
         table = self._table_of(key)

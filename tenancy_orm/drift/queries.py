@@ -71,7 +71,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "extension": ("version", "schema"),
     "event trigger": ("event", "function", "tags", "state"),
     "publication": ("owner", "operations", "via root", "tables"),
-    "statistics": ("definition",),
+    "statistics": ("owner", "definition"),
     "foreign server": ("owner", "wrapper", "type", "version"),
     "privilege": ("privileges",),
     "default privileges": ("privileges",),
@@ -343,9 +343,9 @@ _PUBLISHED_SCHEMAS = """,
  (SELECT 'all of ' || pg_catalog.string_agg(pnnspid::regnamespace::text, ', ' ORDER BY pnnspid::regnamespace::text)
     FROM pg_catalog.pg_publication_namespace WHERE pnpubid = p.oid)"""
 
-_STATISTICS = """
+_STATISTICS = f"""
 SELECT 'statistics', r.kind || ' ' || r.name, space.name || '.' || pg_catalog.quote_ident(stxname),
-       ARRAY[pg_catalog.pg_get_statisticsobjdef(s.oid)]
+       ARRAY[{_role("stxowner")}, pg_catalog.pg_get_statisticsobjdef(s.oid)]
   FROM pg_catalog.pg_statistic_ext s JOIN space ON space.oid = stxnamespace JOIN relation r ON r.oid = stxrelid
 """
 
