@@ -2,7 +2,8 @@
 
 A tenant's database is dumped by ``pg_dump`` and restored by ``pg_restore``. It is not cloned as a template, since
 nobody may be connected to a template. What is dumped is one snapshot; the tenant goes on to work. The programs run
-where this process runs, the data flows through a pipe and is stored nowhere else.
+where this process runs. The data flows through a pipe; the schema, with statistics where those are copied, is a file in
+a temporary directory that only this process's user can read.
 
 The tenant's contents gain no rights by this, see ``copy_logins``. No tenant's role may connect to a copy.
 """
