@@ -44,7 +44,13 @@ from .extensions import install
 Content = Literal["data", "schema", "nothing"]
 """What a copy has: everything; or the schema alone, with statistics from PostgreSQL 18 on; or only ``extensions``."""
 
-_KEEPALIVES = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
+# of the session that holds the locks, idle for as long as the copy is used
+_HOLDING = {
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "idle_session_timeout": "0",
+}
 _LOCK_WAIT = "10s"  # a migration that has a table of the tenant locked is not queued behind for longer
 _COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
 _SCHEMA = ("--schema-only", "--no-publications", "--no-subscriptions")
@@ -178,7 +184,7 @@ class Copies:
         place = _placement(tenant)
         server = self._servers[place.server]
         blockers = self._blockers(server)
-        connection = await blockers.connect(settings=_KEEPALIVES, purpose="tenancy-copy")
+        connection = await blockers.connect(settings=_HOLDING, purpose="tenancy-copy")
         copying = _Copying(self._config, self._names, server, blockers, connection, tenant, place)
         try:
             try:
@@ -367,6 +373,8 @@ class _Copying:
         # both dumps are of this snapshot, which is there as long as its transaction
         holding = await reader.connect(timeout=timeout, settings=_UNBOUNDED)
         try:
+            if connections.version(holding) >= 17:
+                await holding.execute("SET transaction_timeout = 0")
             await holding.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             snapshot = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
             filled = {row["name"] for row in await holding.fetch(_MATERIALIZED, True)}

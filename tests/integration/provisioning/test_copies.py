@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import ConfigurationError, ProvisioningError
 from tenancy_orm.postgres.programs import find_programs
+from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.provisioning.copies import Copies, DatabaseCopy
 from tests.support import waiting
 from tests.support.fleet import Fleet, fleet_config, open_fleet
@@ -309,6 +310,24 @@ async def test_reconcile_removes_what_a_killed_process_leaves(
         return await leftovers(fleet, postgres) == []
 
     await waiting.until(removed, seconds=30)
+
+
+async def test_a_copy_outlasts_the_time_limits_of_sessions(fleet: Fleet, copies: Copies, postgres: Postgres) -> None:
+    """One that is idle holds the locks by which ``reconcile`` knows that the copy is in use; another the snapshot."""
+    if int(postgres.version.partition(".")[0]) >= 17:
+        name = quote_identifier(fleet.database("acme"))
+        await postgres.administer(f"ALTER DATABASE {name} SET transaction_timeout = '50ms'")
+    await postgres.administer("ALTER ROLE CURRENT_USER SET idle_session_timeout = '200ms'")
+    try:
+        async with copies.open(fleet.tenants["acme"], timeout=60, valid_for=60) as copy:
+            async with postgres.connect() as bounded:
+                # one of the same role that is as old as the copy has ended by then
+                await waiting.until(lambda: asyncio.sleep(0, bounded.is_closed()), seconds=10)
+            await postgres.administer("ALTER ROLE CURRENT_USER RESET idle_session_timeout")
+            await fleet.provisioner.reconcile()
+            assert await fetch(copy, "SELECT count(*) FROM notes") == [(100,)]
+    finally:
+        await postgres.administer("ALTER ROLE CURRENT_USER RESET idle_session_timeout")
 
 
 def test_the_programs_are_of_the_servers_version_or_the_next_newer_one(tmp_path: Path) -> None:
