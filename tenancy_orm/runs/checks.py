@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextvars
 import hashlib
 import inspect
 import json
@@ -18,14 +19,15 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..cancellation import run_to_completion
 from ..config.values import load_object
-from ..errors import ConfigurationError, SecretError
+from ..errors import ConfigurationError, SecretError, TenancyError
 from ..migrations.failures import describe
 from ..migrations.logs import logger
 from ..secrets.keyring import Keyring
@@ -184,11 +186,42 @@ async def _call(path: str, report: WaveReport) -> str | None:
     if inspect.iscoroutinefunction(function):
         found = await function(report)
     else:
-        found = await asyncio.to_thread(function, report)
+        found = await _in_thread(function, report)
         found = await found if inspect.isawaitable(found) else found
     if found is None or found is True:
         return None
     return f"says: {found}" if isinstance(found, str) else f"returned {found!r}"
+
+
+async def _in_thread(function: Callable[[WaveReport], Any], report: WaveReport) -> Any:
+    """Call a plain function in a thread of its own, which the end of the process does not wait for.
+
+    It would for those of ``asyncio.to_thread``, for ever if the function does not end.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(found: Any, error: BaseException | None) -> None:
+        if not ended.done():
+            ended.set_result((found, error))
+
+    def call() -> None:
+        found, error = None, None
+        try:
+            found = context.run(function, report)
+        except BaseException as exc:  # noqa: BLE001 - also that of sys.exit
+            error = exc
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, found, error)
+
+    threading.Thread(target=call, name="tenancy-check", daemon=True).start()
+    found, error = await ended
+    if isinstance(error, Exception):
+        raise error
+    if error is not None:
+        raise TenancyError(f"it raised {error!r}") from error
+    return found
 
 
 __all__ = ["WaveReport", "is_sealed", "over_budget", "run_checks", "seal_checks"]

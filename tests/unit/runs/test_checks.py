@@ -94,6 +94,32 @@ async def test_functions_decide_by_what_they_return(functions: types.ModuleType)
     assert "cannot be loaded" in (await reason(functions=["wave_checks:missing"]) or "")
 
 
+async def test_a_function_that_does_not_end_does_not_keep_the_process() -> None:
+    """It cannot be ended; nor can it end the process, as by sys.exit."""
+    code = """
+import asyncio, sys, time, types
+from tenancy_orm.runs.checks import WaveReport, run_checks
+from tenancy_orm.runs.waves import Wave
+module = sys.modules["wave_checks"] = types.ModuleType("wave_checks")
+module.hangs = lambda report: time.sleep(600)
+module.exits = lambda report: sys.exit(7)
+report = WaveReport(run=1, command="upgrade", target="head", wave=1, name="all", tenants=(), failed=())
+for name in ("exits", "hangs"):
+    print(asyncio.run(run_checks(Wave(rest=True, functions=f"wave_checks:{name}", check_timeout=0.2), report)))
+"""
+    async with asyncio.timeout(60):
+        child = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+        try:
+            output, _ = await child.communicate()
+        finally:
+            if child.returncode is None:
+                child.kill()
+    assert output.decode().splitlines() == [
+        "function wave_checks:exits failed: it raised SystemExit(7)",
+        "function wave_checks:hangs took longer than 0.2 s",
+    ]
+
+
 def test_the_error_budget_is_a_share_of_the_wave() -> None:
     """None may fail where there is none."""
     assert over_budget(Wave(rest=True), REPORT) == "1 of 2 tenants failed in wave 'canary', none may: globex"
