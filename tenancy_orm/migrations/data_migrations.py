@@ -168,8 +168,10 @@ def data_migrations_of(module: ModuleType | None) -> tuple[DataMigration, ...]:
 
 
 def of_step(step: MigrationStep) -> tuple[DataMigration, ...]:
-    """Return the data migrations of a step's revision."""
-    return data_migrations_of(step.revision.module) if isinstance(step, RevisionStep) else ()
+    """Return the data migrations of a step's revision; none of one that only takes it out of the version table."""
+    if not isinstance(step, RevisionStep) or getattr(step, "runs_nothing", False):
+        return ()
+    return data_migrations_of(step.revision.module)
 
 
 def mention_data_migrations(migration_context: Any) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from alembic.script import Script
 
+from ..migrations.data_migrations import data_migrations_of
+
 # calls of these say something, and change nothing
 _SAYING = frozenset({"print", "warn", "debug", "info", "warning", "error", "exception", "critical", "log"})
 _IDLE_INSTRUCTIONS = frozenset({"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "POP_TOP", "CACHE"})
@@ -24,14 +26,18 @@ _IDLE_INSTRUCTIONS = frozenset({"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "
 def missing_downgrade(script: Script) -> str | None:
     """Return why a revision cannot be taken back; None where it can.
 
-    A revision with an upgrade that does nothing either, as a merge has, is none.
+    A revision with an upgrade that does nothing either, as a merge has, is none; unless it has a data migration that
+    nothing reverses.
     """
     downgrade = getattr(script.module, "downgrade", None)
     if downgrade is None:
         return "it has no downgrade()"
     found = _Body(downgrade).verdict()
-    if found is None or (found == "nothing" and _Body(getattr(script.module, "upgrade", None)).verdict() == "nothing"):
+    if found is None:
         return None
+    if found == "nothing" and _Body(getattr(script.module, "upgrade", None)).verdict() == "nothing":
+        lasting = [one.name for one in data_migrations_of(script.module) if one.reversal is None]
+        return f"its data migration {lasting[0]} has no reverse" if lasting else None
     return "its downgrade() only raises an error" if found == "error" else "its downgrade() does nothing"
 
 

@@ -95,7 +95,9 @@ def _step(revision_map: Any, found: Script, is_upgrade: bool, stamp_irreversible
 
 
 class _Forgotten(RevisionStep):
-    """A downgrade that runs nothing."""
+    """A downgrade that runs nothing, and reverses no data."""
+
+    runs_nothing = True
 
     def __init__(self, revision_map: Any, revision: Script) -> None:
         self.revision_map = revision_map

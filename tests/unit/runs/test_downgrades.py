@@ -15,6 +15,14 @@ from tests.support.projects import Project
 NOTHING = "its downgrade() does nothing"
 ERROR = "its downgrade() only raises an error"
 
+DATA = """
+from tenancy_orm.migrations import data_migration
+def upgrade(): pass
+def downgrade(): pass
+@data_migration(table="a")
+def fill(batch): return "SELECT 1"
+"""
+
 HEAD = """
 import functools, logging
 from alembic import op
@@ -74,6 +82,11 @@ def upgrade(): op.create_table("a")
         ("def downgrade(): itself()", None),
         # a merge has nothing to take back
         ("def upgrade(): pass\ndef downgrade(): pass", None),
+        # what a data migration did stays
+        (DATA, "its data migration fill has no reverse"),
+        (f"{DATA}fill.reverse(nothing)", None),
+        (f"{DATA}fill.reverse(nothing)\ndef upgrade(): useful()", NOTHING),
+        (f"{DATA}def downgrade(): useful()", None),
         ("def upgrade(): 'Merge.'\ndef downgrade(): raise NotImplementedError", ERROR),
     ],
 )
