@@ -12,7 +12,16 @@ from ..runs.undo import UndoPlan
 from ..tenancy import Tenancy
 from .migrate import Only, Stop, app
 from .migrate_progress import run_shown
-from .migrate_waves import DryRun, GivenWaves, MaxFailures, PlannedConcurrency, PlanOption, SeedOption, WaveOption
+from .migrate_waves import (
+    DryRun,
+    GivenWaves,
+    MaxFailures,
+    PlannedConcurrency,
+    PlanOption,
+    SeedOption,
+    WaveOption,
+    print_waves,
+)
 from .output import console, print_json, print_table
 from .runtime import EXIT_FAILED, Json, operator, run
 
@@ -51,7 +60,10 @@ def undo(
     given = GivenWaves.of(wave, plan, wave_seed, max_failures, concurrency)
     which: dict[str, Any] = {"tenants": tenant, "include_new": include_new, "new_revision": new_revision}
     if dry_run:
-        _show(run(lambda tenancy: tenancy.migrations.plan_undo(number, **which)), as_json=as_json)
+        found = run(lambda tenancy: tenancy.migrations.plan_undo(number, **which, waves=given.waves))
+        _show(found, as_json=as_json)
+        if (found.irreversible and not stamp_irreversible) or (found.moved and not leave_moved):
+            raise typer.Exit(EXIT_FAILED)
         return
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
@@ -88,6 +100,8 @@ def _show(plan: UndoPlan, *, as_json: bool) -> None:
         console.print(f"undo run {plan.run}: {counted(len(plan.tenants))} go back, nothing is changed", highlight=False)
         rows = [(one.slug, one.server, one.revision or "base", one.target or "base", one.error) for one in plan.tenants]
         print_table("go back", ("tenant", "server", "from", "to", "error"), rows)
+        if len(plan.waves) > 1:
+            print_waves(plan.waves)
         for title, names in (("stay as they are", plan.untouched), ("were created since, and stay", plan.new)):
             if names:
                 console.print(f"{title}: {', '.join(names)}", markup=False)
@@ -95,5 +109,3 @@ def _show(plan: UndoPlan, *, as_json: bool) -> None:
             print_table("not certain", ("tenant", "reason"), plan.moved.items())
         if plan.irreversible:
             print_table("cannot go back", ("revision", "reason"), plan.irreversible.items())
-    if not plan.ok:
-        raise typer.Exit(EXIT_FAILED)

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import counted
 from ..runs.migrator import DEFAULT_CONCURRENCY
-from ..runs.preview import Preview, RevisionPreview, StartPreview
+from ..runs.preview import Preview, RevisionPreview, StartPreview, WavePreview
 from ..runs.wave_texts import PlanFile, parse_waves, read_plan
 from ..runs.waves import Waves
 from .output import console, print_json, print_table, printable
@@ -104,6 +104,16 @@ def _show_preview(preview: Preview, *, sql: bool, as_json: bool) -> None:
 
 def _print_plan(preview: Preview) -> None:
     console.print(f"{preview.command} {preview.target}: {counted(preview.total)}, nothing is changed", highlight=False)
+    print_waves(preview.waves)
+    print_table(
+        "revisions",
+        ("from", "tenants", "to", "runs"),
+        [(start.revision or "base", len(start.tenants), _target(start), _runs(start)) for start in preview.starts],
+    )
+
+
+def print_waves(waves: Sequence[WavePreview]) -> None:
+    """Print the waves with their tenants."""
     rows = [
         (
             number,
@@ -113,14 +123,9 @@ def _print_plan(preview: Preview) -> None:
             ", ".join(wave.tenants[:5]) + (", ..." if len(wave.tenants) > 5 else ""),
             wave.gate,
         )
-        for number, wave in enumerate(preview.waves, 1)
+        for number, wave in enumerate(waves, 1)
     ]
     print_table("waves", ("wave", "name", "tenants", "servers", "who", "then"), rows)
-    print_table(
-        "revisions",
-        ("from", "tenants", "to", "runs"),
-        [(start.revision or "base", len(start.tenants), _target(start), _runs(start)) for start in preview.starts],
-    )
 
 
 def _target(start: StartPreview) -> str | None:
@@ -160,4 +165,5 @@ __all__ = [
     "Sql",
     "WaveOption",
     "look_ahead",
+    "print_waves",
 ]

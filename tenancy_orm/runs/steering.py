@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
@@ -18,7 +20,7 @@ from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
 from .claims import Claimed
 from .commands import RunCommands
-from .preview import Preview, preview
+from .preview import Preview, WavePreview, preview, preview_waves
 from .progress import ProgressReader, RunProgress
 from .recorded import RunOptions
 from .records import RunRecord, TenantRecord
@@ -161,10 +163,14 @@ class Steering(RunCommands):
         """
         refuse_while_bound("migrating tenants")
         plan = Plan.of(await self.environment(x), command, revision)
-        waves = waves or Waves()
-        waves.check(tiers=self.services.config.tiers, servers=tuple(self.services.servers))
+        waves = self._checked(waves)
         chosen = await self._selection.choose(tenants)
         return await asyncio.to_thread(preview, plan, chosen, waves, sql=sql)
+
+    def _checked(self, waves: Waves | None) -> Waves:
+        waves = waves or Waves()
+        waves.check(tiers=self.services.config.tiers, servers=tuple(self.services.servers))
+        return waves
 
     # --- during -----------------------------------------------------------------------------------------------------
 
@@ -206,6 +212,7 @@ class Steering(RunCommands):
         tenants: Iterable[TenantRef] | None = None,
         include_new: bool = False,
         new_revision: str | None = None,
+        waves: Waves | None = None,
     ) -> UndoPlan:
         """Compute what ``undo`` would do, with the same arguments, without a change. It reads tenants' databases.
 
@@ -214,7 +221,8 @@ class Steering(RunCommands):
         """
         refuse_while_bound("migrating tenants")
         undo = await self._undo(await self._recorded.records.get(run), await self.environment())
-        return (await undo.plan(tenants, include_new=include_new, new_target=new_revision))[0]
+        plan, targets = await undo.plan(tenants, include_new=include_new, new_target=new_revision)
+        return replace(plan, waves=await self._waves_of(targets, waves))
 
     async def undo(
         self,
@@ -268,6 +276,8 @@ class Steering(RunCommands):
         tenants = None if tenants is None else list(tenants)
         plan, targets = await undo.plan(tenants, include_new=include_new, new_target=new_revision)
         refuse(plan, stamp_irreversible=stamp_irreversible, leave_moved=leave_moved)
+        # what they cannot be is known before the run is cancelled
+        await self._waves_of(targets, waves)
         if record.state in ("running", "paused"):
             await self._recorded.records.cancel(run, to_undo=True, actor=actor)
         everyone = bool(record.plan["all"] or record.plan.get("everyone")) and tenants is None
@@ -303,6 +313,16 @@ class Steering(RunCommands):
             return await self.status(verify=True, tenants=tenants, environment=environment)
 
         return Undo(self.services, environment, read, record, rows)
+
+    async def _waves_of(self, targets: Collection[UUID], waves: Waves | None) -> tuple[WavePreview, ...]:
+        """Return the waves of an undo.
+
+        Raises:
+            ConfigurationError: there are no such waves.
+        """
+        waves = self._checked(waves)
+        chosen = [tenant for tenant in await self._selection.choose(None) if tenant.id in targets]
+        return tuple(preview_waves(chosen, waves))
 
     async def _undo_work(self, record: RunRecord, x: Sequence[str]) -> UndoWork:
         given = record.plan

@@ -21,6 +21,7 @@ from ..migrations.scripts import Environment
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
+from .preview import WavePreview
 from .records import RunRecord, TenantRecord
 from .reversal import heads_of, return_to, taken_back
 from .status import TenantRevision
@@ -53,6 +54,7 @@ class UndoPlan:
         new_target: The revision that those would go back to; None where tenants of the run had different ones.
         moved: By slug, why it is not certain what to do with a tenant.
         irreversible: By revision, why it cannot be taken back.
+        waves: The waves, with the tenants that go back.
     """
 
     run: int
@@ -62,6 +64,7 @@ class UndoPlan:
     new_target: str | None
     moved: Mapping[str, str]
     irreversible: Mapping[str, str]
+    waves: tuple[WavePreview, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -73,7 +73,14 @@ async def test_a_run_by_a_file(cli: Cli, prepared: Project, tmp_path: Path) -> N
 
     ahead = await cli("migrate", "undo", "1", "--dry-run")
     assert (ahead.status, "undo run 1: 3 tenants go back, nothing is changed" in ahead.out) == (0, True)
-    undone = await cli("migrate", "undo", "1", "--wave", "tenant=globex pause", "--json")
+    waves = ("--wave", "tenant=globex pause")
+    ahead = await cli("migrate", "undo", "1", *waves, "--dry-run", "--json")
+    assert [(one["name"], one["tenants"]) for one in ahead.json["waves"]] == [
+        ("tenant=globex", ["globex"]),
+        ("rest", ["acme", "initech"]),
+    ]
+    assert "tenant=globex" in (await cli("migrate", "undo", "1", *waves, "--dry-run")).out
+    undone = await cli("migrate", "undo", "1", *waves, "--json")
     assert (undone.status, undone.err, undone.json["state"]) == (3, "run 2\n", "paused")
     assert (await cli("migrate", "resume", "2")).status == 0
     status = await cli("migrate", "status", "--json")
@@ -118,6 +125,8 @@ async def test_what_does_not_hold_is_said(cli: Cli, prepared: Project) -> None:
     path.write_text(path.read_text().replace('op.drop_column("notes", "title")', "pass"))
     ahead = await cli("migrate", "undo", "1", "--dry-run")
     assert (ahead.status, "its downgrade() does nothing" in ahead.out) == (1, True)
+    ahead = await cli("migrate", "undo", "1", "--dry-run", "--stamp-irreversible")
+    assert (ahead.status, "its downgrade() does nothing" in ahead.out) == (0, True)
     refused = await cli("migrate", "undo", "1", "--json")
     assert (refused.status, "UndoRefusedError" in refused.err) == (1, True)
     assert (await cli("migrate", "undo", "99")).status == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tenancy_orm.errors import MigrationError, RunNotFoundError, RunStateError, UndoRefusedError
+from tenancy_orm.errors import ConfigurationError, MigrationError, RunNotFoundError, RunStateError, UndoRefusedError
 from tenancy_orm.jobs import Claimant
 from tenancy_orm.runs import Wave, Waves, catch_up
 from tenancy_orm.runs.undo import Undo
@@ -29,6 +29,21 @@ def add_column(
         down=down,
     )
 
+
+FILL = """
+
+from tenancy_orm.migrations import data_migration
+
+
+@data_migration(table="notes")
+def fill(batch):
+    return f"UPDATE notes SET c0002 = 'filled' WHERE {batch.rows}"
+
+
+@fill.reverse
+def empty(batch):
+    return f"UPDATE notes SET c0002 = NULL WHERE {batch.rows}"
+"""
 
 FAILS_FOR = """
 tenant = op.get_context().opts["tenant"]
@@ -174,6 +189,17 @@ async def test_a_run_that_was_resumed_since_its_undo_was_planned_is_not_cancelle
     assert (await revisions(fleet))["acme"] == "0002"
 
 
+async def test_a_paused_run_is_not_cancelled_for_waves_that_cannot_be(fleet: Fleet, project: Project) -> None:
+    """The undo names them first; it has only tenants that the run has reached."""
+    add_column(project, "0002", "0001")
+    paused = await fleet.migrations.upgrade(waves=Waves((Wave(tenants="acme", pause=True),)))
+    assert paused.run is not None
+    for planned in (fleet.migrations.plan_undo, fleet.migrations.undo):
+        with pytest.raises(ConfigurationError, match="'globex', which is not a tenant of this run"):
+            await planned(paused.run, waves=Waves((Wave(tenants="globex"),)))
+    assert (await fleet.migrations.get_run(paused.run)).state == "paused"
+
+
 async def test_an_undo_is_a_run_that_can_be_resumed(fleet: Fleet, project: Project, tmp_path: Path) -> None:
     """With waves; the targets are recorded, so that a retry brings each tenant to its own."""
     mended = tmp_path / "mended"
@@ -219,6 +245,26 @@ async def test_what_has_no_downgrade_is_named_before_anything_starts(fleet: Flee
     assert (await fleet.migrations.undo(upgraded.run, stamp_irreversible=True)).ok
     assert set((await revisions(fleet)).values()) == {"0001"}
     assert await schema(fleet, "acme") == {"c0002"}
+
+
+async def test_a_revision_that_is_only_forgotten_reverses_no_data(fleet: Fleet, project: Project) -> None:
+    """What it did stays, its rows as well; a data migration that nothing reverses is named like an empty downgrade."""
+    add_column(project, "0002", "0001", back=False)
+    path = project.migrations / "versions" / "0002.py"
+    path.write_text(path.read_text() + FILL)
+    project.add("0003", "pass", "pass", down="0002")
+    path = project.migrations / "versions" / "0003.py"
+    path.write_text(path.read_text() + FILL.partition("@fill.reverse")[0])
+    await fleet.execute("acme", "INSERT INTO notes (body) VALUES ('x')")
+    upgraded = await fleet.migrations.upgrade()
+    assert upgraded.run is not None
+    assert (await fleet.migrations.plan_undo(upgraded.run)).irreversible == {
+        "0002": "its downgrade() does nothing",
+        "0003": "its data migration fill has no reverse",
+    }
+    assert (await fleet.migrations.undo(upgraded.run, stamp_irreversible=True)).ok
+    assert set((await revisions(fleet)).values()) == {"0001"}
+    assert await fleet.fetch("acme", "SELECT c0002 FROM notes") == [("filled",)]
 
 
 async def test_who_was_moved_on_is_left_to_a_decision(fleet: Fleet, project: Project) -> None:
