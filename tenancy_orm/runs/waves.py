@@ -169,14 +169,14 @@ class Waves:
     """The waves of a run, in order. Where the last one is not ``rest``, one is added: a run leaves nobody out.
 
     Percentages and counts take tenants by a hash of ``seed`` and the tenant's id. So the same tenants go first in each
-    run, until another seed is given.
+    run, but for some of those that were created since, until another seed is given.
 
     Args:
         waves: The waves.
         seed: Any text.
 
     Raises:
-        ConfigurationError: a wave follows ``rest``.
+        ConfigurationError: a wave follows ``rest``, or it pauses.
     """
 
     waves: tuple[Wave, ...] = ()
@@ -187,6 +187,8 @@ class Waves:
         waves = tuple(self.waves)
         if any(wave.rest for wave in waves[:-1]):
             raise ConfigurationError("the wave that takes the rest must be the last one")
+        if any(wave.rest and wave.pause for wave in waves):
+            raise ConfigurationError("nothing comes after the wave that takes the rest: let the one before it pause")
         if not waves or not waves[-1].rest:
             waves = (*waves, Wave(name="rest" if waves else "all", rest=True))
         object.__setattr__(self, "waves", waves)

@@ -145,6 +145,8 @@ def test_waves_that_cannot_be_kept_are_refused() -> None:
     """A wave after the rest, a function that other machines cannot find, a tier or a server that does not exist."""
     with pytest.raises(ConfigurationError, match="must be the last one"):
         parse_waves(["rest", "5%"])
+    with pytest.raises(ConfigurationError, match="let the one before it pause"):
+        parse_waves(["5%", "rest pause"])
 
     def local() -> None: ...
 
