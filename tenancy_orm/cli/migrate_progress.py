@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 
 from ..errors import ControlUnavailableError, PreflightError, TenancyError
 from ..events import MigrationRunStarted
+from ..migrations.failures import describe
 from ..runs import FleetReport, Progress, TenantOutcome
 from ..runs.progress import RunProgress, duration_text
 from ..tenancy import Tenancy
@@ -128,8 +129,10 @@ async def shown(tenancy: Tenancy, *, quiet: bool) -> AsyncIterator[Progress]:
         unsubscribe()
         if task is not None:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait([task])
+            # the report of the run is worth more than that error
+            if not task.cancelled() and (error := task.exception()) is not None:
+                note(f"the progress could not be shown: {describe(error)}")
 
 
 async def _show(tenancy: Tenancy, run: asyncio.Future[int]) -> None:
