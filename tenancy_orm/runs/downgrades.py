@@ -66,7 +66,7 @@ class _Body:
 
     def _of_statements(self, body: list[ast.stmt]) -> str | None:
         for statement in body:
-            if isinstance(statement, ast.Raise):
+            if isinstance(statement, ast.Raise) or _fails(statement):
                 return "error"
             if isinstance(statement, ast.Return) and (statement.value is None or _is_constant(statement.value)):
                 return "nothing"
@@ -135,6 +135,11 @@ def _source(function: Callable[..., Any]) -> ast.FunctionDef | ast.AsyncFunction
 
 def _is_constant(node: ast.expr | None) -> bool:
     return isinstance(node, ast.Constant)
+
+
+def _fails(statement: ast.stmt) -> bool:
+    """Whether it is ``assert False``."""
+    return isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Constant) and not statement.test.value
 
 
 def _verdict_of_code(code: CodeType) -> str | None:

@@ -63,6 +63,7 @@ def upgrade(): op.create_table("a")
         ("def downgrade(): raise NotImplementedError", ERROR),
         ("def downgrade():\n    print('no')\n    raise NotImplementedError('there is no way back')", ERROR),
         ("def downgrade(): raise RuntimeError('never')", ERROR),
+        ("def downgrade():\n    assert False, 'never'", ERROR),
         ("def downgrade(): nothing()", NOTHING),
         ("def downgrade(): return nothing()", NOTHING),
         ("def downgrade(): Base.fixed()", ERROR),
