@@ -317,8 +317,11 @@ class Reconciler:
 
     async def _drop_orphan(self, server: str, connection: Connection, name: str, number: UUID) -> None:
         async with self._try_locked(connection, tenant_key(number)) as free:
+            # in this order: a creation on another server of the same cluster makes a warm database a tenant's
+            if not free or await self._is_warm(name):
+                return
             status = await self._status_of(number) or await self._status(name)
-            if not free or status not in (None, Status.PURGED) or await self._is_warm(name):
+            if status not in (None, Status.PURGED):
                 return
             state = await databases.state(connection, name)
             never_used = (None, marker.warm_text(self._services.installation))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -11,6 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import ConfigurationError
+from tenancy_orm.provisioning.reconcile import Reconciler
+from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import placement
@@ -100,6 +104,34 @@ async def test_a_server_in_drain_has_no_pool(warm: Tenancy, postgres: Postgres) 
     assert (report.made, len(report.dropped)) == ((), 1)
     await warm.servers.remove("eu", templates="forget")
     assert [one.server for one in await warm.warm_pool.status()] == ["default"]
+
+
+async def test_a_claim_during_a_reconcile_of_the_same_cluster_keeps_its_database(
+    warm: Tenancy, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster's other name has neither a tenant nor a warm database of that name."""
+    await warm.servers.add("eu", postgres.admin_url, same_cluster=True)
+    async with warm.internals.control.connect() as connection:
+        wanted = await connection.scalar(text("SELECT min(recipe) FROM tenancy.warm_databases"))
+    claims: list[Tenant] = []
+
+    def claiming(look: Callable[..., Awaitable[object]]) -> Callable[..., Awaitable[object]]:
+        async def answer(*args: Any) -> object:
+            found = await look(*args)
+            if not claims:
+                draft = replace(template, id=uuid7())
+                claims.append(await warm.internals.registry.register(draft, recipe=wanted, claimed_step="proved"))
+            return found
+
+        return answer
+
+    template = TenantDraft(
+        id=uuid7(), slug="acme", tier="free", server="default", database="d", role="d", sealed_password=b"x"
+    )
+    for name in ("_status", "_is_warm"):
+        monkeypatch.setattr(Reconciler, name, claiming(getattr(Reconciler, name)))
+    report = await warm.internals.provisioner.reconcile()
+    assert claims and placement(claims[0]).database not in report.orphans
 
 
 async def test_the_worker_fills_the_pool(warm: Tenancy) -> None:
