@@ -92,6 +92,8 @@ class Housekeeping:
         await run.do("end_excessive_sessions", self.provisioner.end_excessive_sessions())
         await self._end_due(run)
         await run.do("reconcile", self.provisioner.reconcile(thorough=False))
+        # before others are upgraded: what was killed may have moved them
+        await run.do("settle_notices", self.catch_up.migrations.settle_notices())
         # after reconcile, which may have completed creations of older code
         await run.do("catch_up", self.catch_up.run(actor=actor))
         if self.config.retention.template_seconds:

@@ -81,11 +81,12 @@ class DatabaseMigration:
     committed. At the end the revision is read back.
 
     ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
-    failure. ``installed`` are the extensions that this migration installed, and ``changed`` is whether it changed the
-    heads, installed any or ran data migrations. ``announce`` is called before the first change, and
-    ``announced`` tells whether it was. ``attempts`` is how often the migration was tried. ``observe_data`` is called
-    after each batch of a data migration, and ``reached`` before the first one, with the revision that the database has
-    during that; the change is announced again before the next revision.
+    failure, where ``after`` is None if the connection was lost, until ``read_again``. ``installed`` are the extensions
+    that this migration installed, and ``changed`` is whether it changed the heads, installed any or ran data
+    migrations. ``announce`` is called before the first change, and ``announced`` tells whether it was. ``attempts`` is
+    how often the migration was tried. ``observe_data`` is called after each batch of a data migration, and ``reached``
+    before the first one, with the revision that the database has during that; the change is announced again before the
+    next revision.
 
     ``checks`` are the revisions with a ``preflight()`` that is asked right before they run; None means all, as without
     a preflight of the fleet.
@@ -233,7 +234,7 @@ class DatabaseMigration:
                 await self._read_after_failure(connection)
                 raise
             finally:
-                self.changed = self.changed or self.after != state.heads
+                self.changed = self.changed or self.after not in (state.heads, None)
             found = await self._check(connection, expected)
             self.changed = True
         if self._must_repair(found):
@@ -330,9 +331,30 @@ class DatabaseMigration:
 
     async def _read_after_failure(self, connection: Connection) -> None:
         """Read the revision after a failure: if each revision has its own transaction, it may have changed."""
+        self.after = None  # what was read before is not true any more, perhaps
         with contextlib.suppress(*SERVER_FAILURES):
             # the migration's own error is raised; that of a lost connection would add nothing
             await self._read(connection)
+
+    async def read_again(self) -> bool:
+        """Read the revision on a new connection, once the migration has been interrupted, or its connection lost.
+
+        Under the lock, which the former connection has until PostgreSQL has ended it: a COMMIT that was sent may still
+        be on its way. Returns False where that fails; ``after`` is None then.
+        """
+        self.after = None
+        try:
+            connection = await self.target.connect()
+            try:
+                await lock(connection, timeout=self.limits.connect)
+                await self._read(connection)
+            finally:
+                await close(connection)
+        except Exception as exc:  # noqa: BLE001 - how the migration has ended is what counts
+            logger.warning("%s: its revision is not known: %s", self.target.label, describe(exc))
+            return False
+        self.changed = self.changed or self.after != self.before
+        return True
 
     async def _check(self, connection: Connection, expected: Heads) -> State:
         found = await self._read(connection)
@@ -509,7 +531,7 @@ async def lock(
     pause = 0.02
     try:
         async with asyncio.timeout(timeout):
-            while not await _try_lock(connection):
+            while not await try_lock(connection):
                 await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
                 pause = min(0.5, pause * 1.5)
     except TimeoutError:
@@ -535,7 +557,8 @@ async def _holder(connection: Connection, connect_watch: Callable[[], Awaitable[
     return f" ({found})" if found.holders else ""
 
 
-async def _try_lock(connection: Connection) -> bool:
+async def try_lock(connection: Connection) -> bool:
+    """Take the database's migration lock, as ``lock`` does; False if another session has it."""
     try:
         return bool(await connection.fetchval(f"{_TRY_LOCK}, {_DETECT_LOST_CLIENT}", _LOCK))
     except asyncpg.PostgresError as exc:
@@ -567,4 +590,5 @@ __all__ = [
     "lock",
     "make_version_table",
     "read_state",
+    "try_lock",
 ]

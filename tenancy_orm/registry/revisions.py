@@ -9,10 +9,10 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, func, select, text, true, update
+from sqlalchemy import ColumnElement, false, func, select, text, true, update
 
 from ..context import refuse_other_tenant, refuse_while_bound
-from ..control.models import fleet_revision, tenants
+from ..control.models import fleet_revision, migration_run_tenants, migration_runs, tenants
 from ..control.notifications import CHANNEL, SCHEMA_CHANGED, SCHEMA_CHANGING
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, tenant_from_row
@@ -40,13 +40,10 @@ _ANNOUNCE = text(
     "migrating_until = clock_timestamp() + make_interval(secs => :seconds) WHERE id = :id) "
     "SELECT pg_notify(:channel, :payload)"
 )
-_END = text(
-    "WITH ended AS (UPDATE tenancy.tenants SET migrating_to = NULL, migrating_until = NULL "
-    "WHERE id = :id AND migrating_to IS NOT NULL) SELECT pg_notify(:channel, :payload)"
-)
 
 # For many tenants at once, within a statement that has ended their migrations: it has them as the rows of ``finished``,
-# with tenant_id, after, has_read (whether "after" was read) and is_announced; :held is as for ``set_revision``.
+# with tenant_id, after and has_read (whether "after" was read); :held is as for ``set_revision``. Where it was not
+# read, nobody knows what the schema is, and a notice stays: see ``Notices``.
 RECORD_FINISHED: Final = (
     "recorded AS (UPDATE tenancy.tenants n SET "
     "schema_revision = CASE WHEN f.has_read THEN f.after ELSE n.schema_revision END, "
@@ -56,7 +53,7 @@ RECORD_FINISHED: Final = (
     "held_at = CASE WHEN NOT f.has_read OR n.schema_revision IS NOT DISTINCT FROM f.after THEN n.held_at "
     "WHEN :held THEN clock_timestamp() END "
     "FROM finished f WHERE n.id = f.tenant_id AND (f.has_read AND n.schema_revision IS DISTINCT FROM f.after "
-    "OR (f.has_read OR f.is_announced) AND n.migrating_to IS NOT NULL) RETURNING n.id), "
+    "OR f.has_read AND n.migrating_to IS NOT NULL) RETURNING n.id), "
     "forgotten AS (DELETE FROM tenancy.tenant_upgrades u USING finished f, tenancy.tenants t "
     "WHERE u.tenant_id = f.tenant_id AND t.id = f.tenant_id AND f.has_read "
     "AND t.schema_revision IS DISTINCT FROM f.after AND coalesce(u.claimed_until < clock_timestamp(), true))"
@@ -123,25 +120,47 @@ class Revisions(TenantTable):
         async with self._control.connect() as connection:
             await connection.execute(_SET_REVISION, values)
 
-    async def announce_migration(
-        self, tenant_id: UUID, *, target: str | None = None, seconds: float = 0.0, ended: bool = False
-    ) -> None:
+    async def announce_migration(self, tenant_id: UUID, *, target: str | None, seconds: float) -> None:
         """Notify every process that the tenant's schema is about to change: each statement is prepared again.
 
-        That holds until ``set_revision`` says that the migration has ended, or this does, where it was interrupted.
+        That holds until ``set_revision`` says that the migration has ended.
 
         Args:
             tenant_id: The tenant.
             target: The revision that it is brought to; code that cannot work with that serves it no more.
             seconds: How long that can take at most: if the migration is killed, nobody says that it has ended.
-            ended: Whether it has ended instead.
         """
         refuse_other_tenant(tenant_id)
-        values = {"id": tenant_id, **_notification(tenant_id, SCHEMA_CHANGED if ended else SCHEMA_CHANGING)}
-        if not ended:
-            values |= {"target": target or BASE, "seconds": seconds}
+        values = {"target": target or BASE, "seconds": seconds, **_notification(tenant_id, SCHEMA_CHANGING)}
         async with self._control.connect() as connection:
-            await connection.execute(_END if ended else _ANNOUNCE, values)
+            await connection.execute(_ANNOUNCE, {"id": tenant_id, **values})
+
+    async def with_notice(self) -> list[tuple[Tenant, bool]]:
+        """Return the tenants with the notice of a migration, also where that should have ended by now.
+
+        Each with whether the last run that has begun to change it was another one than an upgrade.
+        """
+        refuse_while_bound("listing tenants")
+        last = (
+            select(migration_runs.c.command != "upgrade")
+            .join(migration_run_tenants, migration_run_tenants.c.run == migration_runs.c.id)
+            .where(migration_run_tenants.c.tenant_id == tenants.c.id, migration_run_tenants.c.is_read)
+            .order_by(migration_runs.c.id.desc())
+            .limit(1)
+            .scalar_subquery()
+        )
+        query = (
+            select(*TENANT_COLUMNS, func.coalesce(last, false()).label("was_moved"))
+            .where(
+                tenants.c.migrating_to.is_not(None),
+                tenants.c.status.not_in([Status.PROVISIONING, Status.PURGED]),
+                tenants.c.purge_started_at.is_(None),
+                tenants.c.server.is_not(None),
+            )
+            .order_by(tenants.c.id)
+        )
+        async with self._control.connect() as connection:
+            return [(tenant_from_row(row), row.was_moved) for row in await connection.execute(query)]
 
     async def recorded_revisions(self, only: Collection[UUID] | None = None) -> list[RecordedRevision]:
         """Return the revision of every tenant that is not being created or purged, in order of creation; in one query.

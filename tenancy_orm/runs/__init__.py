@@ -3,6 +3,7 @@
 from .catch_up import CatchUpReport
 from .checks import WaveReport
 from .migrator import FleetMigrator
+from .notices import NoticeReport
 from .records import ProcessRecord, RunRecord, TenantRecord
 from .report import FleetReport, Progress, TenantOutcome
 from .served import CompatibilityReport, RevisionCount
@@ -14,6 +15,7 @@ __all__ = [
     "CompatibilityReport",
     "FleetMigrator",
     "FleetReport",
+    "NoticeReport",
     "ProcessRecord",
     "Progress",
     "RevisionCount",

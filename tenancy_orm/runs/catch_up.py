@@ -46,7 +46,7 @@ class CatchUp:
     """
 
     def __init__(self, migrations: FleetMigrator, schema: SchemaSource) -> None:
-        self._migrations = migrations
+        self.migrations = migrations
         self.services = migrations.services
         self._schema = schema
         config = self.services.config
@@ -110,7 +110,7 @@ class CatchUp:
         if not known:
             return None
         # a tenant that does not pass is not to stop the others
-        report = await self._migrations.bring(plan, known, checks="in_place")
+        report = await self.migrations.bring(plan, known, checks="in_place")
         await self._record(report, {tenant.id: tenant for tenant in known}, actor, action)
         return report
 
@@ -118,7 +118,7 @@ class CatchUp:
         """Return the plan of an upgrade to this code's head."""
         head = await asyncio.to_thread(self._schema.head)
         if self._plan is None or format_revision(self._plan.environment.script.revision_map._real_heads) != head:
-            self._plan = Plan.of(await self._migrations.environment(), "upgrade", "heads")
+            self._plan = Plan.of(await self.migrations.environment(), "upgrade", "heads")
         return self._plan
 
     async def _record(self, report: FleetReport, known: dict[UUID, Tenant], actor: Actor, action: str) -> None:

@@ -8,7 +8,10 @@ from uuid import UUID
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from ..errors import ConfigurationError
+from ..migrations.failures import describe
+from ..migrations.logs import logger
 from ..migrations.services import FleetServices
+from .notices import NoticeReport
 from .recorded import RecordedRuns
 from .records import ProcessRecord, RunRecord, RunState, TenantRecord, TenantRunState
 from .report import FleetReport, Progress
@@ -107,12 +110,25 @@ class RunCommands:
     async def cancel(self, run: int, *, actor: Actor = SYSTEM) -> RunRecord:
         """Skip the tenants of a run that wait. Every process finishes those that it is migrating, and claims no others.
 
+        Those that a killed process has begun stay at the revision that they have, see ``settle_notices``.
+
         Raises:
             RunNotFoundError: there is no run of that number.
             RunStateError: it has ended.
         """
         refuse_while_bound("migrating tenants")
-        return await self._recorded.records.cancel(run, actor=actor)
+        record = await self._recorded.records.cancel(run, actor=actor)
+        try:
+            await self.settle_notices()
+        except Exception as exc:  # noqa: BLE001 - env.py may raise anything, and the run is cancelled
+            logger.warning(
+                "run %d is cancelled; tenants of killed processes are left to housekeeping: %s", run, describe(exc)
+            )
+        return record
+
+    async def settle_notices(self) -> NoticeReport:
+        """Record the revisions of tenants with a migration that was killed."""
+        raise NotImplementedError
 
     async def runs(
         self, *, state: RunState | None = None, limit: int = 20, before: int | None = None

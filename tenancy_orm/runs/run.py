@@ -217,7 +217,14 @@ class Run:
         outcome = result.outcome
         if outcome is None:
             state, detail = ("waiting", {}) if result.is_interrupted else ("skipped", {"gone": True})
-            return Finished(tenant_id=tenant.id, state=state, is_announced=result.is_announced, detail=detail)
+            return Finished(
+                tenant_id=tenant.id,
+                state=state,
+                after=result.revision,
+                has_read=result.has_read,
+                is_announced=result.is_announced,
+                detail=detail,
+            )
         self._work.emit(outcome)
         if self._progress is not None:
             self._progress.done(outcome)

@@ -58,29 +58,26 @@ async def _bring(work: MigrationWork, tenant: Tenant) -> TenantOutcome | None:
     registry, seconds = work.services.registry, work.services.config.migration.timeout
 
     async def announce(before: str | None, target: str | None) -> None:
-        """Tell every process that the schema changes now, so that open connections prepare their statements again."""
-        try:
-            await registry.announce_migration(tenant.id, target=target, seconds=seconds)
-        except ControlUnavailableError as exc:
-            logger.warning("open connections cannot be told that the schema changes: %s", exc)
+        """Tell every process that the schema changes now; without that it is not changed: old code may serve it."""
+        await registry.announce_migration(tenant.id, target=target, seconds=seconds)
 
     async def end() -> None:
         try:
-            await registry.announce_migration(tenant.id, ended=True)
+            await registry.set_revision(tenant.id, result.revision, held=held)
         except (ControlUnavailableError, NotOpenError) as exc:
-            logger.warning("open connections cannot be told that the migration has ended: %s", exc)
+            logger.warning("tenant %s: that its migration has ended could not be recorded: %s", tenant.slug, exc)
 
+    held = work.plan.command != "upgrade"
     result = await work.migrate_tenant(tenant, announce)
     if result.is_interrupted:
-        if result.is_announced:
-            # without this, processes would go on to prepare every statement again
+        if result.has_read:
             await run_to_completion(end())
         raise asyncio.CancelledError
     outcome = result.outcome
     if outcome is None or not result.has_read or (outcome.after == tenant.schema_revision and not result.is_announced):
         return outcome
     try:
-        await registry.set_revision(tenant.id, outcome.after, held=work.plan.command != "upgrade")
+        await registry.set_revision(tenant.id, outcome.after, held=held)
     except TenancyError as exc:
         error = f"it is at {outcome.after or 'base'}, but the registry could not record that: {exc}"
         return replace(outcome, error=outcome.error or error)

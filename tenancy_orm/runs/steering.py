@@ -20,6 +20,7 @@ from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
 from .claims import Claimed
 from .commands import RunCommands
+from .notices import NoticeReport, Notices
 from .preview import Preview, WavePreview, preview, preview_waves
 from .progress import ProgressReader, RunProgress
 from .recorded import RunOptions
@@ -204,6 +205,21 @@ class Steering(RunCommands):
         return await self._recorded.records.pause(run, actor=actor)
 
     # --- after ------------------------------------------------------------------------------------------------------
+
+    async def settle_notices(self) -> NoticeReport:
+        """Record the revisions of tenants with a migration that was killed; they are served at these again.
+
+        A killed process leaves its notice, with which only code that works with the target serves the tenant. Tenants
+        that are being migrated, on any machine, are left alone. Housekeeping does this, and ``cancel``.
+
+        Raises:
+            ConfigurationError: the migrations cannot be loaded.
+            ControlUnavailableError: the control database does not answer.
+        """
+        refuse_while_bound("migrating tenants")
+        if self.services.config.migrations is None or not await self.services.registry.with_notice():
+            return NoticeReport()
+        return await Notices(self.services, self._connections, await self.environment()).settle()
 
     async def plan_undo(
         self,

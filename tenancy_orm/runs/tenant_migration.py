@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from ..cancellation import run_to_completion
 from ..errors import ControlUnavailableError, JobLostError
 from ..events import TenantMigrated, TenantMigrationFailed
 from ..migrations.connections import Connections, Health, placement_of
@@ -14,7 +15,7 @@ from ..migrations.data_batches import DataObserver
 from ..migrations.database import DatabaseMigration
 from ..migrations.failures import describe
 from ..migrations.logs import TENANT_FAILED, logger
-from ..migrations.plan import Plan, format_revision
+from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..postgres.errors import sqlstate_of
@@ -30,11 +31,13 @@ it raises prevents the change."""
 class MigrationResult:
     """How the migration of one tenant ended.
 
-    ``outcome`` is None where the tenant has been purged, or ``is_interrupted``: it was cancelled, and is whole.
-    ``has_read`` is whether its revision could be read, ``is_announced`` whether every process was told of a change.
+    ``outcome`` is None where the tenant has been purged, or ``is_interrupted``: it was cancelled, and is whole, at
+    ``revision``. ``has_read`` is whether its revision could be read, ``is_announced`` whether every process was told of
+    a change.
     """
 
     outcome: TenantOutcome | None
+    revision: str | None = None
     has_read: bool = False
     is_announced: bool = False
     is_interrupted: bool = False
@@ -74,8 +77,7 @@ class TenantMigration:
             return MigrationResult(outcome=None)
 
         async def announce() -> None:
-            before = None if migration.after is None else format_revision(migration.after)
-            await begin(before, migration.target_revision)
+            await begin(_revision(migration.after), migration.target_revision)
 
         error: Exception | None = None
         migration: DatabaseMigration
@@ -87,13 +89,26 @@ class TenantMigration:
             await migration.run()
             if migration.changed:
                 await self._services.provisioner.apply_grants(tenant)
-        except (asyncio.CancelledError, JobLostError):
+        except JobLostError:
+            # others may be migrating it
             return MigrationResult(outcome=None, is_announced=migration.announced, is_interrupted=True)
+        except asyncio.CancelledError:
+            # of several revisions, some may be committed
+            has_read = migration.announced and await run_to_completion(migration.read_again())
+            return MigrationResult(
+                outcome=None,
+                revision=_revision(migration.after),
+                has_read=has_read,
+                is_announced=migration.announced,
+                is_interrupted=True,
+            )
         except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
             if await self._selection.is_gone(tenant, exc):
                 return MigrationResult(outcome=None, is_announced=migration.announced)
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc
+            if migration.announced and migration.after is None:
+                await run_to_completion(migration.read_again())
         return MigrationResult(
             outcome=_outcome(tenant, migration, error, time.monotonic() - started),
             has_read=migration.after is not None,
@@ -158,13 +173,17 @@ class TenantMigration:
             self._services.events.emit(TenantMigrationFailed(**names, error=outcome.error))  # type: ignore[arg-type]
 
 
+def _revision(heads: Heads | None) -> str | None:
+    return None if heads is None else format_revision(heads)
+
+
 def _outcome(tenant: Tenant, migration: DatabaseMigration, error: Exception | None, seconds: float) -> TenantOutcome:
     return TenantOutcome(
         tenant_id=tenant.id,
         slug=tenant.slug,
         server=placement_of(tenant).server,
-        before=None if migration.before is None else format_revision(migration.before),
-        after=None if migration.after is None else format_revision(migration.after),
+        before=_revision(migration.before),
+        after=_revision(migration.after),
         changed=migration.changed,
         seconds=seconds,
         error=None if error is None else describe(error),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextvars import Context
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from tenancy_orm import TenancyConfig
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.errors import ConfigurationError, SettingError, TaskRefusedError, TenantRevisionError
 from tenancy_orm.events import TenantRevisionRefused
+from tenancy_orm.migrations.database import _LOCK
+from tenancy_orm.runs import NoticeReport
 from tenancy_orm.tasks import ArrivalPolicy
 from tenancy_orm.tasks.gate import Message, TaskGate
 from tests.support.asgi import messages, websocket_scope
@@ -206,6 +209,88 @@ async def test_a_tenant_is_refused_from_the_notice_of_its_migration_on(
     await until(lambda: served(new))
     await registry.announce_migration(old.fleet.tenants["acme"].id, target=None, seconds=0.0)
     assert (await registry.find("acme")).migrating_to is None
+
+
+AFTER_0003 = "with op.get_context().autocommit_block():\n    op.execute('SELECT pg_advisory_lock(77)')"
+
+
+@pytest.mark.parametrize("how", ["interrupted", "lost"])
+async def test_revisions_that_are_committed_count_however_the_migration_ends(
+    old: Release, config: TenancyConfig, project: Project, how: str
+) -> None:
+    """Old code serves no tenant with a migration that was ended between two revisions."""
+    following = Project(project.root.parent / "next")
+    following.add("0004", AFTER_0003, down="0003")
+    await old.fleet.create("acme")
+    newer = config.replace(migrations=following.migrations, compatible_revisions="0003:", migration={"attempts": 1})
+    async with released(newer, "id") as new, old.fleet.connect("acme") as other:
+        await other.execute("SELECT pg_advisory_lock(77)")
+        run = asyncio.create_task(new.fleet.migrations.upgrade(tenants=["acme"]))
+        await until(lambda: other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"), 1)
+        if how == "lost":
+            await other.fetchval("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+        else:
+            run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+        assert (await old.fleet.revision("acme"), await old.fleet.recorded("acme")) == ("0003", "0003")
+        with pytest.raises(TenantRevisionError, match="is at 0003"):
+            await old.tenancy.fetch_value("SELECT 1", tenant="acme")
+        await until(lambda: new.tenancy.fetch_value("SELECT 1", tenant="acme"), 1)
+
+
+async def test_an_interruption_between_two_attempts_leaves_what_the_first_has_committed(
+    old: Release, config: TenancyConfig, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following = Project(project.root.parent / "next")
+    busy = "IF EXISTS (SELECT FROM notes WHERE body = 'busy') THEN RAISE 'busy' USING ERRCODE = '55P03'; END IF"
+    block = f'with op.get_context().autocommit_block():\n    op.execute("DO $$ BEGIN {busy}; END $$")'
+    following.add("0004", block, down="0003")
+    await old.fleet.create("acme")
+    await old.fleet.execute("acme", "INSERT INTO notes (body) VALUES ('busy')")
+    newer = config.replace(migrations=following.migrations, compatible_revisions="0003:")
+    monkeypatch.setattr("tenancy_orm.migrations.limits.random", SimpleNamespace(uniform=lambda *_: 100.0))
+    async with released(newer, "id") as new:
+        run = asyncio.create_task(new.fleet.migrations.upgrade(tenants=["acme"]))
+        await until(lambda: old.fleet.revision("acme"), "0003")
+        await asyncio.sleep(0.2)  # the attempt ends
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+    assert await old.fleet.recorded("acme") == "0003"
+
+
+@pytest.mark.parametrize("by", ["cancel", "housekeeping"])
+async def test_the_notice_of_a_killed_migration_ends_by_what_the_database_says(
+    old: Release, new: Release, by: str
+) -> None:
+    """Also where it could last no longer: the schema may have changed. A migration that runs keeps its own."""
+    for slug in ("untouched", "changed", "expired", "running"):
+        await old.fleet.create(slug)
+    (await new.fleet.migrations.upgrade(tenants=["changed", "expired"])).raise_for_failures()
+    async with new.tenancy.internals.control.transaction() as connection:
+        # their processes were killed before they could record the new revision
+        await connection.execute(text("UPDATE tenancy.tenants SET schema_revision = '0002'"))
+    registry = new.fleet.registry
+    for slug, tenant in old.fleet.tenants.items():
+        seconds = 0.0 if slug == "expired" else 3600.0
+        await registry.announce_migration(tenant.id, target="0003", seconds=seconds)
+    assert await old.tenancy.fetch_value("SELECT 1", tenant="expired") == 1  # the hole that this closes
+    async with old.fleet.connect("running") as other:
+        await other.execute("SELECT pg_advisory_lock($1)", _LOCK)
+        if by == "cancel":
+            async with new.tenancy.internals.control.transaction() as connection:
+                await connection.execute(text("UPDATE tenancy.migration_runs SET state = 'running', ended_at = NULL"))
+            [run] = await new.fleet.migrations.runs(state="running")
+            await new.fleet.migrations.cancel(run.id)
+        else:
+            report = (await new.tenancy.run_housekeeping()).chores["settle_notices"]
+            assert (report.settled, report.errors) == (("changed", "expired", "untouched"), ())
+        assert [await old.fleet.recorded(slug) for slug in old.fleet.tenants] == ["0002", "0003", "0003", "0002"]
+        assert await old.tenancy.fetch_value("SELECT 1", tenant="untouched") == 1
+        for slug in ("changed", "expired", "running"):
+            with pytest.raises(TenantRevisionError):
+                await old.tenancy.fetch_value("SELECT 1", tenant=slug)
+    assert await new.fleet.migrations.settle_notices() == NoticeReport(settled=("running",))
+    assert await new.fleet.migrations.settle_notices() == NoticeReport()
 
 
 async def test_it_is_known_how_many_tenants_are_outside(old: Release, new: Release, caplog: Any) -> None:

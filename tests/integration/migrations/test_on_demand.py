@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import TenancyConfig
-from tenancy_orm.errors import TaskRefusedError, TenantRevisionError
+from tenancy_orm.errors import ControlUnavailableError, TaskRefusedError, TenantRevisionError
 from tenancy_orm.events import TenantMigrated, TenantMigrationFailed
 from tenancy_orm.tasks.gate import Message, TaskGate
 from tests.support.fleet import until
@@ -66,6 +66,22 @@ async def test_requests_of_all_processes_share_one_upgrade(old: Release, new_con
     # older code neither serves nor changes it
     await until(lambda: old.get(acme), 503)
     assert await old.fleet.revision("acme") == "0003"
+
+
+async def test_without_a_notice_nothing_is_changed(
+    old: Release, new_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old code would go on to serve the tenant at a schema that it does not know."""
+    acme = await create(old, "acme")
+
+    async def fail(*_: object, **__: object) -> None:
+        raise ControlUnavailableError("the control database", "injected")
+
+    async with opened(new_config) as (new, heard):
+        monkeypatch.setattr(new.fleet.registry, "announce_migration", fail)
+        assert (await new.get(acme), heard) == (503, ["acme failed"])
+    assert await old.fleet.revision("acme") == "0002"
+    assert await old.get(acme) == 200
 
 
 async def test_an_upgrade_that_takes_long_answers_503_and_goes_on(old: Release, new_config: TenancyConfig) -> None:
