@@ -18,7 +18,9 @@ from uuid import UUID
 import asyncpg
 
 from ..cancellation import run_to_completion
+from ..errors import TenancyError
 from ..postgres.connections import Connection, version
+from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.rows import TenantDraft
 from ..routing import marker
@@ -153,10 +155,14 @@ class WarmCreation(Creation):
             await self._make_cold()
 
     async def _make_cold(self) -> None:
-        """Remove the claimed database, and make the tenant's own in its place."""
+        """Make the tenant's own database in place of the claimed one, which is removed."""
         assert self._cold is not None  # noqa: S101 - for the type checker: this is a step of a claimed one
-        await self._drop_opened()
+        # first: from now on the claimed one is nobody's, and reconcile drops it if this cannot
         await self._services.registry.rename_database(self._cold.id, self._cold.database)
+        try:
+            await self._drop_opened()
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            logger.warning("warm database %s stays until reconcile: %s", self._draft.database, describe(exc))
         self._draft = self._cold
         for step in super()._making_steps():
             await step.apply()

@@ -134,6 +134,27 @@ async def test_a_damaged_warm_database_is_replaced(workshop: Workshop, damage: s
     assert len(await ready(workshop)) == 1
 
 
+async def test_a_damaged_warm_database_that_cannot_be_dropped_fails_no_creation(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's prepared transaction in it, for example: reconcile drops it later."""
+    warm = await fill(workshop)
+    for name in warm:
+        async with workshop.admin() as connection:
+            await connection.execute(f'ALTER DATABASE "{name}" WITH ALLOW_CONNECTIONS true')
+
+    async def fail(*_: object) -> None:
+        raise ProvisioningError("it is in use")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tenancy_orm.provisioning.removal.drop_database", fail)
+        tenant = await workshop.create("acme")
+    assert placement(tenant).database == workshop.names.tenant(tenant.id)
+    async with workshop.connect(tenant) as connection:
+        await connection.execute("INSERT INTO notes (body) VALUES ('hello')")
+    assert set((await workshop.provisioner.reconcile()).orphans) == set(warm)
+
+
 @pytest.mark.parametrize("by", ["a creation", "a killed creation", "a drain", "a filling", "a reconcile"])
 async def test_a_database_that_a_lost_tenant_has_is_kept(workshop: Workshop, by: str) -> None:
     """An older backup of the control database says that it is warm: nobody drops it, or gives it away."""
