@@ -64,6 +64,7 @@ class FirstUse:
         self._slots = asyncio.Semaphore(config.provisioning.concurrency)
         self._running: dict[UUID, tuple[asyncio.Task[None], float]] = {}  # until when a use waits for it
         self._settled: dict[UUID, float] = {}  # until when a tenant is used as it is
+        self._most_settled = 100  # with more, those that are over are removed
         self._idle_until = 0.0  # until when every tenant is, but for those that are upgraded on demand
 
     def before_use(self, tenant: Tenant) -> Awaitable[None] | None:
@@ -183,8 +184,11 @@ class FirstUse:
 
     def _settle(self, tenant_id: UUID, seconds: float) -> None:
         now = time.monotonic()
-        self._settled = {known: until for known, until in self._settled.items() if until > now}
         self._settled[tenant_id] = now + seconds
+        # not each time: after a deploy, each of thousands of tenants comes here at its first use
+        if len(self._settled) > self._most_settled:
+            self._settled = {known: until for known, until in self._settled.items() if until > now}
+            self._most_settled = 2 * len(self._settled) + 100
 
 
 __all__ = ["FirstUse"]
