@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ class Worker:
         error: str | None = None
         try:
             async with keep_claims(lambda: self._jobs.renew(claimed)):
-                result = await job.run()
+                result = _checked(job, await job.run())
         except JobLostError:
             raise
         except Exception as exc:
@@ -263,6 +264,25 @@ class Worker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _checked(job: Job, result: JobResult | None) -> JobResult | None:
+    """Return what a job has returned; what its row cannot hold is the job's failure, and not seen as an outage.
+
+    Raises:
+        ConfigurationError: it is not a ``JobResult`` of JSON.
+    """
+    if result is None:
+        return None
+    if not isinstance(result, JobResult):
+        raise ConfigurationError(f"the job {job.name!r} returned {type(result).__name__}; return a JobResult, or None")
+    try:
+        text = json.dumps(dict(result.result), allow_nan=False)
+    except (TypeError, ValueError) as exc:
+        raise ConfigurationError(f"the result of the job {job.name!r} is not JSON: {exc}") from exc
+    if "\\u0000" in text:
+        raise ConfigurationError(f"the result of the job {job.name!r} has a null character, which PostgreSQL refuses")
+    return replace(result, errors=[str(error) for error in result.errors])
 
 
 def show_alive(file: Path) -> None:

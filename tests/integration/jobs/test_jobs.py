@@ -120,6 +120,25 @@ async def test_a_worker_records_and_announces(jobs: Jobs, monkeypatch: pytest.Mo
     assert all(low <= wait <= high for wait, (low, high) in zip(waits, bounds, strict=True))
 
 
+async def test_a_result_that_no_row_can_hold_is_the_jobs_failure(jobs: Jobs) -> None:
+    """It is recorded, and the job keeps its pace, rather than look done and begin again when its claim runs out."""
+    wrong = {"count": 3, "time": JobResult({"at": datetime.now(UTC)}), "null": JobResult({"a": "\x00"})}
+
+    def job(name: str) -> Job:
+        async def returns() -> JobResult:
+            return wrong[name]  # type: ignore[return-value]
+
+        return Job(name, 3600, returns)
+
+    report = await Worker(jobs, [job(name) for name in wrong], EventBus()).run(once=True)
+    assert (report.done, report.failed) == (0, 3)
+    found = {one.name: (one.state, one.error or "") for one in await jobs.list()}
+    assert {state for state, _ in found.values()} == {"failed"}
+    assert "the job 'count' returned int; return a JobResult, or None" in found["count"][1]
+    assert "the result of the job 'time' is not JSON" in found["time"][1]
+    assert "has a null character" in found["null"][1]
+
+
 def test_what_no_job_can_be_is_refused() -> None:
     async def nothing() -> None: ...
 
