@@ -34,6 +34,7 @@ from alembic.util.exc import CommandError, DatabaseNotAtHead
 from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import MetaData
 
+from .audit.actor import operator
 from .config import TenancyConfig, project
 from .config.values import load_object
 from .errors import ConfigurationError, FleetMigrationError, PreflightError, TenancyError
@@ -346,6 +347,7 @@ class _Command:
                     x=self.environment.x,
                 ),
                 checks="never" if arguments.skip_preflight else "ahead",
+                actor=operator(),
             )
         except PreflightError as exc:
             for slug, reason in exc.failures.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,6 +36,16 @@ class Actor:
 
 
 SYSTEM = Actor("system")
+
+
+def operator() -> Actor:
+    """Return the user of this command line."""
+    try:
+        name = getpass.getuser()
+    except (OSError, KeyError):
+        # a uid without a passwd entry, as in some containers
+        name = str(os.getuid())
+    return Actor("operator", f"cli:{name}")
 
 
 def clean_text(value: str | None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import getpass
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ import typer
 from rich.markup import escape
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..audit.actor import Actor
+from ..audit.actor import operator as operator  # noqa: PLC0414 - the commands have it from here
 from ..config import TenancyConfig, project
 from ..config.values import load_object
 from ..errors import ConfigurationError, TenancyError
@@ -45,16 +44,6 @@ ExpiresIn = Annotated[str | None, typer.Option("--expires-in", help="For how lon
 EXIT_FAILED = 1
 _LONGEST_DAYS = 36_500
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-
-
-def operator() -> Actor:
-    """Return the user of this command line as the actor for the audit log."""
-    try:
-        name = getpass.getuser()
-    except (OSError, KeyError):
-        # a uid without a passwd entry, as in some containers
-        name = str(os.getuid())
-    return Actor("operator", f"cli:{name}")
 
 
 def days_from_now(days: float) -> datetime:

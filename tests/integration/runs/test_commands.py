@@ -94,6 +94,8 @@ async def test_alembic_takes_waves(alembic: Alembic, fleet: Fleet, project: Proj
     printed = await alembic("-x", "waves=waves.toml", "-x", "max_failures=3", "upgrade", "head", ok=False)
     assert "run 1 is paused: paused before wave 2 (rest), as planned; go on with: tenancy migrate resume 1" in printed
     assert "FAILED globex" not in printed
+    actor = (await fleet.migrations.get_run(1)).actor
+    assert (actor.kind, (actor.id or "").partition(":")[0]) == ("operator", "cli")
     assert [await fleet.revision(slug) for slug in ("acme", "globex")] == ["0002", "0001"]
     await fleet.migrations.resume(1)
     await alembic("-x", "wave=tenant=acme command=true", "-x", "wave=rest", "downgrade", "0001")
