@@ -84,6 +84,7 @@
     │   ├── PreflightError                   checks of pending revisions do not pass; no tenant was touched
     │   ├── RunNotFoundError (LookupError)   no run has that number
     │   ├── RunStateError                    a run's state does not allow it
+    │   ├── RunConflictError                 a run that is under way moves tenants elsewhere
     │   ├── UndoRefusedError                 a run cannot be undone without a decision
     │   ├── RunMismatchError                 this code is not the one that a run was started with
     │   ├── RehearsalError                   a migration failed on clones of tenants; no tenant was changed
@@ -1132,6 +1133,20 @@ class RunStateError(MigrationError):
         super().__init__(f"run {run} is {state}, and cannot be {action}")
         self.run = run
         self.state = state
+
+
+class RunConflictError(MigrationError):
+    """A run of the fleet that is under way moves tenants elsewhere; no tenant was touched."""
+
+    def __init__(self, run: int, command: str, target: str) -> None:
+        """Give the number, the command and the target of the run that is under way."""
+        super().__init__(
+            f"run {run} ({command} {target}) is under way, and moves some of these tenants elsewhere; no tenant was "
+            f"touched: wait for its end, or stop it with: tenancy migrate cancel {run}"
+        )
+        self.run = run
+        self.command = command
+        self.target = target
 
 
 class RunMismatchError(MigrationError):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Annotated, Any
 
 import typer
 
-from ..runs import FleetReport, Progress, RunRecord
+from ..runs import FleetReport, ProcessRecord, Progress, RunRecord
 from ..tenancy import Tenancy
 from .migrate import run_migration
 from .output import Column, console, note, print_fields, print_json, print_table
@@ -86,7 +86,7 @@ def show(
         return
     values = {name: value for name, value in _fields(record).items() if value is not None and name != "fingerprint"}
     values["tenants"] = ", ".join(f"{number} {state}" for state, number in record.tenants.items() if number)
-    values["processes"] = [f"{one.host}:{one.pid}{_end(one.is_lost, one.left_at)}" for one in processes]
+    values["processes"] = [f"{one.host}:{one.pid} ({_presence(one)})" for one in processes]
     print_fields(f"run {record.id}", values)
     if record.is_interrupted:
         note(f"no process takes part any more; go on with: tenancy migrate resume {record.id}")
@@ -222,8 +222,12 @@ def _data(detail: Mapping[str, Any]) -> str | None:
     return "; ".join(texts) or None
 
 
-def _end(is_lost: bool, left_at: datetime | None) -> str:
-    return " (lost)" if is_lost else "" if left_at is None else f" (until {left_at.astimezone(UTC):%H:%M:%S})"
+def _presence(process: ProcessRecord) -> str:
+    if process.is_lost:
+        return "lost"
+    if process.left_at is not None:
+        return f"until {process.left_at.astimezone(UTC):%H:%M:%S}"
+    return "alive" if process.is_alive else "has not renewed its claim"
 
 
 def register(app: typer.Typer) -> None:

@@ -49,8 +49,8 @@ class Claimed:
 class Finished:
     """The end of a tenant's migration, or of the claim of one that was not begun.
 
-    ``state`` is "done", "failed" or "skipped", and "waiting" for one that others may claim. Where ``has_read`` is not
-    set, its revision was not read.
+    ``state`` is "done", "failed" or "skipped", and "waiting" for one that others may claim; that is skipped where the
+    run has ended. Where ``has_read`` is not set, its revision was not read.
     """
 
     tenant_id: UUID
@@ -186,7 +186,8 @@ _BEGIN = (
     "started_at = coalesce(started_at, clock_timestamp()), "
     "revision_before = CASE WHEN is_read THEN revision_before ELSE $4::text END, is_read = true "
     "WHERE run = $1::bigint AND tenant_id = $2::uuid AND claim = $3::uuid "
-    "AND EXISTS (SELECT FROM tenancy.migration_runs r WHERE r.id = $1::bigint AND r.state = 'running') "
+    "AND ($9::boolean OR EXISTS "
+    "(SELECT FROM tenancy.migration_runs r WHERE r.id = $1::bigint AND r.state = 'running')) "
     "RETURNING tenant_id), "
     + MARK_BEGUN.format(target="$7::text", seconds="$8::double precision")
     + " SELECT pg_notify($5::text, $6::text) FROM begun"
@@ -232,7 +233,9 @@ class RunClaims:
             values = {**self._names, "seconds": CLAIM_SECONDS}
             return await connection.scalar(_RENEW, values) is not None
 
-    async def begin(self, tenant_id: UUID, before: str | None, *, target: str | None, seconds: float) -> None:
+    async def begin(
+        self, tenant_id: UUID, before: str | None, *, target: str | None, seconds: float, again: bool = False
+    ) -> None:
         """Record the revision that a tenant has before it is changed, and announce the change to every process.
 
         Args:
@@ -240,13 +243,14 @@ class RunClaims:
             before: The revision that it has now.
             target: The revision that it is brought to.
             seconds: How long that can take at most.
+            again: Whether this process has begun to change it already, and finishes that whatever the run's state is.
 
         Raises:
             JobLostError: another process may migrate it by now, or the run goes on no more.
             ControlUnavailableError: the control database does not answer.
         """
         payload = json.dumps({"t": str(tenant_id), "k": None, "c": SCHEMA_CHANGING})
-        args = (self.run, tenant_id, self.claimant.id, before, CHANNEL, payload, target or BASE, seconds)
+        args = (self.run, tenant_id, self.claimant.id, before, CHANNEL, payload, target or BASE, seconds, again)
         if not await self._control.fetch(_BEGIN, *args):
             raise JobLostError
 
@@ -296,7 +300,7 @@ class RunClaims:
             others = await self._others(connection)
             lost: frozenset[UUID] = frozenset()
             if finished:
-                lost = await self._finish(connection, finished)
+                lost = await self._finish(connection, finished, run.state)
             if known is not None:
                 await connection.execute(_FORGET_UNKNOWN, {**self._names, "known": list(known)})
             if started:
@@ -352,8 +356,15 @@ class RunClaims:
             await connection.execute(RELEASE_LOST, {"run": self.run})
         return [row.slots for row in rows if row.id != mine and not row.is_expired]
 
-    async def _finish(self, connection: AsyncConnection, finished: Sequence[Finished]) -> frozenset[UUID]:
-        given = [{**asdict(one), "tenant_id": str(one.tenant_id)} for one in finished]
+    async def _finish(
+        self, connection: AsyncConnection, finished: Sequence[Finished], state: RunState
+    ) -> frozenset[UUID]:
+        # by the state under the lock: an operator may have let a cancelled run go on since this process has seen it
+        waits = "skipped" if state in ("failed", "cancelled") else "waiting"
+        given = [
+            {**asdict(one), "tenant_id": str(one.tenant_id), "state": waits if one.state == "waiting" else one.state}
+            for one in finished
+        ]
         values = {"finished": json.dumps(given), "channel": CHANNEL, "kind": SCHEMA_CHANGED, "held": self._held}
         written = await connection.scalars(_FINISH, {**self._names, **values})
         return frozenset(one.tenant_id for one in finished) - frozenset(written)
@@ -440,7 +451,7 @@ class RunClaims:
         async with self._control.transaction() as connection:
             run = await lock_run(connection, self.run)
             if finished:
-                await self._finish(connection, finished)
+                await self._finish(connection, finished, run.state)
             await connection.execute(_RELEASE, self._names)
             if run.state in ("failed", "cancelled"):
                 await connection.execute(_SKIP_REST, self._names)

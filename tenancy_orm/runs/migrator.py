@@ -100,7 +100,7 @@ class FleetMigrator(Rehearsing):
             server_concurrency: How many at once on one server, over all processes that take part in the run; as many
                 as ``concurrency`` where None.
             join: Take part in the upgrade of all tenants to the same target that is running; start one if there is
-                none.
+                none. If it is paused, report that: it goes on with ``resume`` alone.
             order: Which come first: "created", in the order of their creation; or "busiest", those with connections,
                 then by their number of transactions.
             waves: Which tenants go first, and what must hold before the others follow.
@@ -114,6 +114,7 @@ class FleetMigrator(Rehearsing):
             ConfigurationError: there is no migration directory, or its env.py cannot be used for a fleet; or ``join``
                 is given with ``tenants``.
             PreflightError: a check does not pass for some tenants; no tenant was touched.
+            RunConflictError: a run that is under way moves some of the tenants elsewhere; no tenant was touched.
             MigrationError: the revision does not exist, or fails on the template; no tenant was touched.
             TenantNotFoundError: one of ``tenants`` does not exist.
             ControlUnavailableError: the control database does not answer.

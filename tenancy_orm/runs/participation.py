@@ -344,13 +344,12 @@ class Participation:
             for server in await self._claims.servers():
                 self._queue.setdefault(server, deque())
         if turn.state != "running" or self._stopped:
-            self._give_back(turn.state)
+            self._give_back()
 
-    def _give_back(self, state: RunState) -> None:
+    def _give_back(self) -> None:
         """Let go of what is claimed and was not begun."""
-        as_ = "waiting" if state in ("running", "paused") else "skipped"
         for waiting in self._queue.values():
-            self._finished += [Finished(tenant_id=one.tenant.id, state=as_, counts=False) for one in waiting]
+            self._finished += [Finished(tenant_id=one.tenant.id, state="waiting", counts=False) for one in waiting]
             waiting.clear()
 
     def _known(self) -> list[UUID]:

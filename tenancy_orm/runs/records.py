@@ -17,8 +17,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..audit.actor import SYSTEM, Actor, clean_text
 from ..audit.entries import insert_entry
 from ..control.database import ControlDatabase
-from ..errors import RunNotFoundError, RunStateError
+from ..errors import RunConflictError, RunNotFoundError, RunStateError
 from ..jobs import CLAIM_SECONDS, Claimant
+from .starts import LIVE, contradicting, find_to_join, lock_starts
 
 RunState = Literal["running", "paused", "done", "failed", "cancelled"]
 TenantRunState = Literal["waiting", "running", "done", "failed", "skipped"]
@@ -94,7 +95,11 @@ class TenantRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessRecord:
-    """A process that takes part in a run, or did. ``slots``: how many tenants at once it may migrate, by server."""
+    """A process that takes part in a run, or did.
+
+    ``slots``: how many tenants at once it may migrate, by server. ``is_alive``: it takes part, and its claim has not
+    run out.
+    """
 
     id: UUID
     host: str
@@ -103,6 +108,7 @@ class ProcessRecord:
     joined_at: datetime
     left_at: datetime | None
     is_lost: bool
+    is_alive: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,16 +134,11 @@ class NewTenant:
     target: str | None = None
 
 
-_STARTS = 0x74656E616E637907  # the advisory lock of the control database under which runs to join are looked for
-
 # --- statements -------------------------------------------------------------------------------------------------------
-
-# of a process: whether it still takes part
-_LIVE = "p.left_at IS NULL AND p.claimed_until >= clock_timestamp()"
 
 _RUNS = f"""
 SELECT r.*, coalesce(c.tenants, '{{}}') AS tenants, (
-    SELECT count(*) FROM tenancy.migration_run_processes p WHERE p.run = r.id AND {_LIVE}
+    SELECT count(*) FROM tenancy.migration_run_processes p WHERE p.run = r.id AND {LIVE}
 ) AS processes
 FROM tenancy.migration_runs r
 LEFT JOIN LATERAL (
@@ -157,7 +158,9 @@ _TENANTS = text(
     "AND (CAST(:states AS text[]) IS NULL OR t.state = ANY(CAST(:states AS text[]))) "
     "ORDER BY t.tenant_id LIMIT CAST(:limit AS bigint)"
 )
-_PROCESSES = text("SELECT * FROM tenancy.migration_run_processes WHERE run = :run ORDER BY joined_at, id")
+_PROCESSES = text(
+    f"SELECT p.*, {LIVE} AS is_alive FROM tenancy.migration_run_processes p WHERE p.run = :run ORDER BY joined_at, id"  # noqa: S608 - a constant
+)
 _INSERT = text(
     "INSERT INTO tenancy.migration_runs "
     "(command, target, undoes, actor_kind, actor_id, host, package_version, code_version, fingerprint, plan, gate) "
@@ -174,12 +177,6 @@ _ADD_PROCESS = text(
     "INSERT INTO tenancy.migration_run_processes (run, id, host, pid, claimed_until) "
     "VALUES (:run, :id, :host, :pid, clock_timestamp() + make_interval(secs => :seconds))"
 )
-_FIND = text(
-    "SELECT id FROM tenancy.migration_runs WHERE state = 'running' AND command = :command AND target = :target "
-    "AND fingerprint = :fingerprint AND plan -> 'all' = 'true' ORDER BY id DESC LIMIT 1"
-)
-# whoever looks for a run to join, and starts one where there is none, does so by itself
-_LOCK_STARTS = text("SELECT pg_advisory_xact_lock(:key)")
 LOCK_RUN = text("SELECT * FROM tenancy.migration_runs WHERE id = :run FOR NO KEY UPDATE")
 _SET_STATE = text(
     "UPDATE tenancy.migration_runs SET state = CAST(:state AS text), reason = :reason, gate = NULL, "
@@ -200,7 +197,8 @@ _SKIP_WAITING = text(
 )
 # not those that were purged
 _WAIT_AGAIN = text(
-    "UPDATE tenancy.migration_run_tenants t SET state = 'waiting', claim = NULL, error = NULL, sqlstate = NULL "
+    "UPDATE tenancy.migration_run_tenants t SET state = 'waiting', claim = NULL, error = NULL, sqlstate = NULL, "
+    "losses = 0 "
     "FROM tenancy.tenants n WHERE t.run = :run AND t.state = ANY(CAST(:states AS text[])) AND n.id = t.tenant_id "
     "AND n.status NOT IN ('provisioning', 'purged') AND n.purge_started_at IS NULL"
 )
@@ -211,7 +209,7 @@ _UNFINISHED_DATA = text(
     "FROM tenancy.migration_run_tenants l WHERE l.tenant_id = t.tenant_id AND l.run > t.run AND l.state = 'done') "
     "ORDER BY t.run"
 )
-_ANY_LIVE = text(f"SELECT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = :run AND {_LIVE})")  # noqa: S608 - a constant
+_ANY_LIVE = text(f"SELECT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = :run AND {LIVE})")  # noqa: S608 - a constant
 # a retry goes through waves whose tenants were skipped: when these wait again, their wave comes first, with its checks
 _GO_BACK = text(
     "UPDATE tenancy.migration_runs r SET wave = least(r.wave, (SELECT min(t.wave) "
@@ -252,18 +250,22 @@ class RunRecords:
             new: The run.
             tenants: Its tenants, in the order in which they are migrated.
             claimant: The process that starts it.
-            join: Return the run of the same command, target and code that is running, if there is one.
+            join: Return the run of the same command, target and code that is running, or paused, if there is one.
+
+        Raises:
+            RunConflictError: a run that is under way moves some of the tenants elsewhere.
         """
         async with self.control.transaction() as connection:
+            await lock_starts(connection)
             if join:
-                await connection.execute(_LOCK_STARTS, {"key": _STARTS})
-                names = {"command": new.command, "target": new.target, "fingerprint": new.fingerprint}
-                if (found := await connection.scalar(_FIND, names)) is not None:
-                    await lock_run(connection, int(found))
-                    await add_process(connection, int(found), claimant)
-                    return int(found)
+                found = await find_to_join(connection, new.command, new.target, new.fingerprint)
+                if found is not None:
+                    if (await lock_run(connection, found)).state == "running":
+                        await add_process(connection, found, claimant)
+                    return found
             run = int(await connection.scalar(_INSERT, {**_new_values(new), "gate": claimant.id}) or 0)
             await add_tenants(connection, run, tenants)
+            await _refuse_conflicts(connection, run, new.actor)
             await add_process(connection, run, claimant)
             detail = {"run": run, "command": new.command, "target": new.target, "tenants": len(tenants)}
             await insert_entry(connection, action="migration.start", actor=new.actor, detail=detail)
@@ -285,9 +287,8 @@ class RunRecords:
 
     async def find_running(self, command: str, target: str, fingerprint: str) -> RunRecord | None:
         """Return the run that ``create`` would join; None if there is none."""
-        names = {"command": command, "target": target, "fingerprint": fingerprint}
         async with self.control.connect() as connection:
-            run = await connection.scalar(_FIND, names)
+            run = await find_to_join(connection, command, target, fingerprint)
             row = None if run is None else (await connection.execute(_RUN, {"run": run})).one_or_none()
         return None if row is None else _run_from_row(row)
 
@@ -334,6 +335,7 @@ class RunRecords:
                     joined_at=row.joined_at,
                     left_at=row.left_at,
                     is_lost=row.is_lost,
+                    is_alive=row.is_alive,
                 )
                 for row in rows
             ]
@@ -356,10 +358,7 @@ class RunRecords:
             # somebody may have resumed it since its undo was planned
             if to_undo and found.state == "running" and await connection.scalar(_ANY_LIVE, {"run": run}):
                 raise RunStateError(run, "running", "undone; cancel it first")
-            await connection.execute(RELEASE_LOST, {"run": run})
-            await connection.execute(_SKIP_WAITING, {"run": run})
-            await set_state(connection, run, "cancelled", f"cancelled by {actor.id or actor.kind}")
-            await insert_entry(connection, action="migration.cancel", actor=actor, detail={"run": run})
+            await _cancel(connection, run, f"cancelled by {actor.id or actor.kind}", actor)
         return await self.get(run)
 
     async def pause(self, run: int, *, actor: Actor = SYSTEM) -> RunRecord:
@@ -392,9 +391,11 @@ class RunRecords:
 
         Raises:
             RunNotFoundError: there is none of that number.
-            RunStateError: there is nothing to go on with; or, to retry, it has not ended.
+            RunStateError: to retry, it has not ended.
+            RunConflictError: another run that is under way moves some of its tenants elsewhere.
         """
         async with self.control.transaction() as connection:
+            await lock_starts(connection)
             found = await lock_run(connection, run)
             if retry and found.state == "running":
                 raise RunStateError(run, "not at its end", "retried; resume it first")
@@ -407,6 +408,7 @@ class RunRecords:
             if found.state != "running":
                 await set_state(connection, run, "running", None)
                 await connection.execute(_FORGET_SKIP_CHECKS, {"run": run})
+            await _refuse_conflicts(connection, run, actor)
             if skip_checks:
                 await connection.execute(_SKIP_CHECKS, {"run": run})
             await add_process(connection, run, claimant)
@@ -454,6 +456,23 @@ async def lock_run(connection: AsyncConnection, run: int) -> Row[*tuple[Any, ...
     if row is None:
         raise RunNotFoundError(run)
     return row
+
+
+async def _refuse_conflicts(connection: AsyncConnection, run: int, actor: Actor) -> None:
+    """Refuse a run that others contradict; one that no process works on any more is cancelled instead."""
+    for other in await contradicting(connection, run):
+        if other.is_live:
+            raise RunConflictError(other.id, other.command, other.target)
+        await lock_run(connection, other.id)
+        await _cancel(connection, other.id, f"it was interrupted, and run {run} contradicts it", actor)
+
+
+async def _cancel(connection: AsyncConnection, run: int, reason: str, actor: Actor) -> None:
+    """Cancel a run that is locked."""
+    await connection.execute(RELEASE_LOST, {"run": run})
+    await connection.execute(_SKIP_WAITING, {"run": run})
+    await set_state(connection, run, "cancelled", reason)
+    await insert_entry(connection, action="migration.cancel", actor=actor, detail={"run": run, "reason": reason})
 
 
 async def set_state(connection: AsyncConnection, run: int, state: RunState, reason: str | None) -> None:

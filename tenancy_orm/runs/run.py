@@ -207,11 +207,18 @@ class Run:
     async def _migrate(self, claimed: Claimed) -> Finished:
         tenant = claimed.tenant
         if claimed.losses >= GIVEN_UP:
-            error = f"its migration was begun {claimed.losses} times, and its process was lost each time"
+            error = (
+                f"its migration was begun {claimed.losses} times, and its process was lost each time; find what ends "
+                f"them, then try it again with: tenancy migrate retry {self._run}"
+            )
             return Finished(tenant_id=tenant.id, state="failed", error=error, counts=False)
 
+        has_begun = False
+
         async def begin(before: str | None, target: str | None) -> None:
-            await self._begin(claimed, before, target)
+            nonlocal has_begun
+            await self._begin(claimed, before, target, again=has_begun)
+            has_begun = True
 
         result = await self._work.migrate(claimed, begin, self._observer(claimed))
         outcome = result.outcome
@@ -242,12 +249,12 @@ class Run:
             detail={"extensions": list(outcome.extensions)} if outcome.extensions else {},
         )
 
-    async def _begin(self, claimed: Claimed, before: str | None, target: str | None) -> None:
+    async def _begin(self, claimed: Claimed, before: str | None, target: str | None, *, again: bool) -> None:
         """Record what a tenant has before its first change. Without that it is not changed."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
-                await self._claims.begin(claimed.tenant.id, before, target=target, seconds=self._limit)
+                await self._claims.begin(claimed.tenant.id, before, target=target, seconds=self._limit, again=again)
                 return
             except Exception as exc:
                 if not is_temporary(exc) or time.monotonic() >= deadline:
