@@ -14,6 +14,7 @@ from ..tenancy import Tenancy
 from .output import Column, console, note, print_json, print_table, printable
 from .runtime import EXIT_FAILED, Json, operator, run
 
+_STATEMENT = 200  # characters of a statement that are shown; JSON has more
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -89,7 +90,7 @@ def _print(report: RehearsalReport) -> None:
     if slowest is not None:
         print_table(
             f"statements on the clone of {slowest.slug}, the slowest",
-            (Column("phase", drop=1), "revision", "seconds", "statement", "locks", "rewrites"),
+            (Column("phase", drop=1), "revision", "seconds", "locks", "rewrites", "statement"),
             (row for phase in slowest.phases[:2] for row in _statements(phase)),
         )
     differences = [(clone.slug, one.after, one.text) for clone in report.clones for one in clone.differences]
@@ -117,9 +118,20 @@ def _clone(clone: CloneReport) -> tuple[str | None, ...]:
 
 
 def _statements(phase: PhaseReport) -> Iterator[tuple[str, ...]]:
-    for revision in phase.revisions:
-        for statement in revision.statements:
-            yield phase.name, revision.revision, f"{statement.seconds:.3f}", statement.sql, *_effects(statement)
+    def row(revision: str, seconds: float, locks: str, rewrites: str, text: str) -> tuple[str, ...]:
+        return phase.name, revision, f"{seconds:.3f}", locks, rewrites, text
+
+    for one in phase.revisions:
+        if one.preflight_seconds is not None:
+            yield row(one.revision, one.preflight_seconds, "", "", "(preflight)")
+        own = [row(one.revision, found.seconds, *_effects(found), _shown(found.sql)) for found in one.statements]
+        data = [] if one.data_seconds is None else [row(one.revision, one.data_seconds, "", "", "(data migrations)")]
+        # a downgrade has them before the statements of its revision
+        yield from data + own if phase.name == "downgrade" else own + data
+
+
+def _shown(sql: str) -> str:
+    return sql if len(sql) <= _STATEMENT else f"{sql[:_STATEMENT]}..."
 
 
 def _effects(statement: StatementReport) -> tuple[str, str]:

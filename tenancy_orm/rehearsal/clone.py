@@ -137,10 +137,12 @@ class CloneRehearsal:
     async def _phase(self, name: PhaseName, plan: Plan) -> None:
         self._tell(name)
         async with self._connected() as watcher:
-            recorder = Recorder(await read_relations(watcher), self._environment)
-            plan = replace(plan, environment=recorder.listening(plan.environment), _paths={})
+            recorder = Recorder(await read_relations(watcher))
             migration = DatabaseMigration(
-                plan, self._target(self._tenant), adapter=RecordingAdapter(recorder, watcher), limits=self._limits
+                recorder.listening(plan),
+                self._target(self._tenant),
+                adapter=RecordingAdapter(recorder, watcher),
+                limits=self._limits,
             )
             started, error = time.perf_counter(), None
             try:

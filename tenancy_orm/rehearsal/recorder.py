@@ -4,11 +4,16 @@ After each statement of a transaction, the same session is asked for the locks t
 and indexes. So no lock is missed, however short. Locks of a transaction are held until its end. A statement outside a
 transaction (CREATE INDEX CONCURRENTLY) has released its locks by then: those are seen by a second session, every few
 milliseconds.
+
+What is executed while no revision runs is not listed, since it is not the revision's: its time alone is known, as that
+of a preflight or of data migrations.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -22,7 +27,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ..migrations.checks import script_of
+from ..migrations.data_migrations import is_downgrade, of_step
 from ..migrations.database import ConnectionAdapter
+from ..migrations.plan import MigrationStep, Plan
 from ..migrations.scripts import Environment
 from ..postgres.connections import Connection
 from ..postgres.sqlalchemy_versions import await_
@@ -83,36 +91,79 @@ class _Statement:
     rewrites: list[RewriteReport] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Revision:
+    """A revision that has begun."""
+
+    name: str = ""
+    has_data: bool = False  # data migrations, which follow it
+    preflight_seconds: float | None = None
+    data_seconds: float | None = None
+    seconds: float = 0.0
+    statements: list[_Statement] = field(default_factory=list)
+
+
 class Recorder:
     """Records one phase on one database.
 
     Args:
         relations: Those that existed before: nobody else waits for what the revisions create themselves.
-        environment: The scripts; statements on their version table are not listed.
     """
 
-    def __init__(self, relations: Mapping[int, Relation], environment: Environment) -> None:
+    def __init__(self, relations: Mapping[int, Relation]) -> None:
         self._relations = relations
-        self._version_table = str(environment.options.get("version_table", "alembic_version"))
         self._files = {oid: one.file for oid, one in relations.items() if one.file is not None}
-        self._done: list[tuple[str, float, list[_Statement]]] = []
-        self._statements: list[_Statement] = []
+        self._done: list[_Revision] = []
+        self._revision: _Revision | None = None  # the one that runs
+        self._is_running = False  # its own code, and not what is around it
+        self._around = 0.0  # the seconds of statements around revisions, in this transaction
+        self._between = 0.0  # and in those before it
         self._current: _Statement | None = None
         self._held: dict[tuple[int, str], _Statement] = {}
         self._seen: dict[tuple[int, str], float] = {}  # when the current statement's locks were seen first
         self._began = time.perf_counter()
 
-    def listening(self, environment: Environment) -> Environment:
-        """Return an environment that tells this recorder of the end of each revision."""
+    def listening(self, plan: Plan) -> Plan:
+        """Return a plan whose steps tell this recorder when a revision begins and ends."""
+
+        def steps(heads: Any, context: Any) -> Iterator[MigrationStep]:
+            return map(self._told_of, plan.function(heads, context))
+
+        return replace(plan, environment=self._listening(plan.environment), function=steps, _paths={})
+
+    def _told_of(self, step: MigrationStep) -> MigrationStep:
+        found: MigrationStep = copy.copy(step)
+        migrate = step.migration_fn
+
+        @functools.wraps(migrate)  # its name is in messages
+        def run(**options: Any) -> None:
+            self._begin(step)
+            try:
+                migrate(**options)
+            finally:
+                self._is_running = False
+
+        found.migration_fn = run
+        return found
+
+    def _listening(self, environment: Environment) -> Environment:
         callbacks = (*to_tuple(environment.options.get("on_version_apply"), default=()), self._revision_applied)
         return replace(environment, options={**environment.options, "on_version_apply": callbacks})
 
     def revisions(self) -> tuple[RevisionReport, ...]:
         """Return what the revisions did that came to their end, in order."""
         self._release()
+        self._give_data(self._between)
+        self._between = 0.0
         return tuple(
-            RevisionReport(revision=name, seconds=seconds, statements=tuple(map(self._report, statements)))
-            for name, seconds, statements in self._done
+            RevisionReport(
+                revision=one.name,
+                seconds=one.seconds,
+                statements=tuple(map(self._report, one.statements)),
+                preflight_seconds=one.preflight_seconds,
+                data_seconds=one.data_seconds,
+            )
+            for one in self._done
         )
 
     @contextmanager
@@ -141,9 +192,31 @@ class Recorder:
             current.locks[relation, mode] = time.perf_counter() - first + _POLL_SECONDS
 
     def _revision_applied(self, *, step: Any, **_: Any) -> None:
-        now = time.perf_counter()
-        self._done.append((step.up_revision_id or "", now - self._began, self._statements))
-        self._statements, self._began = [], now
+        now, revision = time.perf_counter(), self._revision
+        self._revision, self._around = None, 0.0
+        if revision is None:  # without a function of its own, as what only leaves the version table
+            revision = _Revision()
+        revision.name = step.up_revision_id or ""
+        revision.seconds, self._began = now - self._began, now
+        self._done.append(revision)
+
+    def _begin(self, step: MigrationStep) -> None:
+        """Note that the code of a revision begins, and what the statements before it were for."""
+        migrations = of_step(step)
+        revision = _Revision(has_data=bool(migrations) and not is_downgrade(step))
+        if migrations and is_downgrade(step):  # which come before it
+            revision.data_seconds = self._between
+        else:
+            self._give_data(self._between)
+        if script_of(step) is not None and self._around:
+            revision.preflight_seconds = self._around
+        self._around = self._between = 0.0
+        self._revision, self._is_running = revision, True
+
+    def _give_data(self, seconds: float) -> None:
+        """Give the time of data migrations to the revision that they follow."""
+        if self._done and self._done[-1].has_data and seconds:
+            self._done[-1].data_seconds = (self._done[-1].data_seconds or 0.0) + seconds
 
     def _before(self, connection: SyncConnection, cursor: Any, text: str, *_: Any) -> None:
         outside = bool(getattr(getattr(cursor, "_adapt_connection", None), "autocommit", False))
@@ -155,8 +228,10 @@ class Recorder:
         if statement is None:
             return
         statement.seconds = time.perf_counter() - statement.started
-        if self._version_table not in text:
-            self._statements.append(statement)
+        if not self._is_running or self._revision is None:
+            self._around += statement.seconds
+            return
+        self._revision.statements.append(statement)
         driver: Any = connection.connection.driver_connection
         await_(self._look(driver, statement))
         # what this look took is not the revision's time
@@ -179,6 +254,9 @@ class Recorder:
 
     def _ended(self, connection: SyncConnection) -> None:
         self._release()
+        if self._revision is None:
+            self._between, self._around = self._between + self._around, 0.0
+            self._began = time.perf_counter()
 
     def _release(self) -> None:
         """Note that the locks of the transaction are released."""

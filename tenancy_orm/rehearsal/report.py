@@ -46,11 +46,18 @@ class StatementReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RevisionReport:
-    """One revision in one phase. ``seconds`` includes the revision's own Python code and the version table."""
+    """One revision in one phase, with its own statements.
+
+    ``seconds`` includes the revision's own Python code, the version table and the preflight, but no data migrations.
+    ``preflight_seconds`` and ``data_seconds`` are the statements of its preflight and of its data migrations; None
+    without them.
+    """
 
     revision: str
     seconds: float
     statements: tuple[StatementReport, ...]
+    preflight_seconds: float | None = None
+    data_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,8 +29,9 @@ async def test_a_rehearsal_prints_what_an_upgrade_would_do(cli: Cli, tmp_path: P
     path = project.add(
         "0002",
         'op.execute("ALTER TABLE notes ALTER COLUMN id TYPE bigint")',
-        'op.execute("ALTER TABLE notes ALTER COLUMN id TYPE int")',
+        'op.execute("ALTER TABLE notes ALTER COLUMN id TYPE int")\nop.execute("SELECT 1 -- " + "x" * 600)',
         down="0001",
+        preflight='yield "SELECT FROM notes WHERE id < 0"',
     )
     good = await cli("migrate", "rehearse")
     assert good.status == 0, good.out + good.err
@@ -39,6 +40,9 @@ async def test_a_rehearsal_prints_what_an_upgrade_would_do(cli: Cli, tmp_path: P
     (statement,) = [line for line in good.out.splitlines() if "TYPE bigint" in line]
     assert "AccessExclusive public.notes" in statement and "reads and writes wait" in statement
     assert "table public.notes" in statement
+    assert [line.split()[-1] for line in good.out.splitlines() if "preflight" in line] == ["(preflight)"]
+    assert "SAVEPOINT" not in good.out and "set_config" not in good.out
+    assert max(map(len, good.out.splitlines())) < 500
     assert "estimate: 1 tenant " in good.out
     assert good.out.splitlines()[-1].endswith("no tenant was changed")
     assert good.err.splitlines()[1:] == [f"acme: {text}" for text in ("copy", "upgrade", "downgrade", "upgrade again")]

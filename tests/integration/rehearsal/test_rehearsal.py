@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,42 @@ async def test_a_rehearsal_measures_and_changes_no_tenant(fleet: Fleet, project:
     assert json.loads(json.dumps(dataclasses.asdict(report)))["clones"][0]["slug"] == "globex"
     entries = await fleet.tenancy.audit.events(tenant=fleet.tenants["globex"])
     assert "tenant.copy" in [entry.action for entry in entries]
+
+
+async def test_what_is_not_a_revisions_own_is_not_among_its_statements(fleet: Fleet, project: Project) -> None:
+    """Savepoints, limits and queries of the package: the time of a preflight and of data migrations is one number."""
+    path = project.add(
+        "0002", ADD, DROP, down="0001", preflight='yield Check("bodies", "SELECT FROM notes WHERE id < 0")'
+    )
+    text = path.read_text() + textwrap.dedent(
+        """
+        from tenancy_orm.migrations import data_migration
+
+
+        @data_migration(table="notes", where="n IS NULL")
+        def fill(batch):
+            return f"UPDATE notes SET n = 1 WHERE {batch.rows}"
+
+
+        @fill.reverse
+        def empty(batch):
+            return f"UPDATE notes SET n = NULL WHERE {batch.rows}"
+        """
+    )
+    path.write_text(text)
+    project.add("0003", 'op.create_table("tags", sa.Column("name", sa.Text))', 'op.drop_table("tags")', down="0002")
+    (clone,) = (await fleet.migrations.rehearse(tenants=["acme"])).clones
+    assert clone.ok, clone
+    for name, prefixes in (("upgrade", ["ALTER", "CREATE"]), ("downgrade", ["DROP", "ALTER"])):
+        found = phase(clone, name).revisions
+        assert [[one.sql.split()[0] for one in revision.statements] for revision in found] == [
+            [one] for one in prefixes
+        ]
+    second, third = phase(clone, "upgrade").revisions
+    assert second.preflight_seconds and second.data_seconds
+    assert (third.preflight_seconds, third.data_seconds) == (None, None)
+    third, second = phase(clone, "downgrade").revisions
+    assert (third.data_seconds, second.preflight_seconds) == (None, None) and second.data_seconds
 
 
 async def test_a_downgrade_that_does_not_lead_back_differs(fleet: Fleet, project: Project) -> None:
