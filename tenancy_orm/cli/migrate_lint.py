@@ -18,6 +18,9 @@ from ..tenancy import Tenancy
 from .output import console, note, print_json, printable
 from .runtime import EXIT_FAILED, Json, exit_on_error, load_tenancy, run
 
+EXIT_NOT_CHECKED = 2
+"""The exit status where the revisions could not be checked, as without squawk."""
+
 
 def lint_revisions(
     revisions: Annotated[
@@ -39,7 +42,7 @@ def lint_revisions(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Look for what is dangerous in revisions, with squawk. Exit status 1 if anything is found."""
+    """Look for what is dangerous in revisions, with squawk. Exit status 1 with findings, 2 if unchecked."""
     if sum(1 for given in (revisions, start, since) if given) > 1:
         raise typer.BadParameter("give revisions, --from or --since")
 
@@ -81,7 +84,11 @@ def lint_revisions(
             return checked(config, environment, chosen)
         return checked(config, environment, revisions or ())
 
-    report = exit_on_error(without_database) if revisions or start or since else run(by_fleet)
+    try:
+        report = exit_on_error(without_database) if revisions or start or since else run(by_fleet)
+    except typer.Exit:
+        # CI tells by the status what is to be mended: the revisions, or its own setup
+        raise typer.Exit(EXIT_NOT_CHECKED) from None
     if as_json:
         print_json(report)
     else:
@@ -108,4 +115,4 @@ def _line(one: LintFinding) -> str:
     return f"{where}:{one.line or 1}: {one.level}: {one.message} [{one.rule}]"
 
 
-__all__ = ["lint_revisions"]
+__all__ = ["EXIT_NOT_CHECKED", "lint_revisions"]
