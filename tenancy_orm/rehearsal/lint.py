@@ -36,6 +36,10 @@ RULES = {
 """The rules beside squawk's."""
 
 _IGNORE = re.compile(r"#\s*squawk-ignore(?P<rules>[\w\s,-]*)")
+_NO_WAY_BACK = (
+    "Write one. Without it tenancy migrate undo refuses a run of this revision, unless --stamp-irreversible leaves its "
+    "changes in the databases."
+)
 _STATEMENT = 200  # characters of a statement that are shown
 
 
@@ -271,7 +275,7 @@ def _own(environment: Environment, script: Script, text: _Text) -> list[LintFind
             "Put the block into a revision of its own.",
         )
     if reason := _missing_downgrade(environment, script, text):
-        add("no-downgrade", reason, _line_of(script, "downgrade"), "Undo of a run leaves tenants at this revision.")
+        add("no-downgrade", reason, _line_of(script, "downgrade"), _NO_WAY_BACK)
     return found
 
 

@@ -92,6 +92,7 @@ def test_a_revision_that_cannot_be_taken_back_is_found(project: Project, downgra
     (found,) = check(project)
     assert found.rule == "no-downgrade"
     assert message in found.message
+    assert "undo refuses" in (found.help or "") and "--stamp-irreversible" in (found.help or "")
     # a merge does nothing in either direction
     project.add("4", down="3")
     assert rules(project) == []
