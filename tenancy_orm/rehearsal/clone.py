@@ -27,6 +27,7 @@ from .contents import lost, read_digests
 from .recorder import Recorder, RecordingAdapter, read_relations
 from .report import DifferenceReport, PhaseName, PhaseReport
 
+_NO_DOWNGRADE = "; rehearse the upgrade alone with --no-downgrade (downgrade=False in Python)"
 _UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 
 
@@ -148,7 +149,7 @@ class CloneRehearsal:
             try:
                 await migration.run()
             except Exception as exc:
-                error = describe(exc)
+                error = describe(exc) + (_NO_DOWNGRADE if isinstance(exc.__cause__, NotImplementedError) else "")
                 raise MigrationError(f"{name}: {error}") from exc
             finally:
                 seconds = time.perf_counter() - started
@@ -165,7 +166,7 @@ class CloneRehearsal:
             for step in reversed(tuple(steps)):
                 assert isinstance(step, RevisionStep)  # noqa: S101 - an upgrade has no others
                 if not hasattr(step.revision.module, "downgrade"):
-                    raise MigrationError(f"revision {step.revision.revision} has no downgrade()")
+                    raise MigrationError(f"revision {step.revision.revision} has no downgrade(){_NO_DOWNGRADE}")
                 found.append(RevisionStep(revision_map, step.revision, False))
             return found
 

@@ -160,9 +160,14 @@ async def test_a_downgrade_that_does_not_lead_back_differs(fleet: Fleet, project
 
 
 async def test_a_downgrade_that_is_missing_can_be_left_out(fleet: Fleet, project: Project) -> None:
-    project.add("0002", ADD, "raise NotImplementedError", down="0001")
+    path = project.add("0002", ADD, "raise NotImplementedError", down="0001")
     (clone,) = (await fleet.migrations.rehearse(tenants=["acme"])).clones
     assert clone.error is not None and clone.error.startswith("downgrade: ")
+    assert clone.error.count("--no-downgrade") == 1
+    path.write_text(path.read_text().partition("def downgrade")[0])
+    (clone,) = (await fleet.migrations.rehearse(tenants=["acme"])).clones
+    assert clone.error is not None and "0002 has no downgrade()" in clone.error
+    assert clone.error.count("--no-downgrade") == 1
     (clone,) = (await fleet.migrations.rehearse(tenants=["acme"], downgrade=False)).clones
     assert clone.ok
     assert [one.name for one in clone.phases] == ["upgrade"]
