@@ -37,7 +37,7 @@ from sqlalchemy import MetaData
 from .audit.actor import operator
 from .config import TenancyConfig, project
 from .config.values import load_object
-from .errors import ConfigurationError, FleetMigrationError, PreflightError, TenancyError
+from .errors import ConfigurationError, FleetMigrationError, PreflightError, TenancyError, counted
 from .migrations import AlembicSchema, local, logs
 from .migrations.autogenerate import with_imports
 from .migrations.checks import ask_before_migrations
@@ -352,7 +352,10 @@ class _Command:
         except PreflightError as exc:
             for slug, reason in exc.failures.items():
                 self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)
-            raise
+            # Alembic prints and logs this message: each failure is told above
+            raise CommandError(
+                f"preflight: {len(exc.failures)} of {counted(exc.total)} failed, and none was touched"
+            ) from exc
         for slug, reason in report.reasons.items():
             if report.state != "paused" or slug not in report.skipped:
                 self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)

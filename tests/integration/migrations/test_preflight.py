@@ -290,7 +290,8 @@ async def test_alembic_upgrade_honours_it(alembic: Alembic, fleet: Fleet, projec
     await fleet.execute("globex", "INSERT INTO notes (body) VALUES ('')")
     printed = await alembic("upgrade", "head", ok=False)
     assert printed.startswith("FAILED globex: 0002 no empty notes: 1 row\n")
-    assert "none was touched: globex: 0002 no empty notes: 1 row" in printed
+    assert "FAILED: preflight: 1 of 3 tenants failed, and none was touched" in printed
+    assert printed.count("no empty notes") == 1
     assert await states(fleet) == ["0001"] * 3
     assert "give true or false" in await alembic("-x", "skip_preflight=1", "upgrade", "head", ok=False)
     await alembic("-x", "skip_preflight=true", "upgrade", "head")
