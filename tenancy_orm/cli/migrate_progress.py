@@ -58,6 +58,8 @@ class _Bars:
             more.append(f"{duration_text(progress.remaining_seconds)} left")
         if progress.data_text is not None:
             more.append(progress.data_text)
+        if progress.wait_text is not None:
+            more.append(progress.wait_text)
         wave = f" [{progress.wave}/{progress.waves} {progress.wave_name}]" if progress.waves > 1 else ""
         title = f"{progress.command} {progress.target}{wave}"
         self._bar("", title, progress.total, progress.done + progress.failed, ", ".join(more))

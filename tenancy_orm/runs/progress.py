@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from sqlalchemy import text
 
 from ..control.database import ControlDatabase
-from ..errors import RunNotFoundError
+from ..errors import RunNotFoundError, counted
+from ..jobs import CLAIM_SECONDS
 from .waves import Waves
 
 WINDOW_SECONDS = 30.0
 """The rate is that of so many seconds."""
+
+_SILENT_SECONDS = 8.0  # a process that works renews its claim more often
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +33,23 @@ class ServerProgress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SilentProcess:
+    """A process that has tenants of a run, and gives no sign: others get them after ``claimed_until``."""
+
+    host: str
+    pid: int
+    tenants: int
+    claimed_until: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
     """How far a run is.
 
     ``wave`` counts from 1, ``wave_name`` is its name. ``rate`` is tenants a second, of the last ``WINDOW_SECONDS``;
     ``remaining_seconds`` is for all that are left at this rate, without what waits between waves, None while the rate
-    is 0. ``data_rows`` of about ``data_estimate`` are done by the data migrations that are under way.
+    is 0. ``data_rows`` of about ``data_estimate`` are done by the data migrations that are under way. ``silent`` are
+    the processes that may have been killed, whose tenants the run waits for.
     """
 
     run: int
@@ -50,6 +65,7 @@ class RunProgress:
     servers: tuple[ServerProgress, ...]
     data_rows: int = 0
     data_estimate: int = 0
+    silent: tuple[SilentProcess, ...] = ()
 
     @property
     def total(self) -> int:
@@ -90,6 +106,17 @@ class RunProgress:
             return None
         return f"data migrations {self.data_rows:,} of {self.data_estimate:,} rows"
 
+    @property
+    def wait_text(self) -> str | None:
+        """For which tenants the run waits since a process that has them gives no sign; None if it does not."""
+        if not self.silent or self.state != "running":
+            return None
+        return "waits for " + " and ".join(
+            f"{counted(one.tenants)} claimed by {one.host}:{one.pid} "
+            f"until {one.claimed_until.astimezone(UTC):%H:%M:%S} UTC"
+            for one in self.silent
+        )
+
     def line(self) -> str:
         """Return one line for a log."""
         parts = [f"{self.done + self.failed} of {self.total} done", f"{self.failed} failed", f"{self.running} running"]
@@ -98,6 +125,8 @@ class RunProgress:
             parts.append(f"{duration_text(self.remaining_seconds)} left")
         if self.data_text is not None:
             parts.append(self.data_text)
+        if self.wait_text is not None:
+            parts.append(self.wait_text)
         wave = f", wave {self.wave} of {self.waves} ({self.wave_name})" if self.waves > 1 else ""
         state = "" if self.state == "running" else f" {self.state}"
         found = f"run {self.run}{state}, {self.command} {self.target}{wave}: {', '.join(parts)}"
@@ -147,6 +176,14 @@ FROM tenancy.migration_runs r LEFT JOIN LATERAL (
 WHERE r.id = :run ORDER BY t.server
 """)
 
+_READ_SILENT = text("""
+SELECT p.host, p.pid, p.claimed_until, count(*) AS tenants
+FROM tenancy.migration_run_processes p JOIN tenancy.migration_run_tenants t ON t.run = p.run AND t.claim = p.id
+WHERE p.run = :run AND p.left_at IS NULL AND p.claimed_until >= clock_timestamp()
+    AND p.claimed_until < clock_timestamp() + make_interval(secs => :seconds)
+GROUP BY p.id, p.host, p.pid, p.claimed_until ORDER BY p.claimed_until, p.host, p.pid
+""")
+
 
 class ProgressReader:
     """Reads how far runs are.
@@ -167,6 +204,8 @@ class ProgressReader:
         """
         async with self._control.connect() as connection:
             rows = (await connection.execute(_READ, {"run": run, "window": WINDOW_SECONDS})).all()
+            values = {"run": run, "seconds": CLAIM_SECONDS - _SILENT_SECONDS}
+            silent = (await connection.execute(_READ_SILENT, values)).all()
         if not rows:
             raise RunNotFoundError(run)
         head, waves = rows[0], Waves.from_json(rows[0].plan)
@@ -199,6 +238,10 @@ class ProgressReader:
             ),
             data_rows=sum(row.data_rows for row in found),
             data_estimate=sum(row.data_estimate for row in found),
+            silent=tuple(
+                SilentProcess(host=row.host, pid=row.pid, tenants=row.tenants, claimed_until=row.claimed_until)
+                for row in silent
+            ),
         )
 
     async def watch(self, run: int, *, every: float = 1.0) -> AsyncIterator[RunProgress]:
@@ -211,4 +254,4 @@ class ProgressReader:
             await asyncio.sleep(every)
 
 
-__all__ = ["ProgressReader", "RunProgress", "ServerProgress", "duration_text"]
+__all__ = ["ProgressReader", "RunProgress", "ServerProgress", "SilentProcess", "duration_text"]

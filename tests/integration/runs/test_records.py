@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
 import pytest
+import sqlalchemy as sa
 
 from tenancy_orm import Actor, TenancyConfig
 from tenancy_orm.drift import detection
@@ -157,6 +160,28 @@ async def test_an_interrupted_run_is_resumed(fleet: Fleet, project: Project) -> 
     assert report.ok
     (acme,) = [one for one in await fleet.migrations.run_tenants(1) if one.slug == "acme"]
     assert (acme.attempts, acme.changed, acme.revision_before) == (2, True, "0001")
+
+
+async def test_the_progress_says_whose_tenants_a_run_waits_for(fleet: Fleet, project: Project) -> None:
+    """A process that works is not named; one that has not renewed its claim is."""
+    project.add("0002", RATING, NO_RATING, down="0001")
+
+    async def done(run: int) -> int:
+        return (await fleet.migrations.get_run(run)).tenants["done"]
+
+    async with locked(fleet, "acme") as holder:
+        run = asyncio.create_task(fleet.migrations.upgrade())
+        await until(lambda: is_waiting(holder))
+        await until(lambda: done(1), 2)
+        assert (await fleet.migrations.progress(1)).silent == ()
+        async with fleet.tenancy.internals.control.transaction() as connection:
+            expiring = "UPDATE tenancy.migration_run_processes SET claimed_until = clock_timestamp() + interval '15 s'"
+            await connection.execute(sa.text(expiring))
+        progress = await fleet.migrations.progress(1)
+        (silent,) = progress.silent
+        assert (silent.pid, silent.host, silent.tenants) == (os.getpid(), socket.gethostname(), 1)
+        assert f"waits for 1 tenant claimed by {silent.host}:{silent.pid} until " in progress.line()
+    assert (await run).ok
 
 
 async def test_other_code_takes_no_part(fleet: Fleet, project: Project) -> None:

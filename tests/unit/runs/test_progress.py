@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
-from tenancy_orm.runs.progress import RunProgress, ServerProgress, duration_text
+from tenancy_orm.runs.progress import RunProgress, ServerProgress, SilentProcess, duration_text
 
 ONE = ServerProgress(server="eu-1", total=600, done=29, failed=1, skipped=0, running=5)
 OTHER = ServerProgress(server="eu-2", total=400, done=22, failed=0, skipped=0, running=3)
@@ -38,6 +39,18 @@ def test_a_line_says_how_far_the_run_is() -> None:
     assert ended.line() == "run 17 failed, upgrade head: 400 of 400 done, 1 failed, 0 running, 0.0/s"
     assert ended.remaining_seconds == 0
     assert replace(RUN, servers=(replace(OTHER, skipped=378),)).left == 0
+
+
+def test_a_line_says_for_which_process_the_run_waits() -> None:
+    """One that was killed has its tenants until its claim expires; others may not touch them before."""
+    until = datetime(2026, 5, 4, 19, 47, 13, tzinfo=UTC)
+    dead = SilentProcess(host="vm", pid=15374, tenants=4, claimed_until=until)
+    waiting = replace(RUN, waves=1, servers=(OTHER,), silent=(dead, replace(dead, host="other", tenants=1)))
+    assert waiting.line().endswith(
+        "left, waits for 4 tenants claimed by vm:15374 until 19:47:13 UTC "
+        "and 1 tenant claimed by other:15374 until 19:47:13 UTC"
+    )
+    assert replace(waiting, state="paused").wait_text is None
 
 
 @pytest.mark.parametrize(
