@@ -62,7 +62,7 @@ _CHANGES = ("upgrade", "downgrade", "stamp")
 _COMPARISONS = ("check", "revision")
 _HISTORY = ("history", "show", "edit")
 _OURS = (
-    *("tenant", "concurrency", "stop_on_failure", "skip_preflight", "refuse_drift"),
+    *("tenant", "concurrency", "stop_on_failure", "skip_preflight", "refuse_drift", "beside"),
     *("wave", "waves", "max_failures"),
 )
 
@@ -81,7 +81,7 @@ def run(
     ``-x stop_on_failure=true`` starts no other tenant after a failure. ``-x skip_preflight=true`` asks no check of a
     revision's ``preflight()``. ``-x wave=...`` (repeatable), or ``-x waves=<file>``, gives the waves of the run, and
     ``-x max_failures=<n>`` starts no other tenant after so many failures. ``-x refuse_drift=true`` changes nothing if a
-    tenant's schema is not what its revision says.
+    tenant's schema is not what its revision says. ``-x beside=true`` starts a run beside one that is paused.
 
     Works with and without a running event loop.
 
@@ -200,6 +200,7 @@ class _Arguments:
     stop_on_failure: bool
     skip_preflight: bool
     refuse_drift: bool
+    beside: bool
     waves: Waves | None = None
     max_failures: int | None = None
 
@@ -218,7 +219,7 @@ class _Arguments:
         concurrency = cls._number(named, "concurrency", plan.concurrency) or DEFAULT_CONCURRENCY
         max_failures = cls._number(named, "max_failures", plan.max_failures)
         flags = {}
-        for name in ("stop_on_failure", "skip_preflight", "refuse_drift"):
+        for name in ("stop_on_failure", "skip_preflight", "refuse_drift", "beside"):
             given = named.get(name, "false").lower()
             if given not in ("true", "false"):
                 raise CommandError(f"-x {name}={given}: give true or false")
@@ -346,6 +347,7 @@ class _Command:
                     waves=arguments.waves,
                     x=self.environment.x,
                 ),
+                beside=arguments.beside,
                 checks="never" if arguments.skip_preflight else "ahead",
                 actor=operator(),
             )

@@ -1126,11 +1126,14 @@ class RunNotFoundError(MigrationError, LookupError):
 
 
 class RunStateError(MigrationError):
-    """A run of the fleet cannot be cancelled, resumed, retried or joined, because of its state."""
+    """A run of the fleet cannot be cancelled, resumed, retried or joined, because of its state.
 
-    def __init__(self, run: int, state: str, action: str) -> None:
-        """Give the run's number and state, and what was to be done, as "cancelled"."""
-        super().__init__(f"run {run} is {state}, and cannot be {action}")
+    Or none can be started beside it; its number is ``run``.
+    """
+
+    def __init__(self, run: int, state: str, action: str, *, message: str | None = None) -> None:
+        """Give the run's number and state, and what was to be done, as "cancelled"; or the whole message."""
+        super().__init__(message or f"run {run} is {state}, and cannot be {action}")
         self.run = run
         self.state = state
 

@@ -35,6 +35,10 @@ ServerConcurrency = Annotated[
     int | None,
     typer.Option(min=1, max=1024, help="Tenants migrated at once on one server, by all processes of the run."),
 ]
+Beside = Annotated[
+    bool,
+    typer.Option("--beside", help="Start it beside a run that is paused with some of these tenants left."),
+]
 Stop = Annotated[bool, typer.Option("--stop-on-failure", help="Start no further tenant after a failure.")]
 
 
@@ -58,6 +62,7 @@ def upgrade(
     rehearse: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Try it on clones of N tenants, and change no tenant.")
     ] = None,
+    beside: Beside = False,
     as_json: Json = False,
 ) -> None:
     """Upgrade every tenant's database; one that fails does not stop the others."""
@@ -84,6 +89,7 @@ def upgrade(
             progress=progress,
             actor=operator(),
             refuse_drift=refuse_drift,
+            beside=beside,
         )
 
     run_migration("upgrade", command, as_json)
@@ -101,6 +107,7 @@ def downgrade(
     max_failures: MaxFailures = None,
     dry_run: DryRun = False,
     sql: Sql = False,
+    beside: Beside = False,
     as_json: Json = False,
 ) -> None:
     """Downgrade every tenant's database."""
@@ -119,6 +126,7 @@ def downgrade(
             max_failures=given.max_failures,
             progress=progress,
             actor=operator(),
+            beside=beside,
         )
 
     run_migration("downgrade", command, as_json)

@@ -10,7 +10,7 @@ from ..errors import counted
 from ..runs import FleetReport, Progress
 from ..runs.undo import UndoPlan
 from ..tenancy import Tenancy
-from .migrate import Only, Stop, app
+from .migrate import Beside, Only, Stop, app
 from .migrate_progress import run_shown
 from .migrate_waves import (
     DryRun,
@@ -54,6 +54,7 @@ def undo(
     wave_seed: SeedOption = None,
     max_failures: MaxFailures = None,
     dry_run: DryRun = False,
+    beside: Beside = False,
     as_json: Json = False,
 ) -> None:
     """Bring every tenant back to the revision that it had before a run."""
@@ -78,6 +79,7 @@ def undo(
             max_failures=given.max_failures,
             progress=progress,
             actor=operator(),
+            beside=beside,
         )
 
     run_shown(command, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..audit.actor import SYSTEM, Actor
-from ..errors import RunMismatchError
+from ..errors import RunMismatchError, RunStateError
 from ..migrations.plan import format_revision
 from .attempts import UpgradeAttempts
 from .catch_up import CatchUp
@@ -80,7 +80,12 @@ class BackgroundUpgrades:
         if not tenants:
             return None
         options = RunOptions(concurrency=self._settings.background_concurrency, order="busiest", more={_MARK: True})
-        return await self._migrations.execute(plan, tenants, options=options, actor=actor)
+        try:
+            return await self._migrations.execute(plan, tenants, options=options, actor=actor)
+        except RunStateError as exc:
+            # it was paused since this looked
+            logger.info("no tenant is upgraded in the background while run %d is not finished", exc.run)
+            return None
 
     async def _settle(self, report: FleetReport) -> None:
         """Leave those that have failed alone for a while, and record where the fleet is, once that is known."""

@@ -80,6 +80,7 @@ class FleetMigrator(Rehearsing):
         max_failures: int | None = None,
         actor: Actor = SYSTEM,
         refuse_drift: bool = False,
+        beside: bool = False,
     ) -> FleetReport:
         """Upgrade tenants to ``revision``.
 
@@ -108,8 +109,10 @@ class FleetMigrator(Rehearsing):
             actor: Who does this, for the records.
             refuse_drift: Change nothing if the schema of one of these tenants is not what its revision says, or cannot
                 be compared; see ``drift``.
+            beside: Start it even if a run that is paused has some of these tenants left.
 
         Raises:
+            RunStateError: without ``beside``: it names such a run, and what to do with it; no tenant was touched.
             SchemaDriftError: with ``refuse_drift``: it names the tenants; nothing was changed.
             ConfigurationError: there is no migration directory, or its env.py cannot be used for a fleet; or ``join``
                 is given with ``tenants``.
@@ -141,6 +144,7 @@ class FleetMigrator(Rehearsing):
             tenants,
             options=options,
             join=join,
+            beside=beside,
             progress=progress,
             actor=actor,
             checks="never" if skip_preflight else "ahead",
@@ -181,6 +185,7 @@ class FleetMigrator(Rehearsing):
         waves: Waves | None = None,
         max_failures: int | None = None,
         actor: Actor = SYSTEM,
+        beside: bool = False,
     ) -> FleetReport:
         """Downgrade tenants to ``revision`` (``base``, a revision, or relative: ``-1``); otherwise as ``upgrade``."""
         refuse_while_bound("migrating tenants")
@@ -193,7 +198,7 @@ class FleetMigrator(Rehearsing):
             waves=waves,
             x=x,
         )
-        return await self.execute(plan, tenants, options=options, progress=progress, actor=actor)
+        return await self.execute(plan, tenants, options=options, beside=beside, progress=progress, actor=actor)
 
     async def stamp(
         self,
@@ -341,6 +346,7 @@ class FleetMigrator(Rehearsing):
         stop_on_failure: bool = False,
         options: RunOptions | None = None,
         join: bool = False,
+        beside: bool = False,
         progress: Progress | None = None,
         checks: ChecksAsked = "ahead",
         actor: Actor = SYSTEM,
@@ -361,6 +367,7 @@ class FleetMigrator(Rehearsing):
             command=plan.command,
             target=plan.target,
             join=join,
+            beside=beside,
             progress=progress,
             actor=actor,
         )

@@ -79,6 +79,7 @@ class RecordedRuns:
         command: str,
         target: str,
         join: bool = False,
+        beside: bool = False,
         undoes: int | None = None,
         targets: Mapping[UUID, str] | None = None,
         progress: Progress | None = None,
@@ -93,10 +94,14 @@ class RecordedRuns:
             command: What it does, as it is recorded.
             target: Where it leads.
             join: Take part in a run of the same that is running, if there is one.
+            beside: Go past runs that are paused.
             undoes: The run that this one undoes.
             targets: The revision that each tenant is brought to, where each has its own.
             progress: Called as it proceeds.
             actor: Who starts it.
+
+        Raises:
+            RunStateError: a run that is paused has some of the tenants left.
         """
         check_order(options.order)
         chosen = await self._selection.choose(tenants)
@@ -129,7 +134,7 @@ class RecordedRuns:
             for tenant, wave in zip(chosen, numbers, strict=True)
         ]
         claimant = Claimant()
-        run = await self.records.create(new, rows, claimant, join=join)
+        run = await self.records.create(new, rows, claimant, join=join, beside=beside)
         return await self._run(run, claimant, work, None, progress, actor)
 
     async def find_running(self, command: str, target: str, x: Sequence[str]) -> RunRecord | None:

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..audit.actor import SYSTEM, Actor, clean_text
 from ..audit.entries import insert_entry
 from ..control.database import ControlDatabase
-from ..errors import RunConflictError, RunNotFoundError, RunStateError
+from ..errors import RunConflictError, RunNotFoundError, RunStateError, counted
 from ..jobs import CLAIM_SECONDS, Claimant
 from .starts import LIVE, contradicting, find_to_join, lock_starts
 
@@ -134,6 +134,8 @@ class NewTenant:
     target: str | None = None
 
 
+_MOVES: Final = ("upgrade", "downgrade", "undo")  # commands that do not go past a run that is paused
+
 # --- statements -------------------------------------------------------------------------------------------------------
 
 _RUNS = f"""
@@ -176,6 +178,14 @@ _ADD_TENANTS = text(
 _ADD_PROCESS = text(
     "INSERT INTO tenancy.migration_run_processes (run, id, host, pid, claimed_until) "
     "VALUES (:run, :id, :host, :pid, clock_timestamp() + make_interval(secs => :seconds))"
+)
+# a run that goes on with the given tenants once somebody has decided so
+_PAUSED = text(
+    "SELECT r.id, r.command, r.target, r.reason, w.number FROM tenancy.migration_runs r CROSS JOIN LATERAL ("
+    "SELECT count(*) AS number FROM tenancy.migration_run_tenants t WHERE t.run = r.id "
+    "AND t.state IN ('waiting', 'running') AND t.tenant_id = ANY(CAST(:tenants AS uuid[]))) w "
+    "WHERE r.state = 'paused' AND r.command = ANY(CAST(:moves AS text[])) "
+    "AND r.id IS DISTINCT FROM CAST(:undoes AS bigint) AND w.number > 0 ORDER BY r.id LIMIT 1"
 )
 LOCK_RUN = text("SELECT * FROM tenancy.migration_runs WHERE id = :run FOR NO KEY UPDATE")
 _SET_STATE = text(
@@ -243,7 +253,9 @@ class RunRecords:
 
     # --- starting ---------------------------------------------------------------------------------------------------
 
-    async def create(self, new: NewRun, tenants: Sequence[NewTenant], claimant: Claimant, *, join: bool = False) -> int:
+    async def create(
+        self, new: NewRun, tenants: Sequence[NewTenant], claimant: Claimant, *, join: bool = False, beside: bool = False
+    ) -> int:
         """Record a run with its tenants, in which ``claimant`` takes part, and return its number.
 
         Args:
@@ -251,8 +263,10 @@ class RunRecords:
             tenants: Its tenants, in the order in which they are migrated.
             claimant: The process that starts it.
             join: Return the run of the same command, target and code that is running, or paused, if there is one.
+            beside: Go past runs that are paused.
 
         Raises:
+            RunStateError: a run that is paused has some of the tenants left.
             RunConflictError: a run that is under way moves some of the tenants elsewhere.
         """
         async with self.control.transaction() as connection:
@@ -263,6 +277,8 @@ class RunRecords:
                     if (await lock_run(connection, found)).state == "running":
                         await add_process(connection, found, claimant)
                     return found
+            if not beside:
+                await _refuse_to_pass(connection, new.command, [one.tenant_id for one in tenants], new.undoes)
             run = int(await connection.scalar(_INSERT, {**_new_values(new), "gate": claimant.id}) or 0)
             await add_tenants(connection, run, tenants)
             await _refuse_conflicts(connection, run, new.actor)
@@ -270,6 +286,15 @@ class RunRecords:
             detail = {"run": run, "command": new.command, "target": new.target, "tenants": len(tenants)}
             await insert_entry(connection, action="migration.start", actor=new.actor, detail=detail)
         return run
+
+    async def check_paused(self, command: str, tenants: Iterable[UUID], *, undoes: int) -> None:
+        """Refuse what ``create`` would, before anything else is done.
+
+        Raises:
+            RunStateError: another run that is paused has some of the tenants left.
+        """
+        async with self.control.connect() as connection:
+            await _refuse_to_pass(connection, command, tenants, undoes)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -456,6 +481,25 @@ async def lock_run(connection: AsyncConnection, run: int) -> Row[*tuple[Any, ...
     if row is None:
         raise RunNotFoundError(run)
     return row
+
+
+async def _refuse_to_pass(
+    connection: AsyncConnection, command: str, tenants: Iterable[UUID], undoes: int | None
+) -> None:
+    """Refuse a run that goes past a paused one. Call it after ``lock_starts``."""
+    if command not in _MOVES:
+        return
+    values = {"tenants": list(tenants), "undoes": undoes, "moves": list(_MOVES)}
+    other = (await connection.execute(_PAUSED, values)).one_or_none()
+    if other is None:
+        return
+    message = (
+        f"run {other.id} ({other.command} {other.target}) is paused: {other.reason}. {counted(other.number)} would not "
+        f"wait for it; nothing was started. Go on with it (tenancy migrate resume {other.id}), end it (tenancy migrate "
+        f"cancel {other.id}), or start another run all the same with --beside (beside=True in Python, -x beside=true "
+        "for alembic)"
+    )
+    raise RunStateError(other.id, "paused", "passed by", message=message)
 
 
 async def _refuse_conflicts(connection: AsyncConnection, run: int, actor: Actor) -> None:

@@ -256,6 +256,7 @@ class Steering(RunCommands):
         x: Sequence[str] = (),
         progress: Progress | None = None,
         actor: Actor = SYSTEM,
+        beside: bool = False,
     ) -> FleetReport:
         """Bring every tenant back to the revision that it had before a run, as a run of its own.
 
@@ -276,11 +277,12 @@ class Steering(RunCommands):
             x: The arguments that ``context.get_x_argument`` returns to the revisions.
             progress: Called as the undo proceeds.
             actor: Who does this, for the records.
+            beside: Start it even if another run that is paused has some of these tenants left.
 
         Raises:
             UndoRefusedError: revisions cannot be taken back, or later runs have moved tenants; no tenant was touched.
             RunNotFoundError: there is no run of that number.
-            RunStateError: it is still running.
+            RunStateError: it is still running; or, without ``beside``, another one is paused.
             MigrationError: it installed extensions; or this code does not know a revision that it has to take back.
             ControlUnavailableError: the control database does not answer.
         """
@@ -292,10 +294,6 @@ class Steering(RunCommands):
         tenants = None if tenants is None else list(tenants)
         plan, targets = await undo.plan(tenants, include_new=include_new, new_target=new_revision)
         refuse(plan, stamp_irreversible=stamp_irreversible, leave_moved=leave_moved)
-        # what they cannot be is known before the run is cancelled
-        await self._waves_of(targets, waves)
-        if record.state in ("running", "paused"):
-            await self._recorded.records.cancel(run, to_undo=True, actor=actor)
         everyone = bool(record.plan["all"] or record.plan.get("everyone")) and tenants is None
         how = {
             "stamps": undo.stamps,
@@ -303,6 +301,12 @@ class Steering(RunCommands):
             "everyone": everyone,
             "holds": undo.holds,
         }
+        # what cannot be is known before the run is cancelled
+        await self._waves_of(targets, waves)
+        if not beside:
+            await self._recorded.records.check_paused("undo", targets, undoes=run)
+        if record.state in ("running", "paused"):
+            await self._recorded.records.cancel(run, to_undo=True, actor=actor)
         return await self._recorded.start(
             UndoWork(environment, self.services, self._connections, **how),
             list(targets),
@@ -316,6 +320,7 @@ class Steering(RunCommands):
             ),
             command="undo",
             target=f"run {run}",
+            beside=beside,
             undoes=run,
             targets=targets,
             progress=progress,
