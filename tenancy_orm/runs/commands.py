@@ -71,7 +71,8 @@ class RunCommands:
         """Go on with a run that was interrupted, cancelled or paused: with the tenants that were not migrated.
 
         Those that have failed stay so; ``retry`` is for them. The arguments are those of ``join``. With ``skip_checks``
-        the next wave begins, whatever the checks after the one that runs now say.
+        the next wave begins, whatever the checks after the one that runs now say. A run that is done stays as it is,
+        and is reported.
 
         Raises:
             TenancyError: as ``join``.
@@ -97,6 +98,8 @@ class RunCommands:
         actor: Actor = SYSTEM,
     ) -> FleetReport:
         """Try the failed tenants of a run again, and no others. The arguments are those of ``join``.
+
+        A run that is done stays as it is, and is reported.
 
         Raises:
             RunStateError: it is still running.

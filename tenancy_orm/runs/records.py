@@ -404,7 +404,7 @@ class RunRecords:
     async def reopen(
         self, run: int, claimant: Claimant, *, retry: bool = False, skip_checks: bool = False, actor: Actor = SYSTEM
     ) -> None:
-        """Let a run go on, in which ``claimant`` takes part.
+        """Let a run go on, in which ``claimant`` takes part. One that is done stays as it is.
 
         Args:
             run: Its number.
@@ -424,8 +424,10 @@ class RunRecords:
             found = await lock_run(connection, run)
             if retry and found.state == "running":
                 raise RunStateError(run, "not at its end", "retried; resume it first")
+            if found.state == "done":
+                return
             await connection.execute(RELEASE_LOST, {"run": run})
-            if retry or found.state in ("failed", "cancelled", "done"):
+            if retry or found.state in ("failed", "cancelled"):
                 states = ["failed"] if retry else ["skipped"]
                 await connection.execute(_WAIT_AGAIN, {"run": run, "states": states})
                 if not retry:

@@ -78,8 +78,13 @@ async def test_failed_tenants_alone_are_retried(fleet: Fleet, project: Project) 
     assert report.run == run
     attempts = {one.slug: one.attempts for one in await fleet.migrations.run_tenants(run)}
     assert attempts == {"acme": 1, "globex": 2, "initech": 1}
-    assert (await fleet.migrations.get_run(run)).state == "done"
+    done = await fleet.migrations.get_run(run)
+    assert done.state == "done"
     assert await fleet.recorded("globex") == "0002"
+    for again in (fleet.migrations.resume, fleet.migrations.retry):
+        assert (await again(run)).ok
+    assert await fleet.migrations.get_run(run) == done, "what is done stays as it is"
+    assert len(await fleet.migrations.run_processes(run)) == 2
 
 
 async def test_another_machine_takes_part(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
