@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..runs import FleetReport, ProcessRecord, Progress, RunRecord
+from ..runs import FleetReport, ProcessRecord, Progress, RunRecord, Waves
 from ..tenancy import Tenancy
 from .migrate import run_migration
 from .output import Column, console, note, print_fields, print_json, print_table
@@ -82,9 +82,18 @@ def show(
     record, tenants, processes = run(command)
     if as_json:
         details = {"processes": [asdict(one) for one in processes], "tenants_by_state": record.tenants}
-        print_json({**_fields(record), **details, "tenants": [asdict(one) for one in tenants]})
+        listed = [{**asdict(one), "wave": one.wave + 1} for one in tenants]
+        print_json({**_fields(record), **details, "tenants": listed})
         return
-    values = {name: value for name, value in _fields(record).items() if value is not None and name != "fingerprint"}
+    waves = Waves.from_json(record.plan)
+    fields = {
+        **_fields(record),
+        "plan": _plan(record),
+        "wave": _wave(record, waves),
+        "fingerprint": None,
+        **_waves(waves),
+    }
+    values = {name: value for name, value in fields.items() if value is not None}
     values["tenants"] = ", ".join(f"{number} {state}" for state, number in record.tenants.items() if number)
     values["processes"] = [f"{one.host}:{one.pid} ({_presence(one)})" for one in processes]
     print_fields(f"run {record.id}", values)
@@ -96,6 +105,7 @@ def show(
     columns: tuple[str | Column, ...] = (
         "tenant",
         "state",
+        *([Column("wave", drop=5)] if len(waves) > 1 else []),
         Column("server", drop=3),
         Column("before", drop=1),
         Column("after", drop=1),
@@ -109,6 +119,7 @@ def show(
         (
             one.slug,
             one.state,
+            *([one.wave + 1] if len(waves) > 1 else []),
             one.server,
             one.revision_before,
             one.revision_after,
@@ -149,6 +160,7 @@ def resume(
     """Go on with a run that was interrupted, cancelled or paused."""
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        await _say_done(tenancy, number, "resume")
         return await tenancy.migrations.resume(
             number,
             concurrency=concurrency,
@@ -165,6 +177,7 @@ def retry(number: Number, concurrency: OwnConcurrency = None, x: Arguments = Non
     """Try the failed tenants of a run again, and no others."""
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        await _say_done(tenancy, number, "retry")
         return await tenancy.migrations.retry(
             number, concurrency=concurrency, x=x or (), progress=progress, actor=operator()
         )
@@ -182,6 +195,11 @@ def cancel(number: Number, as_json: Json = False) -> None:
     console.print(f"run {record.id} is cancelled: {counts or 'no tenants'}", highlight=False)
 
 
+async def _say_done(tenancy: Tenancy, number: int, command: str) -> None:
+    if (await tenancy.migrations.get_run(number)).state == "done":
+        note(f"run {number} is done; nothing to {command}")
+
+
 def _fields(record: RunRecord) -> dict[str, Any]:
     return {
         "run": record.id,
@@ -195,12 +213,43 @@ def _fields(record: RunRecord) -> dict[str, Any]:
         "package_version": record.package_version,
         "code_version": record.code_version,
         "fingerprint": record.fingerprint,
-        "plan": dict(record.plan),
-        "wave": record.wave,
+        "plan": {name: value for name, value in record.plan.items() if name != "seal"},
+        # from 1, as progress and checks count
+        "wave": record.wave + 1 if record.wave >= 0 else None,
         "started": record.created_at,
         "ended": record.ended_at,
         "tenants": dict(record.tenants),
     }
+
+
+def _plan(record: RunRecord) -> str:
+    """The options of a run, without its waves."""
+    given = {name: value for name, value in record.plan.items() if name not in ("seal", "waves", "wave_seed")}
+    parts = [
+        name if value is True else f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in given.items()
+        if value not in (None, False, [], "")
+    ]
+    return ", ".join(parts)
+
+
+def _waves(waves: Waves) -> dict[str, str]:
+    """Each wave of several, with what comes after it."""
+    if len(waves) == 1:
+        return {}
+    return {
+        f"wave {number + 1}": wave.name + (f": {wave.gate()}" if number < waves.last or wave.has_checks else "")
+        for number, wave in enumerate(waves.waves)
+    }
+
+
+def _wave(record: RunRecord, waves: Waves) -> str | None:
+    if len(waves) <= 1:
+        return None
+    if record.wave < 0:
+        return "none yet: the run is prepared"
+    number = min(record.wave, waves.last)
+    return f"{number + 1} of {len(waves)} ({waves[number].name})"
 
 
 def _state(record: RunRecord) -> str:

@@ -57,6 +57,9 @@ async def test_runs_from_the_shell(cli: Cli, tmp_path: Path) -> None:
     retried = await cli("migrate", "retry", "1")
     assert retried.status == 0, retried.err
     assert retried.out.startswith("upgrade head: 2 tenants, 2 migrated, 0 unchanged, 0 failed, ")
+    for command in ("resume", "retry"):
+        again = await cli("migrate", command, "1")
+        assert (again.status, f"run 1 is done; nothing to {command}" in again.err) == (0, True)
     missing = await cli("migrate", "show", "7")
     assert (missing.status, "there is no run 7" in missing.err) == (1, True)
     actions = {one["action"] for one in (await cli("audit", "list", "--json")).json}

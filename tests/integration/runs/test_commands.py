@@ -68,6 +68,13 @@ async def test_a_run_by_a_file(cli: Cli, prepared: Project, tmp_path: Path) -> N
     )
     assert "upgrade head, wave 3 of 3 (rest): 2 of 3 done, 0 failed, 0 running" in paused.err
     assert '"tenants": ["acme"]' in (tmp_path / "report.json").read_text()
+    shown = [line.split() for line in (await cli("migrate", "show", "1")).out.splitlines()]
+    assert ["wave", "3", "of", "3", "(rest)"] in shown
+    assert ["wave", "2", "tier=free:", "none", "failed,", "pause"] in shown
+    assert ["tenant", "state", "wave"] in [[word.lower() for word in line[:3]] for line in shown]
+    assert {tuple(line[:3]) for line in shown} >= {("acme", "done", "1"), ("initech", "waiting", "3")}
+    found = (await cli("migrate", "show", "1", "--json")).json
+    assert (found["wave"], "seal" in found["plan"], {one["wave"] for one in found["tenants"]}) == (3, False, {1, 2, 3})
     resumed = await cli("migrate", "resume", "1")
     assert (resumed.status, "3 migrated" in resumed.out) == (0, True), resumed.err
 
