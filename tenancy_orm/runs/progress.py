@@ -151,7 +151,12 @@ def duration_text(seconds: float) -> str:
 _READ = text("""
 SELECT r.id, r.command, r.target, r.state, r.reason, r.wave, r.plan,
     extract(epoch FROM coalesce(r.ended_at, clock_timestamp()) - r.created_at) AS seconds,
-    t.server, t.total, t.done, t.failed, t.skipped, t.running, t.recent, t.data_rows, t.data_estimate,
+    t.server, t.total, t.done, t.failed, t.skipped,
+    -- what is above has ended, and is not recorded yet; or its process is lost
+    least(t.running, (
+        SELECT coalesce(sum((p.slots ->> t.server)::integer), 0) FROM tenancy.migration_run_processes p
+        WHERE p.run = r.id AND p.left_at IS NULL AND p.claimed_until >= clock_timestamp()
+    )) AS running, t.recent, t.data_rows, t.data_estimate,
     extract(epoch FROM clock_timestamp() - t.first) AS since
 FROM tenancy.migration_runs r LEFT JOIN LATERAL (
     SELECT server, count(*) AS total,

@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import text
 
 from tenancy_orm import Actor, TenancyConfig
 from tenancy_orm.drift import detection
@@ -96,9 +97,13 @@ async def test_another_machine_takes_part(fleet: Fleet, config: TenancyConfig, p
             second = asyncio.create_task(other.migrations.upgrade(join=True))
             await until(lambda: fleet.recorded("initech"), "0002")
             assert await fleet.recorded("acme") == "0001"
+            assert (await fleet.migrations.progress(1)).running == 1
         reports = await first, await second
     assert [report.run for report in reports] == [1, 1]
     assert all(report.ok and len(report.changed) == 3 for report in reports)
+    async with fleet.services.control.transaction() as connection:
+        await connection.execute(text("UPDATE tenancy.migration_run_tenants SET state = 'running'"))
+    assert (await fleet.migrations.progress(1)).running == 0, "no more than the processes can migrate at once"
 
 
 async def test_who_joins_a_run_that_began_without_drift_does_not_look_for_drift(
