@@ -359,13 +359,11 @@ class _Command:
                 f"preflight: {len(exc.failures)} of {counted(exc.total)} failed, and none was touched"
             ) from exc
         for slug, reason in report.reasons.items():
-            if report.state != "paused" or slug not in report.skipped:
+            if report.state not in ("paused", "cancelled") or slug not in report.skipped:
                 self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)
         self.proxy.config.print_stdout(report.summary())
-        if report.state == "paused":
-            self.proxy.config.print_stdout(
-                "run %s is paused: %s; go on with: tenancy migrate resume %s", report.run, report.reason, report.run
-            )
+        if report.next_step is not None:
+            self.proxy.config.print_stdout("%s", report.next_step)
         report.raise_for_failures()
 
     async def _compare(self, migrator: FleetMigrator) -> None:

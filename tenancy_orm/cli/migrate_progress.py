@@ -206,14 +206,15 @@ def show_report(report: FleetReport, *, as_json: bool) -> None:
         return
     console.print(report.summary(), highlight=False, markup=False)
     reasons = report.reasons
-    if report.state == "paused":
-        note(f"run {report.run} is {report.state}: {report.reason}; go on with: tenancy migrate resume {report.run}")
-        # the others are not started because of that
+    if report.state in ("paused", "cancelled"):
+        # the others are not started because of that, and the summary counts them
         reasons = {outcome.slug: outcome.error or "" for outcome in report.failures}
     if reasons:
         revisions = {outcome.slug: outcome.after for outcome in report.failures}
         rows = [(slug, revisions.get(slug), reason) for slug, reason in reasons.items()]
         print_table("failed", ("tenant", "revision", "error"), rows)
+    if report.next_step is not None:
+        note(report.next_step)
 
 
 __all__ = ["EXIT_PAUSED", "LINE_SECONDS", "run_shown", "show_report", "shown"]

@@ -191,7 +191,9 @@ def cancel(number: Number, as_json: Json = False) -> None:
     if as_json:
         print_json(_fields(record))
         return
-    counts = ", ".join(f"{number} {state}" for state, number in record.tenants.items() if number)
+    # its machines give back what they have claimed within a second or two
+    words = {"waiting": "to be skipped", "running": "being finished"}
+    counts = ", ".join(f"{number} {words.get(state, state)}" for state, number in record.tenants.items() if number)
     console.print(f"run {record.id} is cancelled: {counts or 'no tenants'}", highlight=False)
 
 

@@ -93,6 +93,25 @@ class FleetReport:
         reasons = {outcome.slug: outcome.error or "" for outcome in self.failures}
         return reasons | dict.fromkeys(self.skipped, f"not started: {_WHY.get(self.state, _WHY['failed'])}")
 
+    @property
+    def next_step(self) -> str | None:
+        """What an operator can do with a recorded run that did not bring every tenant to the target; None otherwise."""
+        if self.run is None or self.ok:
+            return None
+        if self.state == "paused":
+            found = [f"tenancy migrate resume {self.run}"]
+            if self.failures:
+                found.insert(0, f"tenancy migrate retry {self.run} (its failed tenants again)")
+            return (
+                f"run {self.run} is paused: {self.reason}; go on with: {', or '.join(found)}; "
+                f"or end it: tenancy migrate cancel {self.run}; or take it back: tenancy migrate undo {self.run}"
+            )
+        found = [f"tenancy migrate retry {self.run} (its failed tenants)"] if self.failures else []
+        if self.skipped:
+            found.append(f"tenancy migrate resume {self.run} (those that were not started)")
+        reason = f": {self.reason}" if self.reason else ""
+        return f"run {self.run} is {self.state}{reason}; go on with: {', or '.join(found)}"
+
     def summary(self) -> str:
         """Return one line: how many tenants, how many of them migrated or failed, and how long it took."""
         if not self.total:
