@@ -608,12 +608,13 @@ class TenantRevisionRefused(TenantEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationRunStarted(Event):
-    """This process takes part in a recorded run over the fleet, for so many ``tenants``."""
+    """This process takes part in a recorded run over the fleet, for so many ``tenants``; ``is_new``: it started it."""
 
     run: int
     command: str
     target: str
     tenants: int
+    is_new: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

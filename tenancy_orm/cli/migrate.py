@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..events import MigrationRunStarted
 from ..runs import FleetReport, Progress
 from ..runs.busy import Order
 from ..runs.migrator import DEFAULT_CONCURRENCY
@@ -24,6 +25,7 @@ from .migrate_waves import (
     WaveOption,
     look_ahead,
 )
+from .output import note
 from .runtime import Json, operator
 
 app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_help=True)
@@ -74,7 +76,14 @@ def upgrade(
         look_ahead("upgrade", revision, tenant, given, sql=sql, as_json=as_json)
         return
 
+    def say_joined(started: MigrationRunStarted) -> None:
+        note(
+            f"run {started.run} was started: there was none to join" if started.is_new else f"joined run {started.run}"
+        )
+
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
+        if join:
+            tenancy.events.subscribe(MigrationRunStarted, say_joined)
         return await tenancy.migrations.upgrade(
             revision,
             tenants=tenant,

@@ -110,7 +110,7 @@ class Run:
         record = await self._records.get(self._run)
         names: dict[str, Any] = {"run": record.id, "command": record.command, "target": record.target}
         total = sum(record.tenants.values())
-        self._events.emit(MigrationRunStarted(**names, tenants=total))
+        self._events.emit(MigrationRunStarted(**names, tenants=total, is_new=record.gate == self._claims.claimant.id))
         if self._progress is not None:
             self._progress.total(total)
         with warning_once():

@@ -77,6 +77,7 @@ async def test_a_run_by_a_file(cli: Cli, prepared: Project, tmp_path: Path) -> N
     assert (found["wave"], "seal" in found["plan"], {one["wave"] for one in found["tenants"]}) == (3, False, {1, 2, 3})
     resumed = await cli("migrate", "resume", "1")
     assert (resumed.status, "3 migrated" in resumed.out) == (0, True), resumed.err
+    assert "go on with" not in resumed.err
 
     ahead = await cli("migrate", "undo", "1", "--dry-run")
     assert (ahead.status, "undo run 1: 3 tenants go back, nothing is changed" in ahead.out) == (0, True)
@@ -89,7 +90,15 @@ async def test_a_run_by_a_file(cli: Cli, prepared: Project, tmp_path: Path) -> N
     assert "tenant=globex" in (await cli("migrate", "undo", "1", *waves, "--dry-run")).out
     undone = await cli("migrate", "undo", "1", *waves, "--json")
     assert (undone.status, undone.err, undone.json["state"]) == (3, "run 2\n", "paused")
+    cancelled = await cli("migrate", "cancel", "2")
+    assert cancelled.out == "run 2 is cancelled: 1 done, 2 skipped\n"
+    joined = await cli("migrate", "join", "2")
+    assert (joined.status, "not started:" in joined.out, "2 not started" in joined.out) == (1, False, True)
+    assert "run 2 is cancelled: cancelled by cli:" in joined.err
+    assert "go on with: tenancy migrate resume 2 (those that were not started)" in joined.err
     assert (await cli("migrate", "resume", "2")).status == 0
+    new = await cli("migrate", "upgrade", "0001", "--join")
+    assert (new.status, "run 3 was started: there was none to join" in new.err) == (0, True), new.err
     status = await cli("migrate", "status", "--json")
     assert {one["revision"] for one in status.json} == {"0001"}
 
