@@ -12,7 +12,7 @@ from uuid import UUID
 from alembic.util.exc import CommandError
 from sqlalchemy import text
 
-from ..errors import MigrationError, RunStateError, UndoRefusedError
+from ..errors import MigrationError, RunStateError, UndoRefusedError, counted
 from ..jobs import CLAIM_SECONDS
 from ..migrations.connections import placement_of
 from ..migrations.failures import describe
@@ -290,15 +290,30 @@ class _Found:
 
 
 def refuse(plan: UndoPlan, *, stamp_irreversible: bool, leave_moved: bool) -> None:
-    """Refuse an undo with something that has to be decided first.
+    """Refuse an undo with something that has to be decided first, or with nothing to do.
 
     Raises:
         UndoRefusedError: there is something; it names all of it.
+        MigrationError: no tenant would go back.
     """
     irreversible = {} if stamp_irreversible else plan.irreversible
     moved = {} if leave_moved else plan.moved
     if irreversible or moved:
         raise UndoRefusedError(plan.run, irreversible=irreversible, moved=moved)
+    if not plan.tenants:
+        # a run without tenants would be recorded, and a paused one cancelled for it
+        raise MigrationError(nothing_to_undo(plan))
 
 
-__all__ = ["Undo", "UndoPlan", "UndoneTenant", "refuse"]
+def nothing_to_undo(plan: UndoPlan) -> str:
+    """Return why an undo without tenants has nothing to do."""
+    why = "no tenant has another revision than before it"
+    if plan.moved:
+        why = (
+            f"of its tenants, later runs have moved on {len(plan.moved)}, and the others are where they were before it"
+        )
+    new = f"; created since it: {counted(len(plan.new))}, which --include-new brings back" if plan.new else ""
+    return f"run {plan.run} has nothing to undo: {why}{new}"
+
+
+__all__ = ["Undo", "UndoPlan", "UndoneTenant", "nothing_to_undo", "refuse"]

@@ -325,3 +325,19 @@ async def test_downgrades_and_stamps_are_undone_as_well(fleet: Fleet, project: P
     extensions: Any = await fleet.migrations.install_extensions()
     with pytest.raises(MigrationError, match="installed extensions"):
         await fleet.migrations.undo(extensions.run)
+
+
+async def test_a_run_that_changed_nothing_is_not_undone(fleet: Fleet, project: Project) -> None:
+    """It says so, records no run without tenants, and leaves a paused run as it is."""
+    add_column(project, "0002", "0001")
+    paused = await fleet.migrations.upgrade(waves=Waves((Wave(tenants="acme", pause=True),)))
+    assert paused.run is not None
+    with pytest.raises(MigrationError, match=r"has nothing to undo: no tenant has another revision than before it$"):
+        await fleet.migrations.undo(paused.run, tenants=["globex"])
+    assert (await fleet.migrations.get_run(paused.run)).state == "paused"
+    await fleet.migrations.undo(paused.run)
+    await fleet.create("newcomer")
+    before = await fleet.migrations.runs()
+    with pytest.raises(MigrationError, match=r"than before it; created since it: 1 tenant, which --include-new"):
+        await fleet.migrations.undo(paused.run)
+    assert await fleet.migrations.runs() == before
