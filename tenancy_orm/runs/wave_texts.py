@@ -16,8 +16,8 @@ from .waves import Wave, Waves
 # a name ends with a colon and a space, which no value of a selection has
 _NAME = re.compile(r"\s*([\w][\w .-]*):(?:\s+|$)(.*)", re.DOTALL)
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d|)")
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +188,12 @@ def _share(value: object, where: str) -> float:
 
 
 def _seconds(value: object, where: str) -> float:
+    expected = "a time with its unit, such as 90s, 10m or 2h"
     if isinstance(value, str):
+        # without a unit it would be seconds, and a slip for minutes would let the fleet go
         found = _DURATION.fullmatch(value)
-        return float(found[1]) * _UNITS[found[2]] if found else _refuse(where, "a time, such as 90s, 10m or 2h", value)
-    return _float(value, where, "a time, such as 90s, 10m or 2h")
+        return float(found[1]) * _UNITS[found[2]] if found else _refuse(where, expected, value)
+    return _float(value, where, expected)
 
 
 def _float(value: object, where: str, expected: str) -> float:
