@@ -21,6 +21,7 @@ def compatible(
     """Count the tenants by revision, and say which the code serves; exit status 1 where it does not serve some.
 
     It asks the control database alone: run it with the next release's code before you replace the processes.
+    With REVISIONS it says which tenants another release serves, such as the one that still runs.
     """
 
     async def command(tenancy: Tenancy) -> CompatibilityReport:

@@ -38,12 +38,14 @@ class Compatibility:
     Args:
         declared: The setting ``compatible_revisions``.
         script: The revisions of the running code.
+        is_own: Whether it is the running code's own declaration, and not that of another release.
 
     Raises:
-        ConfigurationError: an end of a range is no revision here, or the head of this code itself is not among them.
+        ConfigurationError: an end of a range is no revision here, or the head of this code itself is not in its own
+            declaration.
     """
 
-    def __init__(self, declared: Declared, script: ScriptDirectory) -> None:
+    def __init__(self, declared: Declared, script: ScriptDirectory, *, is_own: bool = True) -> None:
         self._known: dict[str | None, bool] = {}
         self.head = format_revision(script.revision_map._real_heads)
         if not callable(declared):
@@ -55,7 +57,7 @@ class Compatibility:
         else:
             self.text = named(declared)
             self._test = declared
-        if not self.allows(self.head):
+        if is_own and not self.allows(self.head):
             raise ConfigurationError(
                 f"compatible_revisions ({self.text}) does not have {self.head or 'base'}, the head of this code's own "
                 "migrations: it would not serve the tenants that it creates; add it"
@@ -174,8 +176,8 @@ def _is_among(heads: Heads, tests: Iterable[Callable[[Heads], bool]], singles: H
     return (bool(heads) and heads <= singles) or any(test(heads) for test in tests)
 
 
-async def load_compatibility(config: TenancyConfig) -> Compatibility | None:
-    """Return what an application declares; None where it declares nothing.
+async def load_compatibility(config: TenancyConfig, *, is_own: bool = True) -> Compatibility | None:
+    """Return what an application declares; None where it declares nothing. ``is_own`` is as for ``Compatibility``.
 
     Raises:
         ConfigurationError: as ``Compatibility``; or the revisions cannot be loaded.
@@ -186,7 +188,7 @@ async def load_compatibility(config: TenancyConfig) -> Compatibility | None:
 
     def load() -> Compatibility:
         try:
-            return Compatibility(declared, script_directory(alembic_config(directory, config.migration)))
+            return Compatibility(declared, script_directory(alembic_config(directory, config.migration)), is_own=is_own)
         except CommandError as exc:
             raise ConfigurationError(f"the migrations cannot be loaded: {exc}") from exc
 

@@ -312,14 +312,17 @@ class FleetMigrator(Rehearsing):
         For a readiness check, a metric, or a gate before a release.
 
         Args:
-            declared: In place of the setting ``compatible_revisions``: what another release declares.
+            declared: In place of the setting ``compatible_revisions``: what another release declares. It need not have
+                the head of this code's migrations.
 
         Raises:
             ConfigurationError: the declaration is malformed, or there are no migrations.
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("counting tenants")
-        compatibility = await load_compatibility(with_declaration(self.services.config, declared))
+        compatibility = await load_compatibility(
+            with_declaration(self.services.config, declared), is_own=declared is None
+        )
         return await compatibility_report(self.services.registry, compatibility)
 
     async def environment(self, x: Sequence[str] = ()) -> Environment:

@@ -305,6 +305,10 @@ async def test_it_is_known_how_many_tenants_are_outside(old: Release, new: Relea
     assert (report.declared, report.total, report.outside, report.ok) == ("0003:", 3, 2, False)
     assert report.summary() == "3 tenants, 2 of them at revisions outside 0003:"
     assert (await new.fleet.migrations.compatibility("0002:")).ok
+    # what the old release can still serve, asked with the new one's code: its declaration cannot have this head
+    before = await new.fleet.migrations.compatibility("0001:0002")
+    assert [(x.revision, x.served) for x in before.revisions] == [("0002", True), ("0003", False)]
+    assert (before.total, before.outside) == (3, 1)
     with pytest.raises(SettingError):
         await new.fleet.migrations.compatibility("a b")
     heard: list[tuple[str, str | None]] = []
