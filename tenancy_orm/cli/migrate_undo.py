@@ -8,7 +8,7 @@ import typer
 
 from ..errors import counted
 from ..runs import FleetReport, Progress
-from ..runs.undo import UndoPlan
+from ..runs.undo import UndoPlan, nothing_to_undo, refuse
 from ..tenancy import Tenancy
 from .migrate import Beside, Only, Stop, app
 from .migrate_progress import run_shown
@@ -23,7 +23,7 @@ from .migrate_waves import (
     print_waves,
 )
 from .output import console, print_json, print_table
-from .runtime import EXIT_FAILED, Json, operator, run
+from .runtime import Json, exit_on_error, operator, run
 
 RunArgument = Annotated[int, typer.Argument(metavar="RUN", help="The run's number.")]
 
@@ -62,9 +62,10 @@ def undo(
     which: dict[str, Any] = {"tenants": tenant, "include_new": include_new, "new_revision": new_revision}
     if dry_run:
         found = run(lambda tenancy: tenancy.migrations.plan_undo(number, **which, waves=given.waves))
-        _show(found, as_json=as_json)
-        if (found.irreversible and not stamp_irreversible) or (found.moved and not leave_moved):
-            raise typer.Exit(EXIT_FAILED)
+        decided = {"stamp_irreversible": stamp_irreversible, "leave_moved": leave_moved}
+        _show(found, as_json=as_json, **decided)
+        if found.tenants or not found.passes(**decided):
+            exit_on_error(lambda: refuse(found, **decided))
         return
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
@@ -95,13 +96,17 @@ def pause(number: RunArgument, as_json: Json = False) -> None:
         console.print(f"run {number} is paused; go on with: tenancy migrate resume {number}")
 
 
-def _show(plan: UndoPlan, *, as_json: bool) -> None:
+def _show(plan: UndoPlan, *, stamp_irreversible: bool, leave_moved: bool, as_json: bool) -> None:
     if as_json:
         print_json(plan)
     else:
-        console.print(f"undo run {plan.run}: {counted(len(plan.tenants))} go back, nothing is changed", highlight=False)
+        passes = plan.passes(stamp_irreversible=stamp_irreversible, leave_moved=leave_moved)
+        what = f"{counted(len(plan.tenants))} go back" if passes else "would be refused, no tenant would go back"
+        console.print(f"undo run {plan.run}: {what}, nothing is changed", highlight=False)
+        if passes and not plan.tenants:
+            console.print(nothing_to_undo(plan), highlight=False)
         rows = [(one.slug, one.server, one.revision or "base", one.target or "base", one.error) for one in plan.tenants]
-        print_table("go back", ("tenant", "server", "from", "to", "error"), rows)
+        print_table("go back" if passes else "to go back", ("tenant", "server", "from", "to", "error"), rows)
         if len(plan.waves) > 1:
             print_waves(plan.waves)
         for title, names in (("stay as they are", plan.untouched), ("were created since, and stay", plan.new)):
@@ -110,4 +115,5 @@ def _show(plan: UndoPlan, *, as_json: bool) -> None:
         if plan.moved:
             print_table("not certain", ("tenant", "reason"), plan.moved.items())
         if plan.irreversible:
-            print_table("cannot go back", ("revision", "reason"), plan.irreversible.items())
+            title = "stamped, nothing runs" if stamp_irreversible else "cannot go back"
+            print_table(title, ("revision", "reason"), plan.irreversible.items())

@@ -69,7 +69,11 @@ class UndoPlan:
     @property
     def ok(self) -> bool:
         """Whether nothing has to be decided first."""
-        return not (self.moved or self.irreversible)
+        return self.passes()
+
+    def passes(self, *, stamp_irreversible: bool = False, leave_moved: bool = False) -> bool:
+        """Whether nothing has to be decided first, but for what is decided by these arguments of ``undo``."""
+        return (leave_moved or not self.moved) and (stamp_irreversible or not self.irreversible)
 
 
 class _Reader(Protocol):
@@ -296,9 +300,9 @@ def refuse(plan: UndoPlan, *, stamp_irreversible: bool, leave_moved: bool) -> No
         UndoRefusedError: there is something; it names all of it.
         MigrationError: no tenant would go back.
     """
-    irreversible = {} if stamp_irreversible else plan.irreversible
-    moved = {} if leave_moved else plan.moved
-    if irreversible or moved:
+    if not plan.passes(stamp_irreversible=stamp_irreversible, leave_moved=leave_moved):
+        irreversible = {} if stamp_irreversible else plan.irreversible
+        moved = {} if leave_moved else plan.moved
         raise UndoRefusedError(plan.run, irreversible=irreversible, moved=moved)
     if not plan.tenants:
         # a run without tenants would be recorded, and a paused one cancelled for it

@@ -143,8 +143,11 @@ async def test_what_does_not_hold_is_said(cli: Cli, prepared: Project) -> None:
     path.write_text(path.read_text().replace('op.drop_column("notes", "title")', "pass"))
     ahead = await cli("migrate", "undo", "1", "--dry-run")
     assert (ahead.status, "its downgrade() does nothing" in ahead.out) == (1, True)
+    assert "undo run 1: would be refused, no tenant would go back, nothing is changed" in ahead.out
+    assert "or add --stamp-irreversible" in ahead.err
     ahead = await cli("migrate", "undo", "1", "--dry-run", "--stamp-irreversible")
     assert (ahead.status, "its downgrade() does nothing" in ahead.out) == (0, True)
+    assert "undo run 1: 3 tenants go back, nothing is changed" in ahead.out
     refused = await cli("migrate", "undo", "1", "--json")
     assert (refused.status, "UndoRefusedError" in refused.err) == (1, True)
     assert (await cli("migrate", "undo", "99")).status == 1
