@@ -248,7 +248,7 @@ class DataRunner:
                     revision=checkpoint.revision,
                     name=checkpoint.name,
                     rows=checkpoint.rows,
-                    estimate=max(checkpoint.estimate, checkpoint.rows),
+                    estimate=checkpoint.rows if done else max(checkpoint.estimate, checkpoint.rows),
                     batches=checkpoint.batches,
                     waits_for=waits_for,
                     done=done,
@@ -337,7 +337,9 @@ class _Work:
         if until is None:
             checkpoints.finish(connection, checkpoint)
             return None
-        checkpoints.begin(connection, checkpoint, until=until, number=number, rows=table.estimate)
+        # a later pass looks for rows that were written since; what the first one counted is better than an estimate
+        rows = table.estimate(connection) if number == 1 else checkpoint.rows
+        checkpoints.begin(connection, checkpoint, until=until, number=number, rows=rows)
         return checkpoints.locked(connection, checkpoint)
 
     def _end_pass(self, connection: SyncConnection, table: BatchedTable, checkpoint: Checkpoint) -> Checkpoint | None:

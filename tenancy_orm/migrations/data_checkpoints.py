@@ -70,13 +70,15 @@ _BEGIN = text(
     "estimate = :estimate WHERE revision = :revision AND name = :name"
 ).bindparams(bindparam("until", type_=_ARRAY))
 _ADVANCE = text(
-    f"UPDATE {TABLE} SET after = :after, rows = rows + :count, pass_rows = pass_rows + :matched, "  # noqa: S608
+    f"UPDATE {TABLE} SET after = :after, pass_rows = pass_rows + :matched, "  # noqa: S608
+    # a later pass goes through the same rows, and does those alone that were written since
+    "rows = rows + CASE WHEN pass = 1 THEN :count ELSE :matched END, "
     "batches = batches + 1, batch_size = :size WHERE revision = :revision AND name = :name"
 ).bindparams(bindparam("after", type_=_ARRAY))
 _TURN = text(
     # in a later pass the earlier one has done all rows
     f"UPDATE {TABLE} SET direction = 'downgrade', until = CASE WHEN pass = 1 THEN after END, after = NULL, "  # noqa: S608
-    "rows = 0, batches = 0, pass = 1, is_started = pass = 1, is_done = pass = 1 AND after IS NULL "
+    "estimate = rows, rows = 0, batches = 0, pass = 1, is_started = pass = 1, is_done = pass = 1 AND after IS NULL "
     "WHERE revision = :revision AND name = :name"
 )
 _DONE = text(f"UPDATE {TABLE} SET is_done = true WHERE revision = :revision AND name = :name")  # noqa: S608

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import ConfigurationError, MigrationError
-from tenancy_orm.migrations import Batch, data_migration
+from tenancy_orm.migrations import Batch, data_migration, data_tables
 from tenancy_orm.protocols import GrantTarget
 from tenancy_orm.runs.progress import ProgressReader
 from tests.support.alembic_program import Alembic
@@ -373,12 +373,34 @@ def fill(batch):
     report = await fleet.migrations.upgrade()
     assert report.ok, report.reasons
     assert await fleet.fetch("acme", "SELECT count(n), count(*) FROM late") == [(3, 3)]
+    (acme, *_) = await fleet.migrations.run_tenants(report.run or 0)
+    # each row once, however many passes there are
+    assert (acme.detail["data"]["0002:fill"]["rows"], acme.detail["data"]["0002:fill"]["estimate"]) == (3, 3)
 
     await fleet.execute("acme", "INSERT INTO late VALUES (1)")
     add(project, "0003", code.replace("SET n = 1", "SET n = NULL"), "pass", "pass")
     (failure,) = (await fleet.migrations.upgrade()).failures
     assert failure.error is not None
     assert "1 of 1 rows still have n IS NULL after a batch" in failure.error
+
+
+async def test_the_rows_of_a_table_that_was_just_filled_are_known(
+    fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no statistics yet. How many are done is of these, and not of what is done."""
+    monkeypatch.setattr(data_tables, "_SAMPLED_PAGES", 50)  # of about 130
+    await fleet.execute("acme", FILL.format(20_000) + "; UPDATE notes SET body = 'bad' WHERE id = 25")
+    add(project, "0002", COUNT.replace("words + 1", "words + CASE WHEN body = 'bad' THEN 1 / (id - id) ELSE 1 END"))
+    report = await fleet.migrations.upgrade(tenants=["acme"])
+    (acme,) = await fleet.migrations.run_tenants(report.run or 0)
+    data = acme.detail["data"]["0002:count_words"]
+    assert (data["done"], data["rows"] <= 20) == (False, True)
+    assert 10_000 < data["estimate"] < 40_000
+    await fleet.execute("acme", "UPDATE notes SET body = 'good' WHERE id = 25; DELETE FROM notes WHERE id > 50")
+    report = await fleet.migrations.upgrade(tenants=["acme"])
+    (acme,) = await fleet.migrations.run_tenants(report.run or 0)
+    data = acme.detail["data"]["0002:count_words"]
+    assert (data["done"], data["rows"], data["estimate"]) == (True, 50, 50)
 
 
 @asynccontextmanager
