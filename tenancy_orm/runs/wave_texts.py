@@ -15,6 +15,7 @@ from .waves import Wave, Waves
 
 # a name ends with a colon and a space, which no value of a selection has
 _NAME = re.compile(r"\s*([\w][\w .-]*):(?:\s+|$)(.*)", re.DOTALL)
+_WAVE_NAMED = re.compile(r"^wave (?:'[^']*'|\"[^\"]*\"):? ")
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|d)")
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
@@ -106,7 +107,8 @@ def _add(table: dict[str, Any], word: str, text: str) -> None:
         else:
             raise ConfigurationError(
                 f"the wave {text!r}: {word!r} is not understood; write 5%, a number, rest, pause, or one of "
-                f"{', '.join(f'{name}=...' for name in _KEYS if name not in _FLAGS)}"
+                f"{', '.join(f'{name}=...' for name in _KEYS if name not in _FLAGS)}; "
+                "a name comes first, with a colon: 'canary: tenant=acme'"
             )
     elif key == "label":
         name, has_value, values = value.partition("=")
@@ -133,7 +135,8 @@ def _wave(table: Mapping[str, Any], where: str, directory: Path) -> Wave:
     try:
         return Wave(**values)
     except ConfigurationError as exc:
-        raise ConfigurationError(f"{where}: {exc}") from exc
+        # it begins with the wave's name, which is in the text of an option
+        raise ConfigurationError(f"{where}: {_WAVE_NAMED.sub('', str(exc))}") from exc
 
 
 def _listed(given: str, where: str, directory: Path) -> list[str]:

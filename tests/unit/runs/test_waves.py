@@ -115,12 +115,13 @@ def test_what_is_between_waves() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "chooses no tenants"),
+        ("", "^the wave '': chooses no tenants"),
         ("canary:", "chooses no tenants"),
         ("pause wait=5m", "chooses no tenants"),
         ("everyone", "'everyone' is not understood; write 5%, a number, rest, pause, or one of"),
         ("0%", "above 0 and at most 100"),
-        ("101%", "above 0 and at most 100"),
+        ("101%", "^the wave '101%': 101 % is not above 0 and at most 100$"),
+        ("canary tenant=t1", "'canary' is not understood; .* a name comes first, with a colon: 'canary: tenant=acme'$"),
         ("0", "a count is at least 1"),
         ("5% 3", "one of percent, count and rest"),
         ("rest tier=free", "rest takes all the others"),
