@@ -1170,9 +1170,14 @@ class UndoRefusedError(MigrationError):
         parts = [f"revision {revision}: {reason}" for revision, reason in irreversible.items()]
         if parts:
             parts[-1] += " (take its changes back by hand, or add --stamp-irreversible)"
-        parts += [f"tenant {slug}: {reason}" for slug, reason in list(moved.items())[:5]]
+        alike: dict[str, list[str]] = {}
+        for slug, reason in moved.items():
+            alike.setdefault(reason, []).append(slug)
+        for reason, slugs in list(alike.items())[:5]:
+            more = f" and {len(slugs) - 5} more" if len(slugs) > 5 else ""
+            parts.append(f"tenant{'s' * (len(slugs) > 1)} {', '.join(slugs[:5])}{more}: {reason}")
         if moved:
-            parts[-1] += f"{' and others' if len(moved) > 5 else ''} (add --leave-moved to undo it for the others)"
+            parts[-1] += f"{' and others' if len(alike) > 5 else ''} (add --leave-moved to undo it for the others)"
         super().__init__(f"run {run} cannot be undone, and no tenant was touched: {'; '.join(parts)}")
         self.run = run
         self.irreversible = dict(irreversible)

@@ -92,3 +92,13 @@ def test_a_purge_that_is_refused_says_to_delete_first() -> None:
         "from active to purged; delete it first"
     )
     assert "delete it first" not in str(errors.InvalidTransitionError("acme", "active", "suspended"))
+
+
+def test_tenants_with_the_same_reason_are_named_together() -> None:
+    """The undo of a run that a later one followed has the same for each tenant: a sentence each is no message."""
+    moved = {f"t{number}": "run 8 has moved it to 0003 since; undo that run first" for number in range(33)}
+    found = str(errors.UndoRefusedError(7, irreversible={}, moved={**moved, "acme": "it is at 0001"}))
+    assert found == (
+        "run 7 cannot be undone, and no tenant was touched: tenants t0, t1, t2, t3, t4 and 28 more: run 8 has moved it "
+        "to 0003 since; undo that run first; tenant acme: it is at 0001 (add --leave-moved to undo it for the others)"
+    )
