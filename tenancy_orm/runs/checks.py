@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -65,6 +66,34 @@ def over_budget(wave: Wave, report: WaveReport) -> str | None:
     names = ", ".join(report.failed[:5]) + (", ..." if len(report.failed) > 5 else "")
     allowed = f"{wave.error_budget * 100:g} % may" if wave.error_budget else "none may"
     return f"{len(report.failed)} of {len(report.tenants)} tenants failed in wave {report.name!r}, {allowed}: {names}"
+
+
+def require_checks(waves: Waves) -> None:
+    """Refuse commands and functions that this process cannot find, before a tenant is migrated.
+
+    Raises:
+        ConfigurationError: a program is not there or not executable, a command cannot be split, or a function cannot be
+            loaded.
+    """
+    for wave in waves.waves:
+        for command in wave.commands:
+            try:
+                arguments = shlex.split(command)
+            except ValueError as exc:
+                raise ConfigurationError(f"wave {wave.name!r}: command {command!r} cannot be read: {exc}") from exc
+            if not arguments:
+                raise ConfigurationError(f"wave {wave.name!r}: a command is empty")
+            if shutil.which(arguments[0]) is None:
+                raise ConfigurationError(
+                    f"wave {wave.name!r}: command {command!r}: {arguments[0]!r} is no program that can be executed "
+                    "here; every machine of the run needs it, in its working directory or on its PATH"
+                )
+        for path in map(str, wave.functions):
+            try:
+                if not callable(load_object(path)):
+                    raise ConfigurationError(f"{path!r} is not a function")
+            except ConfigurationError as exc:
+                raise ConfigurationError(f"wave {wave.name!r}: {exc}") from exc
 
 
 def seal_checks(keyring: Keyring, waves: Waves) -> str | None:
@@ -224,4 +253,4 @@ async def _in_thread(function: Callable[[WaveReport], Any], report: WaveReport) 
     return found
 
 
-__all__ = ["WaveReport", "is_sealed", "over_budget", "run_checks", "seal_checks"]
+__all__ = ["WaveReport", "is_sealed", "over_budget", "require_checks", "run_checks", "seal_checks"]

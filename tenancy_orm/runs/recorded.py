@@ -20,7 +20,7 @@ from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import TenantRef
 from .busy import Order, busiest_first, check_order
-from .checks import seal_checks
+from .checks import require_checks, seal_checks
 from .records import NewRun, NewTenant, RunRecord, RunRecords
 from .report import FleetReport, Progress
 from .run import Run, RunWork
@@ -109,6 +109,7 @@ class RecordedRuns:
             chosen = await busiest_first(chosen, self._services)
         waves = options.waves or Waves()
         waves.check(tiers=self._services.config.tiers, servers=tuple(self._services.servers))
+        require_checks(waves)
         plan = options.as_plan(everyone=tenants is None)
         if seal := seal_checks(self._services.keyring, waves):
             plan["seal"] = seal

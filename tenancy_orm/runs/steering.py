@@ -18,6 +18,7 @@ from ..migrations.scripts import Environment
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
+from .checks import require_checks
 from .claims import Claimed
 from .commands import RunCommands
 from .notices import NoticeReport, Notices
@@ -171,6 +172,7 @@ class Steering(RunCommands):
     def _checked(self, waves: Waves | None) -> Waves:
         waves = waves or Waves()
         waves.check(tiers=self.services.config.tiers, servers=tuple(self.services.servers))
+        require_checks(waves)
         return waves
 
     # --- during -----------------------------------------------------------------------------------------------------

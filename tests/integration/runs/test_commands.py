@@ -136,6 +136,8 @@ async def test_what_does_not_hold_is_said(cli: Cli, prepared: Project) -> None:
         (("--plan", "waves.toml"), "waves.toml"),
         (("--wave", "everybody"), "'everybody' is not understood"),
         (("--wave", "tenant=acmee"), "not a tenant of this run"),
+        (("--wave", "tenant=acme command=./smoke.sh"), "'./smoke.sh' is no program that can be executed here"),
+        (("--dry-run", "--wave", "tenant=acme command=./smoke.sh"), "'./smoke.sh' is no program"),
     ):
         refused = await cli("migrate", "upgrade", *arguments)
         assert (refused.status, message in refused.err) == (1, True), refused.err

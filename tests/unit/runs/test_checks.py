@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tenancy_orm.runs.checks import WaveReport, is_sealed, over_budget, run_checks, seal_checks
+from tenancy_orm.errors import ConfigurationError
+from tenancy_orm.runs.checks import WaveReport, is_sealed, over_budget, require_checks, run_checks, seal_checks
 from tenancy_orm.runs.wave_texts import parse_waves
-from tenancy_orm.runs.waves import Wave
+from tenancy_orm.runs.waves import Wave, Waves
 from tenancy_orm.secrets.keyring import Keyring
 from tests.support.shell import processes_in
 from tests.support.waiting import until
@@ -66,6 +67,27 @@ async def test_commands_decide_by_their_exit_status(tmp_path: Path) -> None:
     assert "No such file" in (await reason(commands=["/nowhere/check"]) or "")
 
 
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        ({"commands": ["true", "/nowhere/check --all"]}, "'/nowhere/check' is no program that can be executed here"),
+        ({"commands": [str(Path(__file__))]}, "is no program that can be executed here"),
+        ({"commands": ["  "]}, "a command is empty"),
+        ({"commands": ["sh 'a"]}, "cannot be read: No closing quotation"),
+        ({"functions": ["wave_checks:missing"]}, "'wave_checks:missing' cannot be loaded"),
+        ({"functions": ["wave_checks:number"]}, "'wave_checks:number' is not a function"),
+    ],
+)
+def test_a_check_that_cannot_be_found_is_refused_before_the_run(
+    functions: types.ModuleType, check: dict[str, list[str]], message: str
+) -> None:
+    """After the canary it would pause the run; what is there passes, without running."""
+    passing = Wave(name="first", percent=5, commands="false", functions="wave_checks:raises")
+    require_checks(Waves((passing,)))
+    with pytest.raises(ConfigurationError, match=f"wave 'second': .*{message}"):
+        require_checks(Waves((passing, Wave(name="second", percent=5, **check))))  # type: ignore[arg-type]
+
+
 async def test_a_command_that_does_not_end_is_ended(tmp_path: Path) -> None:
     """With everything that it has started, in time; also where the run itself is interrupted."""
     command = f"sh -c 'sleep 600 & cat {tmp_path}/fifo; sleep 600'"
@@ -99,7 +121,7 @@ async def test_a_function_that_does_not_end_does_not_keep_the_process() -> None:
     code = """
 import asyncio, sys, time, types
 from tenancy_orm.runs.checks import WaveReport, run_checks
-from tenancy_orm.runs.waves import Wave
+from tenancy_orm.runs.waves import Wave, Waves
 module = sys.modules["wave_checks"] = types.ModuleType("wave_checks")
 module.hangs = lambda report: time.sleep(600)
 module.exits = lambda report: sys.exit(7)
