@@ -141,7 +141,15 @@ def _runs(start: StartPreview) -> str:
 def _step(step: RevisionPreview) -> str:
     if step.up is None:
         return step.doc or "stamp"
-    return f"{'up' if step.up else 'down'} {step.revision}" + (f" {step.doc}" if step.doc else "")
+    more = ["preflight"] * step.has_checks + [f"data migration {name}" for name in step.data_migrations]
+    return " ".join(
+        [
+            "up" if step.up else "down",
+            str(step.revision),
+            *([step.doc] if step.doc else []),
+            *([f"({', '.join(more)})"] if more else []),
+        ]
+    )
 
 
 def _print_sql(preview: Preview) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from alembic.runtime.migration import RevisionStep
 
 from ..errors import MigrationError
+from ..migrations.checks import script_of
 from ..migrations.connections import placement_of
+from ..migrations.data_migrations import of_step
 from ..migrations.plan import MigrationStep, Plan, format_revision
 from ..migrations.rendering import render, sql_text
 from ..tenant import Tenant
@@ -29,11 +31,16 @@ class WavePreview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RevisionPreview:
-    """A revision that would run: up or down, and what its file says of it. ``up`` is None for a stamp."""
+    """A revision that would run: up or down, and what its file says of it. ``up`` is None for a stamp.
+
+    ``data_migrations`` are the names of those that it would run; ``has_checks`` is whether its preflight is asked.
+    """
 
     revision: str | None
     up: bool | None
     doc: str | None
+    data_migrations: tuple[str, ...] = ()
+    has_checks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +143,13 @@ def preview_start(
 
 def _revision(step: MigrationStep) -> RevisionPreview:
     if isinstance(step, RevisionStep):
-        return RevisionPreview(revision=step.revision.revision, up=step.is_upgrade, doc=step.doc)
+        return RevisionPreview(
+            revision=step.revision.revision,
+            up=step.is_upgrade,
+            doc=step.doc,
+            data_migrations=tuple(one.name for one in of_step(step) if step.is_upgrade or one.reversal is not None),
+            has_checks=script_of(step) is not None,
+        )
     return RevisionPreview(revision=None, up=None, doc=step.short_log)
 
 

@@ -153,3 +153,28 @@ async def test_what_does_not_hold_is_said(cli: Cli, prepared: Project) -> None:
     refused = await cli("migrate", "undo", "1", "--json")
     assert (refused.status, "UndoRefusedError" in refused.err) == (1, True)
     assert (await cli("migrate", "undo", "99")).status == 1
+
+
+async def test_a_dry_run_names_preflights_and_data_migrations(cli: Cli, prepared: Project) -> None:
+    """They take time, and a failed check stops the run; a downgrade runs only what reverses."""
+    path = prepared.migrations / "versions" / "0002.py"
+    code = """
+from tenancy_orm.migrations import Check, data_migration
+
+def preflight():
+    yield Check("none", "SELECT 1 FROM notes WHERE false")
+
+@data_migration(table="notes")
+def fill(batch):
+    return f"UPDATE notes SET title = '' WHERE {batch.rows}"
+"""
+    path.write_text(path.read_text() + code)
+    ahead = await cli("migrate", "upgrade", "--dry-run")
+    assert (ahead.status, "up 0002 a change (preflight, data migration fill)" in ahead.out) == (0, True), ahead.out
+    (start,) = (await cli("migrate", "upgrade", "--dry-run", "--json")).json["starts"]
+    assert start["revisions"] == [
+        {"revision": "0002", "up": True, "doc": "a change", "data_migrations": ["fill"], "has_checks": True}
+    ]
+    assert (await cli("migrate", "upgrade")).status == 0
+    ahead = await cli("migrate", "downgrade", "0001", "--dry-run")
+    assert "down 0002 a change\n" in ahead.out
