@@ -146,8 +146,21 @@ class Plan:
                 simulated.update_to_step(step)
                 states.append(frozenset(simulated.heads))
         except CommandError as exc:
-            raise MigrationError(f"cannot {self.command} from {format_revision(heads) or 'base'}: {exc}") from exc
+            hint = ""
+            if self._is_unknown(heads):
+                hint = (
+                    "; the database is newer than this code, or of another branch: use the code that has this revision"
+                )
+            raise MigrationError(f"cannot {self.command} from {format_revision(heads) or 'base'}: {exc}{hint}") from exc
         return MigrationPath(steps, tuple(states))
+
+    def _is_unknown(self, heads: Heads) -> bool:
+        """Whether a database has a revision that this code does not have."""
+        try:
+            self.environment.script.get_revisions(tuple(heads))
+        except CommandError:
+            return True
+        return False
 
     def _check(self) -> None:
         """Refuse a target that does not exist, before any tenant is touched."""
