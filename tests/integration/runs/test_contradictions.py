@@ -92,7 +92,7 @@ async def test_who_comes_late_does_not_pass_a_pause(fleet: Fleet, config: Tenanc
         assert (late.run, late.state, late.skipped) == (1, "paused", ("globex", "initech"))
         assert (await other.migrations.upgrade(beside=True)).run == 2
         # the paused one has been replaced
-        assert (await other.migrations.upgrade(join=True)).run == 3
+        assert (await other.migrations.upgrade(join=True, beside=True)).run == 3
 
 
 async def test_a_tenant_that_was_given_up_is_retried(fleet: Fleet, project: Project) -> None:
