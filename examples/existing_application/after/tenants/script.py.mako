@@ -17,6 +17,11 @@ branch_labels: str | Sequence[str] | None = ${repr(branch_labels)}
 depends_on: str | Sequence[str] | None = ${repr(depends_on)}
 
 
+# What must hold in every tenant's database before the first one is changed: SQL that returns what is wrong.
+# def preflight():
+#     yield Check("no NULLs in users.email", "SELECT FROM users WHERE email IS NULL")  # from tenancy_orm.migrations
+
+
 def upgrade() -> None:
     """Change one tenant's schema."""
     ${upgrades if upgrades else "pass"}

@@ -2,7 +2,7 @@
 
 Revision ID: 0001
 Revises: 
-Create Date: 2026-11-29 09:33:48.469283
+Create Date: 2026-11-29 20:39:24.630842
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,11 @@ revision: str = '0001'
 down_revision: str | Sequence[str] | None = None
 branch_labels: str | Sequence[str] | None = None
 depends_on: str | Sequence[str] | None = None
+
+
+# What must hold in every tenant's database before the first one is changed: SQL that returns what is wrong.
+# def preflight():
+#     yield Check("no NULLs in users.email", "SELECT FROM users WHERE email IS NULL")  # from tenancy_orm.migrations
 
 
 def upgrade() -> None:

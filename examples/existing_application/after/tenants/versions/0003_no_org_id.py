@@ -2,7 +2,7 @@
 
 Revision ID: 0003
 Revises: 0002
-Create Date: 2026-11-29 09:33:58.024889
+Create Date: 2026-11-29 20:39:54.846152
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,11 @@ revision: str = '0003'
 down_revision: str | Sequence[str] | None = '0002'
 branch_labels: str | Sequence[str] | None = None
 depends_on: str | Sequence[str] | None = None
+
+
+# What must hold in every tenant's database before the first one is changed: SQL that returns what is wrong.
+# def preflight():
+#     yield Check("no NULLs in users.email", "SELECT FROM users WHERE email IS NULL")  # from tenancy_orm.migrations
 
 
 def upgrade() -> None:
