@@ -134,7 +134,7 @@ class Plan(Base):
 """
     (tmp_path / "models.py").write_text(texts["models.py"] + plan, "utf-8")
     (tmp_path / "seeds/0004_plans.sql").write_text("INSERT INTO plans VALUES ('free')", "utf-8")
-    assert "0004_plans" in await run("tenancy_orm.cli", "migrate", "status")
+    assert "0004_plans" in await run("tenancy_orm.cli", "migrate", "status", "--verify")
     await make_revision()
     for arguments in (("migrate", "upgrade"), ("seed", "--all"), ("create", "globex")):
         await run("tenancy_orm.cli", *arguments)
