@@ -274,7 +274,7 @@ async def test_who_goes_on_taking_locks_is_ended(versioned: Postgres, opened: Ca
                 found.extend((one.tenant_id, one.reason) for one in report.ended)
                 return bool(found)
 
-            await until(ended, seconds=60)
+            await until(ended, seconds=150)
             assert found == [(tenant.id, "locks")]
             with pytest.raises(ENDED):
                 await again

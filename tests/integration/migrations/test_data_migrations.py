@@ -327,7 +327,8 @@ globals()["{table}"] = fill
         ("bare", None, "has no primary key"),
         ("bare", "line", "has no unique index on (line)"),
         ("visits", "day", "has no unique index on (day)"),
-        ("missing", None, "there is no table"),
+        # not as long as the one before: Python would take the compiled file for this one's
+        ("missing_table", None, "there is no table"),
     ):
         add(
             project,
