@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 import typer
@@ -101,7 +100,7 @@ def upgrade(
             beside=beside,
         )
 
-    run_migration("upgrade", command, as_json)
+    run_shown(command, as_json=as_json)
 
 
 @app.command()
@@ -138,7 +137,7 @@ def downgrade(
             beside=beside,
         )
 
-    run_migration("downgrade", command, as_json)
+    run_shown(command, as_json=as_json)
 
 
 @app.command()
@@ -155,7 +154,7 @@ def stamp(
             revision, tenants=tenant, concurrency=concurrency, progress=progress, actor=operator()
         )
 
-    run_migration("stamp", command, as_json)
+    run_shown(command, as_json=as_json)
 
 
 @app.command()
@@ -167,17 +166,10 @@ def extensions(tenant: Only = None, concurrency: Concurrency = 8, as_json: Json 
             tenants=tenant, concurrency=concurrency, progress=progress, actor=operator()
         )
 
-    run_migration("install extensions", command, as_json)
+    run_shown(command, as_json=as_json)
 
 
 app.command()(migrate_status.status)
 app.command()(migrate_drift.drift)
-
-
 app.command("rehearse")(migrate_rehearsal.rehearse)
 app.command("lint")(migrate_lint.lint_revisions)
-
-
-def run_migration(verb: str, migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], as_json: bool) -> None:
-    """Run a migration, show its progress and its report, and exit with status 1 where a tenant is not at the target."""
-    run_shown(migrate, as_json=as_json)

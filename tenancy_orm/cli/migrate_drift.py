@@ -11,7 +11,7 @@ from ..drift import Difference, DriftGroup, DriftReport
 from ..drift.mending import TENANT_ROLE
 from ..postgres.quoting import quote_identifier
 from ..tenancy import Tenancy
-from .output import console, note, print_json, print_table, printable, progress_bar
+from .output import TenantBar, console, note, print_json, print_table, printable, progress_bar
 from .runtime import EXIT_FAILED, Json, run
 from .selection import Named, Tiers
 
@@ -42,7 +42,7 @@ def drift(
             tiers=tier or (),
             servers=server or (),
             concurrency=concurrency,
-            progress=_Bar(bar),
+            progress=TenantBar(bar, "read"),
         )
 
     with progress_bar(shown=not as_json) as bar:
@@ -53,20 +53,6 @@ def drift(
         _show(report)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)
-
-
-class _Bar:
-    """Shows the progress as a bar."""
-
-    def __init__(self, bar: ProgressBar) -> None:
-        self._bar = bar
-        self._task = bar.add_task("read", total=None)
-
-    def total(self, count: int) -> None:
-        self._bar.update(self._task, total=count)
-
-    def done(self, slug: str) -> None:
-        self._bar.update(self._task, advance=1, description=f"read {slug}")
 
 
 def _show(report: DriftReport) -> None:

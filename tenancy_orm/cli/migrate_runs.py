@@ -11,7 +11,7 @@ import typer
 
 from ..runs import FleetReport, ProcessRecord, Progress, RunRecord, Waves
 from ..tenancy import Tenancy
-from .migrate import run_migration
+from .migrate_progress import run_shown
 from .output import Column, console, note, print_fields, print_json, print_table
 from .runtime import Json, operator, run
 
@@ -145,7 +145,7 @@ def join(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None
             number, concurrency=concurrency, x=x or (), progress=progress, actor=operator()
         )
 
-    run_migration("join", command, as_json)
+    run_shown(command, as_json=as_json)
 
 
 def resume(
@@ -170,7 +170,7 @@ def resume(
             actor=operator(),
         )
 
-    run_migration("resume", command, as_json)
+    run_shown(command, as_json=as_json)
 
 
 def retry(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None, as_json: Json = False) -> None:
@@ -182,7 +182,7 @@ def retry(number: Number, concurrency: OwnConcurrency = None, x: Arguments = Non
             number, concurrency=concurrency, x=x or (), progress=progress, actor=operator()
         )
 
-    run_migration("retry", command, as_json)
+    run_shown(command, as_json=as_json)
 
 
 def cancel(number: Number, as_json: Json = False) -> None:

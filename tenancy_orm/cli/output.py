@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from ipaddress import IPv4Network, IPv6Network
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 from rich.cells import cell_len, set_cell_size
@@ -252,10 +252,38 @@ def note(text: str) -> None:
     errors.print(printable(text), markup=False)
 
 
+class _HasSlug(Protocol):
+    @property
+    def slug(self) -> str: ...
+
+
 def progress_bar(*, shown: bool) -> Progress:
     """Return a bar on standard error; a silent one where that is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=errors, disable=not (shown and sys.stderr.isatty()))
+
+
+class TenantBar:
+    """Shows how many tenants are done on a bar, with the last one's slug.
+
+    Args:
+        bar: What ``progress_bar`` returned.
+        verb: What is done.
+    """
+
+    def __init__(self, bar: Progress, verb: str) -> None:
+        self._bar = bar
+        self._verb = verb
+        self._task = bar.add_task(verb, total=None)
+
+    def total(self, count: int) -> None:
+        """Show of how many."""
+        self._bar.update(self._task, total=count)
+
+    def done(self, tenant: str | _HasSlug) -> None:
+        """Show that a tenant is done: its slug, or its result."""
+        slug = tenant if isinstance(tenant, str) else tenant.slug
+        self._bar.update(self._task, advance=1, description=f"{self._verb} {slug}")
 
 
 def cell(value: Any) -> str:

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress as ProgressBar
 
-from ..seeds import SeedOutcome, SeedReport, SeedStatus
+from ..seeds import SeedReport, SeedStatus
 from ..tenancy import Tenancy
 from ..tenant import Status
-from .output import console, failures_listed, note, print_json, print_table, progress_bar
+from .output import TenantBar, console, failures_listed, note, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, fail, operator, run
 from .selection import Named, Selection, Tiers
 
@@ -43,7 +43,7 @@ def seed(
             force=force,
             dry_run=dry_run,
             concurrency=concurrency,
-            progress=_Bar(bar),
+            progress=TenantBar(bar, "seed"),
             actor=operator(),
         )
 
@@ -74,20 +74,6 @@ def status_fields(found: SeedStatus | None) -> dict[str, Any]:
         "seeds_outstanding": fields["outstanding"],
         **({"seeds_error": found.error} if found.error else {}),
     }
-
-
-class _Bar:
-    """Shows a run's progress as a bar."""
-
-    def __init__(self, bar: ProgressBar) -> None:
-        self._bar = bar
-        self._task = bar.add_task("seed", total=None)
-
-    def total(self, count: int) -> None:
-        self._bar.update(self._task, total=count)
-
-    def done(self, outcome: SeedOutcome) -> None:
-        self._bar.update(self._task, advance=1, description=f"seed {outcome.slug}")
 
 
 def _show(report: SeedReport) -> None:
