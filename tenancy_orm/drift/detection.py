@@ -123,9 +123,7 @@ class DriftDetector:
                     groups.append(_group(members, differences))
             if not pending or last:
                 break
-        self._errors.update(
-            (tenant.slug, "its schema changes while it is read, or a run migrates it; try again") for tenant in pending
-        )
+        self._errors.update((tenant.slug, _CHANGING) for tenant in pending)
         return DriftReport(
             groups=tuple(sorted(groups, key=lambda group: -len(group.tenants))),
             matching=matching,

@@ -27,6 +27,7 @@ from ..registry.revisions import BASE, MARK_BEGUN, RECORD_FINISHED
 from ..registry.rows import TENANT_COLUMNS, tenant_from_row
 from ..tenant import Tenant
 from .records import RELEASE_LOST, RunState, lock_run, set_state
+from .starts import LIVE
 
 GIVEN_UP = 3
 """After so many lost processes a tenant is not tried again: its migration may be what ends them."""
@@ -137,10 +138,9 @@ _PENDING = text(
     "AND state IN ('waiting', 'running')"
 )
 _TAKE_GATE = text(
-    "UPDATE tenancy.migration_runs r SET gate = :me WHERE r.id = :run AND (r.gate IS NULL OR r.gate = :me "
+    "UPDATE tenancy.migration_runs r SET gate = :me WHERE r.id = :run AND (r.gate IS NULL OR r.gate = :me "  # noqa: S608 - a constant
     "OR NOT EXISTS (SELECT FROM tenancy.migration_run_processes p "
-    "WHERE p.run = r.id AND p.id = r.gate AND p.left_at IS NULL AND p.claimed_until >= clock_timestamp())) "
-    "RETURNING r.id"
+    f"WHERE p.run = r.id AND p.id = r.gate AND {LIVE})) RETURNING r.id"
 )
 _OPEN_WAVE = text(
     "UPDATE tenancy.migration_runs SET wave = :wave, gate = NULL "

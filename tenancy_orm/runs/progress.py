@@ -12,6 +12,7 @@ from sqlalchemy import text
 from ..control.database import ControlDatabase
 from ..errors import RunNotFoundError, counted
 from ..jobs import CLAIM_SECONDS
+from .starts import LIVE
 from .waves import Waves
 
 WINDOW_SECONDS = 30.0
@@ -148,14 +149,14 @@ def duration_text(seconds: float) -> str:
     return f"{whole // 3_600} h {whole % 3_600 // 60} min"
 
 
-_READ = text("""
+_READ = text(f"""
 SELECT r.id, r.command, r.target, r.state, r.reason, r.wave, r.plan,
     extract(epoch FROM coalesce(r.ended_at, clock_timestamp()) - r.created_at) AS seconds,
     t.server, t.total, t.done, t.failed, t.skipped,
     -- what is above has ended, and is not recorded yet; or its process is lost
     least(t.running, (
         SELECT coalesce(sum((p.slots ->> t.server)::integer), 0) FROM tenancy.migration_run_processes p
-        WHERE p.run = r.id AND p.left_at IS NULL AND p.claimed_until >= clock_timestamp()
+        WHERE p.run = r.id AND {LIVE}
     )) AS running, t.recent, t.data_rows, t.data_estimate,
     extract(epoch FROM clock_timestamp() - t.first) AS since
 FROM tenancy.migration_runs r LEFT JOIN LATERAL (
@@ -179,15 +180,15 @@ FROM tenancy.migration_runs r LEFT JOIN LATERAL (
     ) AS d WHERE run = r.id GROUP BY server
 ) t ON true
 WHERE r.id = :run ORDER BY t.server
-""")
+""")  # noqa: S608 - a constant
 
-_READ_SILENT = text("""
+_READ_SILENT = text(f"""
 SELECT p.host, p.pid, p.claimed_until, count(*) AS tenants
 FROM tenancy.migration_run_processes p JOIN tenancy.migration_run_tenants t ON t.run = p.run AND t.claim = p.id
-WHERE p.run = :run AND p.left_at IS NULL AND p.claimed_until >= clock_timestamp()
+WHERE p.run = :run AND {LIVE}
     AND p.claimed_until < clock_timestamp() + make_interval(secs => :seconds)
 GROUP BY p.id, p.host, p.pid, p.claimed_until ORDER BY p.claimed_until, p.host, p.pid
-""")
+""")  # noqa: S608 - a constant
 
 
 class ProgressReader:

@@ -233,11 +233,11 @@ _SKIP_CHECKS = text(
     "AND t.state IN ('waiting', 'running'))"
 )
 _PRUNE = text(
-    "DELETE FROM tenancy.migration_runs r WHERE r.created_at < clock_timestamp() - make_interval(secs => :seconds) "
+    "DELETE FROM tenancy.migration_runs r "  # noqa: S608 - a constant
+    "WHERE r.created_at < clock_timestamp() - make_interval(secs => :seconds) "
     "AND NOT EXISTS (SELECT FROM tenancy.migration_runs u WHERE u.undoes = r.id "
     "AND u.created_at >= clock_timestamp() - make_interval(secs => :seconds)) "
-    "AND NOT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = r.id AND p.left_at IS NULL "
-    "AND p.claimed_until >= clock_timestamp()) RETURNING r.id"
+    f"AND NOT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = r.id AND {LIVE}) RETURNING r.id"
 )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import pytest
 
 from tenancy_orm.config import TenancyConfig
-from tests.support.fleet import Fleet, fleet_config, open_fleet
+from tests.integration.migrations.conftest import config, project
+from tests.support.fleet import Fleet, open_fleet
 from tests.support.postgres import Postgres
-from tests.support.projects import NOTES, Project
+
+__all__ = ["config", "fleet", "leftovers", "project"]
 
 _LEFTOVERS = (
     "SELECT datname::text FROM pg_database WHERE starts_with(datname::text, %(stem)s) UNION ALL "
@@ -18,19 +19,6 @@ _LEFTOVERS = (
 )
 
 Leftovers = Callable[[], Awaitable[list[str]]]
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Project:
-    """An Alembic project with one revision, 0001, that makes the table ``notes``."""
-    project = Project.create(tmp_path / "app")
-    project.add("0001", NOTES, 'op.drop_table("notes")')
-    return project
-
-
-@pytest.fixture
-def config(postgres: Postgres, name_prefix: str, control_url: str, project: Project) -> TenancyConfig:
-    return fleet_config(postgres, control_url, name_prefix, project)
 
 
 @pytest.fixture
