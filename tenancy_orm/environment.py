@@ -333,9 +333,6 @@ class _Command:
             options=options,
         )
         arguments = self.arguments
-        if arguments.refuse_drift:
-            drift = await migrator.drift(tenants=arguments.tenants, concurrency=arguments.concurrency)
-            drift.raise_for_drift()
         try:
             report = await migrator.execute(
                 plan,
@@ -348,6 +345,7 @@ class _Command:
                     x=self.environment.x,
                 ),
                 beside=arguments.beside,
+                refuse_drift=arguments.refuse_drift,
                 checks="never" if arguments.skip_preflight else "ahead",
                 actor=operator(),
             )

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from ..errors import ConfigurationError
-from ..migrations.failures import describe
-from ..migrations.logs import logger
+from ..migrations import local
+from ..migrations.configuration import alembic_config
+from ..migrations.connections import Connections
+from ..migrations.plan import Plan
+from ..migrations.scripts import Environment, load
+from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
-from .notices import NoticeReport
+from .extensions import ExtensionWork
 from .recorded import RecordedRuns
 from .records import ProcessRecord, RunRecord, RunState, TenantRecord, TenantRunState
 from .report import FleetReport, Progress
 from .run import RunWork
+from .work import MigrationWork, UndoWork
+
+DEFAULT_CONCURRENCY = 8
 
 
 class RunCommands:
@@ -27,7 +35,22 @@ class RunCommands:
 
     def __init__(self, services: FleetServices) -> None:
         self.services = services
+        self._connections = Connections(services)
+        self._selection = Selection(services.registry)
         self._recorded = RecordedRuns(services)
+
+    async def environment(self, x: Sequence[str] = ()) -> Environment:
+        """Load the migration directory.
+
+        Raises:
+            ConfigurationError: there is none, or its env.py cannot be used for a fleet.
+        """
+        config = self.services.config
+        directory = config.migrations
+        if directory is None:
+            raise ConfigurationError("TenancyConfig.migrations names no directory; make one with: tenancy init")
+        # in a thread: env.py imports the application's models
+        return await asyncio.to_thread(lambda: load(alembic_config(directory, config.migration, x=x), x=tuple(x)))
 
     async def join(
         self,
@@ -110,29 +133,6 @@ class RunCommands:
             run, self._maker(x), retry=True, concurrency=_checked(concurrency), x=x, progress=progress, actor=actor
         )
 
-    async def cancel(self, run: int, *, actor: Actor = SYSTEM) -> RunRecord:
-        """Skip the tenants of a run that wait. Every process finishes those that it is migrating, and claims no others.
-
-        Those that a killed process has begun stay at the revision that they have, see ``settle_notices``.
-
-        Raises:
-            RunNotFoundError: there is no run of that number.
-            RunStateError: it has ended.
-        """
-        refuse_while_bound("migrating tenants")
-        record = await self._recorded.records.cancel(run, actor=actor)
-        try:
-            await self.settle_notices()
-        except Exception as exc:  # noqa: BLE001 - env.py may raise anything, and the run is cancelled
-            logger.warning(
-                "run %d is cancelled; tenants of killed processes are left to housekeeping: %s", run, describe(exc)
-            )
-        return record
-
-    async def settle_notices(self) -> NoticeReport:
-        """Record the revisions of tenants with a migration that was killed."""
-        raise NotImplementedError
-
     async def runs(
         self, *, state: RunState | None = None, limit: int = 20, before: int | None = None
     ) -> list[RunRecord]:
@@ -181,7 +181,17 @@ class RunCommands:
 
     async def _work(self, record: RunRecord, x: Sequence[str]) -> RunWork:
         """Return what a recorded run does."""
-        raise NotImplementedError
+        if record.command == "extensions":
+            return ExtensionWork(self.services, self._connections)
+        local.install()
+        given = record.plan
+        if record.command == "undo":
+            how = {name: given[name] for name in ("stamps", "stamp_irreversible", "everyone", "holds")}
+            return UndoWork(await self.environment(x), self.services, self._connections, **how)
+        plan = Plan.of(await self.environment(x), record.command, given["revision"], purge=given["purge"])
+        return MigrationWork(
+            plan, self.services, self._connections, checks=given["checks"], concurrency=given["concurrency"]
+        )
 
 
 def _checked(concurrency: int | None) -> int | None:
@@ -196,4 +206,4 @@ def check_concurrency(concurrency: int) -> None:
         raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
 
 
-__all__ = ["RunCommands", "check_concurrency"]
+__all__ = ["DEFAULT_CONCURRENCY", "RunCommands", "check_concurrency"]

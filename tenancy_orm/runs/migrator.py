@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,28 +15,22 @@ from ..drift import DriftDetector, DriftProgress, DriftReport
 from ..errors import ConfigurationError
 from ..migrations import local
 from ..migrations.commands import CommandResult, CommandRunner
-from ..migrations.configuration import alembic_config
-from ..migrations.connections import Connections, Health
+from ..migrations.connections import Health
 from ..migrations.database import close
 from ..migrations.plan import Plan
 from ..migrations.preflight import ChecksAsked, Preflight, PreflightReport
-from ..migrations.scripts import Environment, load
-from ..migrations.selection import Selection
-from ..migrations.services import FleetServices
+from ..migrations.scripts import Environment
 from ..tenant import TenantRef
 from .busy import Order
-from .commands import check_concurrency
+from .commands import DEFAULT_CONCURRENCY, check_concurrency
 from .compatibility import load_compatibility
 from .extensions import ExtensionWork
 from .recorded import RunOptions
-from .records import RunRecord
 from .rehearsing import Rehearsing
 from .report import FleetReport, Progress
-from .run import RunWork
 from .served import CompatibilityReport, compatibility_report, with_declaration
 from .single import bring
 from .status import StatusReader, TenantRevision
-from .steering import DEFAULT_CONCURRENCY
 from .waves import Waves
 from .work import MigrationWork
 
@@ -55,11 +48,6 @@ class FleetMigrator(Rehearsing):
     Args:
         services: The services of an open ``Tenancy``.
     """
-
-    def __init__(self, services: FleetServices) -> None:
-        super().__init__(services)
-        self._connections = Connections(services)
-        self._selection = Selection(services.registry)
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
@@ -126,9 +114,6 @@ class FleetMigrator(Rehearsing):
         if join and tenants is not None:
             raise ConfigurationError("a run over all tenants can be joined; leave out either join or tenants")
         plan = Plan.of(await self.environment(x), "upgrade", revision)
-        if refuse_drift:
-            tenants = None if tenants is None else tuple(tenants)
-            await self._refuse_drift(plan, tenants, concurrency, x=x, join=join)
         options = RunOptions(
             concurrency=concurrency,
             server_concurrency=server_concurrency,
@@ -137,7 +122,6 @@ class FleetMigrator(Rehearsing):
             waves=waves,
             x=x,
             order=order,
-            more={_REFUSES_DRIFT: True} if refuse_drift else {},
         )
         return await self.execute(
             plan,
@@ -145,6 +129,7 @@ class FleetMigrator(Rehearsing):
             options=options,
             join=join,
             beside=beside,
+            refuse_drift=refuse_drift,
             progress=progress,
             actor=actor,
             checks="never" if skip_preflight else "ahead",
@@ -325,19 +310,6 @@ class FleetMigrator(Rehearsing):
         )
         return await compatibility_report(self.services.registry, compatibility)
 
-    async def environment(self, x: Sequence[str] = ()) -> Environment:
-        """Load the migration directory.
-
-        Raises:
-            ConfigurationError: there is none, or its env.py cannot be used for a fleet.
-        """
-        config = self.services.config
-        directory = config.migrations
-        if directory is None:
-            raise ConfigurationError("TenancyConfig.migrations names no directory; make one with: tenancy init")
-        # in a thread: env.py imports the application's models
-        return await asyncio.to_thread(lambda: load(alembic_config(directory, config.migration, x=x), x=tuple(x)))
-
     # --- used by the commands and by env.py -------------------------------------------------------------------------
 
     async def execute(
@@ -350,6 +322,7 @@ class FleetMigrator(Rehearsing):
         options: RunOptions | None = None,
         join: bool = False,
         beside: bool = False,
+        refuse_drift: bool = False,
         progress: Progress | None = None,
         checks: ChecksAsked = "ahead",
         actor: Actor = SYSTEM,
@@ -361,12 +334,18 @@ class FleetMigrator(Rehearsing):
         refuse_while_bound("migrating tenants")
         options = options or RunOptions(concurrency=concurrency, stop_on_failure=stop_on_failure, x=plan.environment.x)
         check_concurrency(options.concurrency)
+        if refuse_drift:
+            tenants = None if tenants is None else tuple(tenants)
+            await self._refuse_drift(plan, tenants, options, join=join)
         local.install()
         given = plan.revision if isinstance(plan.revision, str) else list(plan.revision)
+        more = {**options.more, "revision": given, "purge": plan.purges, "checks": checks}
+        if refuse_drift:
+            more[_REFUSES_DRIFT] = True
         return await self._recorded.start(
             MigrationWork(plan, self.services, self._connections, checks=checks, concurrency=options.concurrency),
             tenants,
-            replace(options, more={**options.more, "revision": given, "purge": plan.purges, "checks": checks}),
+            replace(options, more=more),
             command=plan.command,
             target=plan.target,
             join=join,
@@ -413,32 +392,20 @@ class FleetMigrator(Rehearsing):
             await close(connection)
 
     async def _refuse_drift(
-        self, plan: Plan, tenants: Iterable[TenantRef] | None, concurrency: int, *, x: Sequence[str], join: bool
+        self, plan: Plan, tenants: Iterable[TenantRef] | None, options: RunOptions, *, join: bool
     ) -> None:
         """Raise if a tenant drifts; not if there is a run to join that began after the same check."""
 
         async def is_checked() -> bool:
-            found = await self._recorded.find_running(plan.command, plan.target, x) if join else None
+            found = await self._recorded.find_running(plan.command, plan.target, options.x) if join else None
             return found is not None and bool(found.plan.get(_REFUSES_DRIFT))
 
         if await is_checked():
             return
-        report = await self.drift(tenants=tenants, concurrency=concurrency)
+        report = await self.drift(tenants=tenants, concurrency=options.concurrency)
         # another process may have begun the run since: what it migrates cannot be compared
         if not report.ok and not await is_checked():
             report.raise_for_drift()
-
-    async def _work(self, record: RunRecord, x: Sequence[str]) -> RunWork:
-        if record.command == "extensions":
-            return ExtensionWork(self.services, self._connections)
-        local.install()
-        if record.command == "undo":
-            return await self._undo_work(record, x)
-        given = record.plan
-        plan = Plan.of(await self.environment(x), record.command, given["revision"], purge=given["purge"])
-        return MigrationWork(
-            plan, self.services, self._connections, checks=given["checks"], concurrency=given["concurrency"]
-        )
 
     async def _environment_if_any(self) -> Environment | None:
         return None if self.services.config.migrations is None else await self.environment()

@@ -10,8 +10,8 @@ from ..provisioning.copies import Content
 from ..rehearsal.rehearsal import DEFAULT_CLONES, Rehearsal
 from ..rehearsal.report import RehearsalReport
 from ..tenant import TenantRef
-from .commands import check_concurrency
-from .steering import DEFAULT_CONCURRENCY, Steering
+from .commands import DEFAULT_CONCURRENCY, check_concurrency
+from .steering import Steering
 
 
 class Rehearsing(Steering):

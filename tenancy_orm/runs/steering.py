@@ -3,110 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import replace
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from ..migrations import local
-from ..migrations.connections import Connections, Health, prepare_servers
-from ..migrations.data_batches import DataObserver
-from ..migrations.database import close
+from ..migrations.failures import describe
+from ..migrations.logs import logger
 from ..migrations.plan import Plan
 from ..migrations.scripts import Environment
-from ..migrations.selection import Selection
-from ..migrations.services import FleetServices
-from ..tenant import Tenant, TenantRef
+from ..tenant import TenantRef
 from .checks import require_checks
-from .claims import Claimed
-from .commands import RunCommands
+from .commands import DEFAULT_CONCURRENCY, RunCommands
 from .notices import NoticeReport, Notices
 from .preview import Preview, WavePreview, preview, preview_waves
 from .progress import ProgressReader, RunProgress
 from .recorded import RunOptions
-from .records import RunRecord, TenantRecord
-from .report import FleetReport, Progress, TenantOutcome
-from .reversal import return_to
-from .status import TenantRevision
-from .tenant_migration import Begin, MigrationResult, TenantMigration
+from .records import RunRecord
+from .report import FleetReport, Progress
+from .status import StatusReader, TenantRevision
 from .undo import Undo, UndoPlan, refuse
 from .waves import Waves
-
-DEFAULT_CONCURRENCY = 8
-
-
-class UndoWork:
-    """What a run that brings each tenant back to a revision of its own does in one process.
-
-    Args:
-        environment: The scripts.
-        services: The services of an open ``Tenancy``.
-        connections: Connects to the databases.
-        stamps: Whether no revision runs.
-        stamp_irreversible: Whether those without a downgrade are left out.
-        everyone: Whether it is the undo of a run over all tenants.
-        holds: Whether it moves them back, so that none of them is upgraded by itself afterwards.
-    """
-
-    def __init__(
-        self,
-        environment: Environment,
-        services: FleetServices,
-        connections: Connections,
-        *,
-        stamps: bool,
-        stamp_irreversible: bool,
-        everyone: bool,
-        holds: bool,
-    ) -> None:
-        self._environment = environment
-        self._services = services
-        self._connections = connections
-        self._stamps = stamps
-        self._stamp_irreversible = stamp_irreversible
-        self._everyone = everyone
-        self._holds = holds
-        self._plans: dict[str, Plan] = {}
-        self._health = Health()
-        self._migration = TenantMigration(services, connections, self._health)
-
-    @property
-    def holds(self) -> bool:
-        """Whether it moves tenants back."""
-        return self._holds
-
-    async def prepare(self, servers: Iterable[str]) -> None:
-        """Check which servers answer."""
-        await prepare_servers(dict.fromkeys(servers), self._prepare_server, self._health)
-
-    async def _prepare_server(self, name: str) -> None:
-        await close(await self._connections.connect(name, None, self._health))
-
-    async def open(self, record: RunRecord, tenants: Callable[[], Awaitable[Sequence[Tenant]]]) -> None:
-        """Forget where the fleet is: no tenant may be upgraded by itself now, and none that is undone later."""
-        if self._everyone:
-            await self._services.registry.set_fleet_revision(None)
-
-    async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
-        """Bring one tenant back."""
-        target = claimed.target or "base"
-        if target not in self._plans:
-            self._plans[target] = return_to(
-                self._environment, target, stamp=self._stamps, stamp_irreversible=self._stamp_irreversible
-            )
-        return await self._migration.run(self._plans[target], claimed.tenant, begin, observe_data=observe_data)
-
-    def emit(self, outcome: TenantOutcome) -> None:
-        """Log a failure, and emit the event of a migration."""
-        self._migration.emit(outcome)
-
-    async def close(self, record: RunRecord, outcomes: Callable[[], Awaitable[list[TenantRecord]]]) -> None:
-        """Record the revision that the fleet is at now, if all tenants are at one."""
-        if not self._everyone:
-            return
-        found = {tenant.schema_revision for tenant in await Selection(self._services.registry).choose(None)}
-        await self._services.registry.set_fleet_revision(found.pop() if len(found) == 1 else None)
+from .work import UndoWork
 
 
 class Steering(RunCommands):
@@ -115,26 +35,6 @@ class Steering(RunCommands):
     Args:
         services: The services of an open ``Tenancy``.
     """
-
-    def __init__(self, services: FleetServices) -> None:
-        super().__init__(services)
-        self._connections = Connections(services)
-        self._selection = Selection(services.registry)
-
-    async def environment(self, x: Sequence[str] = ()) -> Environment:
-        """Load the migration directory."""
-        raise NotImplementedError
-
-    async def status(
-        self,
-        *,
-        verify: bool = False,
-        tenants: Iterable[TenantRef] | None = None,
-        concurrency: int = DEFAULT_CONCURRENCY,
-        environment: Environment | None = None,
-    ) -> list[TenantRevision]:
-        """Read the revisions of tenants; ``verify``: from their databases."""
-        raise NotImplementedError
 
     # --- before -----------------------------------------------------------------------------------------------------
 
@@ -205,6 +105,25 @@ class Steering(RunCommands):
         """
         refuse_while_bound("migrating tenants")
         return await self._recorded.records.pause(run, actor=actor)
+
+    async def cancel(self, run: int, *, actor: Actor = SYSTEM) -> RunRecord:
+        """Skip the tenants of a run that wait. Every process finishes those that it is migrating, and claims no others.
+
+        Those that a killed process has begun stay at the revision that they have, see ``settle_notices``.
+
+        Raises:
+            RunNotFoundError: there is no run of that number.
+            RunStateError: it has ended.
+        """
+        refuse_while_bound("migrating tenants")
+        record = await self._recorded.records.cancel(run, actor=actor)
+        try:
+            await self.settle_notices()
+        except Exception as exc:  # noqa: BLE001 - env.py may raise anything, and the run is cancelled
+            logger.warning(
+                "run %d is cancelled; tenants of killed processes are left to housekeeping: %s", run, describe(exc)
+            )
+        return record
 
     # --- after ------------------------------------------------------------------------------------------------------
 
@@ -333,7 +252,8 @@ class Steering(RunCommands):
         rows = await self._recorded.records.tenants(record.id)
 
         async def read(tenants: Iterable[TenantRef]) -> list[TenantRevision]:
-            return await self.status(verify=True, tenants=tenants, environment=environment)
+            reader = StatusReader(self.services, self._connections, environment)
+            return await reader.verified(tenants, DEFAULT_CONCURRENCY)
 
         return Undo(self.services, environment, read, record, rows)
 
@@ -347,17 +267,5 @@ class Steering(RunCommands):
         chosen = [tenant for tenant in await self._selection.choose(None) if tenant.id in targets]
         return tuple(preview_waves(chosen, waves))
 
-    async def _undo_work(self, record: RunRecord, x: Sequence[str]) -> UndoWork:
-        given = record.plan
-        return UndoWork(
-            await self.environment(x),
-            self.services,
-            self._connections,
-            stamps=given["stamps"],
-            stamp_irreversible=given["stamp_irreversible"],
-            everyone=given["everyone"],
-            holds=given["holds"],
-        )
 
-
-__all__ = ["DEFAULT_CONCURRENCY", "Steering", "UndoWork"]
+__all__ = ["Steering"]

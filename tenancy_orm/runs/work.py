@@ -1,4 +1,4 @@
-"""``MigrationWork``: what a run of a plan does in one process."""
+"""What a run does in one process: ``MigrationWork`` applies a plan, ``UndoWork`` brings each tenant back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from ..migrations.database import close
 from ..migrations.logs import logger
 from ..migrations.plan import Plan, format_revision
 from ..migrations.preflight import ChecksAsked, Preflight
+from ..migrations.scripts import Environment
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant
 from .claims import Claimed
 from .records import RunRecord, TenantRecord
 from .report import TenantOutcome
+from .reversal import return_to
 from .tenant_migration import Begin, MigrationResult, TenantMigration
 
 
@@ -117,4 +119,77 @@ class MigrationWork:
             raise
 
 
-__all__ = ["MigrationWork"]
+class UndoWork:
+    """What a run that brings each tenant back to a revision of its own does in one process.
+
+    Args:
+        environment: The scripts.
+        services: The services of an open ``Tenancy``.
+        connections: Connects to the databases.
+        stamps: Whether no revision runs.
+        stamp_irreversible: Whether those without a downgrade are left out.
+        everyone: Whether it is the undo of a run over all tenants.
+        holds: Whether it moves them back, so that none of them is upgraded by itself afterwards.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        services: FleetServices,
+        connections: Connections,
+        *,
+        stamps: bool,
+        stamp_irreversible: bool,
+        everyone: bool,
+        holds: bool,
+    ) -> None:
+        self._environment = environment
+        self._services = services
+        self._connections = connections
+        self._stamps = stamps
+        self._stamp_irreversible = stamp_irreversible
+        self._everyone = everyone
+        self._holds = holds
+        self._plans: dict[str, Plan] = {}
+        self._health = Health()
+        self._migration = TenantMigration(services, connections, self._health)
+
+    @property
+    def holds(self) -> bool:
+        """Whether it moves tenants back."""
+        return self._holds
+
+    async def prepare(self, servers: Iterable[str]) -> None:
+        """Check which servers answer."""
+        await prepare_servers(dict.fromkeys(servers), self._prepare_server, self._health)
+
+    async def _prepare_server(self, name: str) -> None:
+        await close(await self._connections.connect(name, None, self._health))
+
+    async def open(self, record: RunRecord, tenants: Callable[[], Awaitable[Sequence[Tenant]]]) -> None:
+        """Forget where the fleet is: no tenant may be upgraded by itself now, and none that is undone later."""
+        if self._everyone:
+            await self._services.registry.set_fleet_revision(None)
+
+    async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
+        """Bring one tenant back."""
+        target = claimed.target or "base"
+        if target not in self._plans:
+            self._plans[target] = return_to(
+                self._environment, target, stamp=self._stamps, stamp_irreversible=self._stamp_irreversible
+            )
+        return await self._migration.run(self._plans[target], claimed.tenant, begin, observe_data=observe_data)
+
+    def emit(self, outcome: TenantOutcome) -> None:
+        """Log a failure, and emit the event of a migration."""
+        self._migration.emit(outcome)
+
+    async def close(self, record: RunRecord, outcomes: Callable[[], Awaitable[list[TenantRecord]]]) -> None:
+        """Record the revision that the fleet is at now, if all tenants are at one."""
+        if not self._everyone:
+            return
+        found = {tenant.schema_revision for tenant in await Selection(self._services.registry).choose(None)}
+        await self._services.registry.set_fleet_revision(found.pop() if len(found) == 1 else None)
+
+
+__all__ = ["MigrationWork", "UndoWork"]
