@@ -78,6 +78,10 @@
     │   ├── FleetSeedError                   some tenants failed in a run over the fleet
     │   └── TemplateError
     │       └── ExtensionUnavailableError    a server does not have a configured extension
+    ├── OperationError                       a backup, restore, clone, adoption, move or export failed
+    │   ├── OperationNotFoundError (LookupError)   no operation has that number
+    │   ├── OperationStateError              an operation's state does not allow it
+    │   └── OperationConflictError           another operation moves the tenant's data now
     ├── JobLostError                         another process does by now what this one had claimed
     ├── MigrationError
     │   ├── FleetMigrationError
@@ -1212,6 +1216,38 @@ class RehearsalError(MigrationError):
         super().__init__(f"the rehearsal failed for clones of {len(failures)} of {counted(total)}: {names}")
         self.failures = dict(failures)
         self.total = total
+
+
+class OperationError(TenancyError):
+    """A backup, restore, clone, adoption, move or export failed, or is refused."""
+
+
+class OperationNotFoundError(OperationError, LookupError):
+    """No operation has the number that was given."""
+
+    def __init__(self, operation: int) -> None:
+        """Give the number."""
+        super().__init__(f"there is no operation {operation}; list them with: tenancy operations list")
+        self.operation = operation
+
+
+class OperationStateError(OperationError):
+    """An operation has ended, waits for a decision, or is done by another process now."""
+
+
+class OperationConflictError(OperationError):
+    """Another operation moves the tenant's data now, or waits for a decision."""
+
+    def __init__(self, tenant: str, kind: str, operation: int, state: str) -> None:
+        """Give the tenant's slug, and the other operation's kind, number and state."""
+        super().__init__(
+            f"operation {operation}, a {kind} of tenant {tenant!r}, is {state}; end it first, "
+            f"see: tenancy operations show {operation}"
+        )
+        self.tenant = tenant
+        self.kind = kind
+        self.operation = operation
+        self.state = state
 
 
 class JobLostError(TenancyError):

@@ -64,6 +64,10 @@ APPLICATION_TABLES: Final[Mapping[str, str]] = {
     "tenant_upgrades": "SELECT, INSERT, UPDATE, DELETE",
     "migration_run_processes": "SELECT, INSERT, UPDATE, DELETE",
     "warm_databases": "SELECT, INSERT, UPDATE, DELETE",
+    "operations": "SELECT, INSERT, UPDATE, DELETE",
+    "tenant_databases": "SELECT, INSERT, UPDATE, DELETE",
+    "backup_keys": "SELECT, INSERT, UPDATE, DELETE",
+    "backups": "SELECT, INSERT, UPDATE, DELETE",
     "active_tenants": "SELECT",
     "tier_distribution": "SELECT",
 }

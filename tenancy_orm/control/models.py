@@ -697,4 +697,111 @@ warm_databases = Table(
     Index("warm_databases_server_idx", "server", "recipe", "state", "created_at"),
 )
 
+# --- operations -------------------------------------------------------------------------------------------------------
+
+operations = Table(
+    "operations",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("kind", Text, nullable=False),
+    _tenant_id_column(),
+    # "waiting" for an operator's decision
+    Column("state", Text, nullable=False, server_default="running"),
+    # the step that was begun last: what a process that takes over looks at
+    Column("step", Text, nullable=False),
+    # what the steps need and have found; no secrets
+    Column("detail", JSONB, nullable=False, server_default=_EMPTY_OBJECT),
+    Column("actor_kind", Text, nullable=False),
+    Column("actor_id", Text, nullable=True),
+    # who does it now, and until when nobody else does
+    Column("claim", Uuid, nullable=True),
+    Column("host", Text, nullable=True),
+    Column("pid", Integer, nullable=True),
+    Column("claimed_until", DateTime(timezone=True), nullable=True),
+    Column("error", Text, nullable=True),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("ended_at", DateTime(timezone=True), nullable=True),
+    CheckConstraint("kind IN ('restore', 'clone', 'adopt', 'move', 'export', 'erasure')", name="kind"),
+    CheckConstraint("state IN ('running', 'waiting', 'done', 'failed', 'undone')", name="state"),
+    Index("operations_tenant_id_idx", "tenant_id", "id"),
+    # one at a time of those that change where a tenant's data is
+    Index(
+        "operations_unfinished_key",
+        "tenant_id",
+        unique=True,
+        postgresql_where=text("state IN ('running', 'waiting') AND kind IN ('restore', 'adopt', 'move')"),
+    ),
+)
+
+# databases beside the one in use, which the tenant's own row names
+tenant_databases = Table(
+    "tenant_databases",
+    metadata,
+    Column("server", Text, ForeignKey("servers.name"), nullable=False),
+    Column("name", Text, nullable=False),
+    _tenant_id_column(),
+    # the operation that makes it, or has left it behind
+    Column("operation", BigInteger, ForeignKey("operations.id", ondelete="SET NULL"), nullable=True),
+    # the role that uses it, or would
+    Column("role_name", Text, nullable=False),
+    Column("schema_revision", Text, nullable=True),
+    # "kept" is what a switch has left behind, and what it can go back to
+    Column("state", Text, nullable=False),
+    # None: until somebody decides
+    Column("kept_until", DateTime(timezone=True), nullable=True),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    PrimaryKeyConstraint("server", "name"),
+    CheckConstraint("state IN ('making', 'kept', 'dropping')", name="state"),
+    Index("tenant_databases_tenant_id_idx", "tenant_id"),
+)
+
+# --- backups ----------------------------------------------------------------------------------------------------------
+
+# a tenant's own key: without it, its backups cannot be read
+backup_keys = Table(
+    "backup_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    # None: the control database's own
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=True),
+    # the age recipient
+    Column("recipient", Text, nullable=False),
+    # the age identity; None once it is destroyed
+    Column("sealed_identity", LargeBinary, nullable=True),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("destroyed_at", DateTime(timezone=True), nullable=True),
+    CheckConstraint("(sealed_identity IS NULL) = (destroyed_at IS NOT NULL)", name="destroyed"),
+    Index("backup_keys_tenant_id_idx", "tenant_id", "created_at"),
+)
+
+backups = Table(
+    "backups",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    # None: of the control database
+    Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=True),
+    # the store, without credentials, and where it is in there
+    Column("store", Text, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default="running"),
+    # the process that makes it, and until when nobody else does
+    Column("claim", Uuid, nullable=True),
+    Column("host", Text, nullable=True),
+    Column("claimed_until", DateTime(timezone=True), nullable=True),
+    Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.clock_timestamp()),
+    Column("ended_at", DateTime(timezone=True), nullable=True),
+    # encrypted, in the store
+    Column("bytes", BigInteger, nullable=True),
+    Column("manifest", JSONB, nullable=True),
+    Column("error", Text, nullable=True),
+    Column("verified_at", DateTime(timezone=True), nullable=True),
+    Column("verify_error", Text, nullable=True),
+    # never pruned before; None: by the retention policy alone
+    Column("kept_until", DateTime(timezone=True), nullable=True),
+    Column("pruned_at", DateTime(timezone=True), nullable=True),
+    CheckConstraint("state IN ('running', 'done', 'failed', 'pruned')", name="state"),
+    Index("backups_tenant_id_idx", "tenant_id", "started_at"),
+)
+
 __all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "templates", "tenants", "tiers"]

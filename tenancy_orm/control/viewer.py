@@ -93,6 +93,10 @@ VIEWER_COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
         "ended_at",
     ),
     "tenant_upgrades": ("tenant_id", "target", "failures", "failed_at", "next_at"),
+    "operations": ("id", "kind", "tenant_id", "state", "step", "created_at", "ended_at"),
+    "tenant_databases": ("tenant_id", "state", "kept_until", "created_at"),
+    "backup_keys": ("id", "tenant_id", "created_at", "destroyed_at"),
+    "backups": ("id", "tenant_id", "state", "started_at", "ended_at", "bytes", "verified_at", "pruned_at"),
     "audit_log": (
         "sequence",
         "occurred_at",

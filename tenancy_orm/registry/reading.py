@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, and_, case, func, or_, select, tru
 
 from ..context import as_reference, refuse_other_tenant, refuse_while_bound
 from ..control.lookup import check_name, has_name
-from ..control.models import servers, tenants, warm_databases
+from ..control.models import servers, tenant_databases, tenants, warm_databases
 from ..errors import TenantNotFoundError
 from ..tenant import Status, Tenant
 from .rows import TENANT_COLUMNS, TenantPage, Unfinished, tenant_from_row
@@ -187,11 +187,22 @@ class Reading(TenantTable):
         return found
 
     async def database_names(self, server: str) -> set[str]:
-        """Return the names of all tenants' databases on ``server``, without tombstones, and of all warm databases."""
+        """Return the names of all tenants' databases and roles on ``server``, and of all warm databases.
+
+        Tombstones' are left out. Databases beside the ones in use are among them, see ``registry.databases``.
+        """
         refuse_while_bound("listing databases")
         placed = select(tenants.c.database_name).where(tenants.c.server == server, tenants.c.status != Status.PURGED)
-        # in one statement: a creation that claims a warm database takes its name from one table to the other
-        query = placed.union_all(select(warm_databases.c.name).where(warm_databases.c.server == server))
+        roles = select(tenants.c.role_name).where(tenants.c.server == server, tenants.c.status != Status.PURGED)
+        beside = tenant_databases.c.server == server
+        # in one statement: a creation that claims a warm database takes its name from one table to the other, and so
+        # does a switch to another database
+        query = placed.union(
+            roles,
+            select(warm_databases.c.name).where(warm_databases.c.server == server),
+            select(tenant_databases.c.name).where(beside),
+            select(tenant_databases.c.role_name).where(beside),
+        )
         async with self._control.connect() as connection:
             return set(await connection.scalars(query))
 

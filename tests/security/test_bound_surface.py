@@ -38,8 +38,9 @@ from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
 from tenancy_orm.quotas.holds import HoldManager
 from tenancy_orm.quotas.leases import BlockManager
+from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.registry.rows import TenantDraft, uuid7
-from tenancy_orm.tenant import Tenant
+from tenancy_orm.tenant import Placement, Tenant
 from tests.support.models import Base
 from tests.support.postgres import Postgres
 from tests.support.waiting import until
@@ -245,6 +246,7 @@ def names(plane: Plane, parameter: str) -> tuple[Any, ...]:
         "request": (_request(globex),),
         "requests": ([_request(globex)],),
         "call": (LeaseCall("default", frozenset()),),
+        "beside": (TenantDatabase(server="default", name="x", tenant_id=globex.id, role="x", state="kept"),),
     }
     return many.get(parameter, ())
 
@@ -301,6 +303,8 @@ def others(plane: Plane) -> dict[str, Any]:
         "parts": ("taskiq", "report", "1"),
         "signature": "A" * 43,
         "func": print,
+        "to": Placement("default", "x", "x", b""),
+        "kept_until": None,
         "sql": "SELECT 1",
         "statement": "SELECT 1",
     }

@@ -66,6 +66,11 @@ WITH run AS (
     VALUES ('upgrade', 'head', 'operator', 'here', '0', '', '{{}}') RETURNING id
 ) INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, position) SELECT id, {id}, 'default', 0 FROM run;
 INSERT INTO tenancy.tenant_upgrades (tenant_id, target) VALUES ({id}, '0002');
+INSERT INTO tenancy.operations (kind, tenant_id, step, actor_kind) VALUES ('move', {id}, 'begun', 'system');
+INSERT INTO tenancy.tenant_databases (server, name, tenant_id, role_name, state)
+    VALUES ('default', {id}, {id}, {id}, 'kept');
+INSERT INTO tenancy.backup_keys (id, tenant_id, recipient, sealed_identity) VALUES ({id}, {id}, 'age1', 'x');
+INSERT INTO tenancy.backups (id, tenant_id, store, path, key_id) VALUES (gen_random_uuid(), {id}, 's', 'p', {id});
 """
 
 

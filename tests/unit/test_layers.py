@@ -34,6 +34,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"metering", "seeds", "drift"}),
     frozenset({"rehearsal"}),
     frozenset({"runs"}),
+    frozenset({"backups"}),
+    frozenset({"restores", "exports", "adoption", "clones", "moves"}),
     frozenset({"housekeeping", "warming"}),
     frozenset({"internals", "worker"}),
     frozenset({"assembly", "scopes", "queries"}),

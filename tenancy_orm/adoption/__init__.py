@@ -1,0 +1,1 @@
+"""Adoption: an existing database, schema, or set of rows becomes a tenant."""

@@ -1,0 +1,1 @@
+"""Backups of tenants' databases: made, encrypted, stored, verified, pruned."""

@@ -1,0 +1,1 @@
+"""Clones: another tenant with the same data, anonymised before anybody can connect."""

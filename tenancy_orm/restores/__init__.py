@@ -1,0 +1,1 @@
+"""Restores: a backup beside the database in use, inspected, and switched to."""
