@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import (
     AsyncAdapt_asyncpg_ss_cursor,
     PGExecutionContext_asyncpg,
 )
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -643,6 +643,16 @@ class _CoreConnection(Connection):
         pool.route.home.check()
 
 
+def _is_listened_to(target: Engine | Dialect) -> bool:
+    """Whether an engine or a dialect has a listener, of its own or of its class, for any event.
+
+    SQLAlchemy's ``_has_events`` says whether there ever was one: it stays true when the listener is removed. Once
+    somebody has listened to the class ``Engine``, it is true for each engine of the process.
+    """
+    dispatch: Any = target.dispatch
+    return any(dispatch._event_descriptors)
+
+
 _LEVELS = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT")
 
 
@@ -654,10 +664,13 @@ class TenantEngine(Engine):
     @property
     def has_listeners(self) -> bool:
         """Whether the application listens to what SQLAlchemy does with the connections of this engine."""
-        dispatch: Any = self.pool.dispatch
-        # SQLAlchemy's own attributes for the listeners of an engine and of the class, and of the dialect
+        pool: Any = self.pool.dispatch
         return bool(
-            self._has_events or self.dialect._has_events or dispatch.checkout or dispatch.checkin or dispatch.reset
+            (self._has_events and _is_listened_to(self))
+            or (self.dialect._has_events and _is_listened_to(self.dialect))
+            or pool.checkout
+            or pool.checkin
+            or pool.reset
         )
 
     _variants: dict[tuple[bool, str | None], Engine] | None = None

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from sqlalchemy import event, insert, select, text
+from sqlalchemy import Engine, event, insert, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, ResourceClosedError, StatementError
 from sqlalchemy.pool import Pool
 
@@ -190,7 +190,10 @@ async def test_values_are_those_of_a_session(side: Side, postgres: Postgres) -> 
 
 
 async def test_each_is_one_round_trip(tenancy_config: TenancyConfig, postgres: Postgres) -> None:
-    """Once it is prepared: a question and an answer. A query after a write has to change the connection's mode."""
+    """Once it is prepared, and while nobody listens: a question and an answer.
+
+    A query after a write has to change the connection's mode.
+    """
     async with through_proxy(tenancy_config, postgres) as (tenancy, proxy):
         insertion = "INSERT INTO notes (body) VALUES ('x')"
 
@@ -215,6 +218,18 @@ async def test_each_is_one_round_trip(tenancy_config: TenancyConfig, postgres: P
         def execute() -> Coroutine[Any, Any, Any]:
             return tenancy.execute(insertion, tenant="acme")
 
+        heard: list[object] = []
+
+        def listener(*_: object) -> None:
+            heard.append(None)
+
+        event.listen(Engine, "commit", listener)
+        try:
+            await execute()
+        finally:
+            # for somebody who has listened, and does no more, nobody pays
+            event.remove(Engine, "commit", listener)
+        assert heard
         for call in (fetch, execute, read_session, write_session, execute):
             await call()
         assert [await pieces(call) for call in (execute, execute)] == [2, 2]
