@@ -240,9 +240,15 @@ async def test_an_administrator_without_superuser_rights_finds_drift(
             await fleet.create("acme")
             add_revisions(project)
             await fleet.create("globex")
-            before = await postgres.administer("SELECT count(*) FROM pg_roles, pg_database")
+            # of this test's name: other tests make and drop theirs on the same server
+            present = (
+                "SELECT 'database ' || datname FROM pg_database WHERE starts_with(datname::text, %s) "
+                "UNION ALL SELECT 'role ' || rolname FROM pg_roles WHERE starts_with(rolname::text, %s) ORDER BY 1"
+            )
+            before = await postgres.administer(present, (name_prefix, name_prefix))
+            assert len(before) > 4
             assert (await fleet.migrations.drift()).ok
-            assert await postgres.administer("SELECT count(*) FROM pg_roles, pg_database") == before
+            assert await postgres.administer(present, (name_prefix, name_prefix)) == before
             for slug in ("acme", "globex"):
                 owner = quote_identifier(fleet.services.names.owner)
                 await fleet.execute(slug, f"SET ROLE {owner}; ALTER TABLE notes ALTER body DROP NOT NULL")
