@@ -268,6 +268,11 @@ def sleeping(directory: Path) -> list[str]:
     return [one for one in processes_in(directory) if one.endswith(": sleep 600")]
 
 
+def commands(directory: Path) -> list[str]:
+    """The commands themselves that still run, and what they have forked and is not yet another program."""
+    return [one for one in processes_in(directory) if ": sh -c " in one]
+
+
 async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: Path) -> None:
     """What a command has started ends with it."""
     await cli("init")
@@ -293,7 +298,9 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
             async with asyncio.timeout(60):
                 begun = [await process.stdout.readline() for _ in range(2)]
                 assert sorted(begun) == [b"acme: begun\n", b"globex: begun\n"]
-                assert len(sleeping(tmp_path)) == 2
+                # what is written comes before what is started, and before the end
+                await until(lambda: len(sleeping(tmp_path)) == 2, seconds=60)
+                await until(lambda: len(commands(tmp_path)) == (2 if ending else 0), seconds=60)
                 process.send_signal(number)
                 await process.communicate()
         finally:
@@ -317,6 +324,7 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
     async with asyncio.timeout(60):
         for _ in range(2):
             await process.stdout.readline()
+    await until(lambda: len(sleeping(tmp_path)) == 2, seconds=60)
     process.kill()
     await process.wait()
     for one in sleeping(tmp_path):
