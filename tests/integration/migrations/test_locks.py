@@ -376,12 +376,28 @@ async def test_machines_build_what_a_killed_one_has_left(
     """One is killed while it builds an index; others take part in its run, and a run of its own goes on beside it."""
     project.add("0002", COUNTED, down="0001")
     project.add("0003", CONCURRENTLY, down="0002")
-    machine = {**alembic.environment, "TENANCY_MIGRATIONS": str(project.migrations)}
+    # none gives up an index before the others have come
+    machine = {
+        **alembic.environment,
+        "TENANCY_MIGRATIONS": str(project.migrations),
+        "TENANCY_MIGRATION_LOCK_TIMEOUT": "0",
+    }
     started: list[Program] = []
+
+    async def taking_part(run: int) -> int:
+        return len(await fleet.migrations.run_processes(run))
+
+    async def start(*arguments: str) -> None:
+        module = ("tenancy_orm.cli", "migrate", *arguments, "--json")
+        started.append(await start_module(*module, cwd=project.root, env=machine))
+
     try:
         async with writer(fleet, "acme") as holder:
             started.append(await alembic.start("upgrade", "head"))
             await until(lambda: is_waiting(holder, "virtualxid"))
+            left = await holder.fetchval(
+                "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'virtualxid'"
+            )
             started[0].kill()
             await started[0].wait()
             assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", False)]
@@ -390,10 +406,14 @@ async def test_machines_build_what_a_killed_one_has_left(
                 await connection.execute(
                     sa.text("UPDATE tenancy.migration_run_processes SET claimed_until = clock_timestamp()")
                 )
-            for arguments in (("join", "1"), ("upgrade", "--join"), ("upgrade",)):
-                module = ("tenancy_orm.cli", "migrate", *arguments, "--json")
-                started.append(await start_module(*module, cwd=project.root, env=machine))
+            await start("join", "1")
+            await start("upgrade", "--join")
+            await until(lambda: taking_part(1), 3)
+            # only then: it is the latest run that is joined
+            await start("upgrade")
+            await until(lambda: taking_part(2), 1)
             # PostgreSQL has noticed the lost client, and another machine builds the index
+            await until(lambda: activity(holder, f"pid = {left}"), 0)
             await until(lambda: is_waiting(holder, "virtualxid"))
         async with asyncio.timeout(60):
             ended = [await program.communicate() for program in started[1:]]
