@@ -273,6 +273,14 @@ def commands(directory: Path) -> list[str]:
     return [one for one in processes_in(directory) if ": sh -c " in one]
 
 
+async def until_begun(directory: Path, *, remaining: bool = True) -> None:
+    """Wait until two commands have started what they start, and have ended if they are not to remain.
+
+    A shell writes its line before it forks.
+    """
+    await until(lambda: len(sleeping(directory)) == 2 and bool(commands(directory)) == remaining, seconds=60)
+
+
 async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: Path) -> None:
     """What a command has started ends with it."""
     await cli("init")
@@ -283,11 +291,11 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
     await cli(program=("dump.py",))
     script = "echo begun; sleep 600 & wait"
     # the second one has ended when the signal comes, and what it has started has not
-    for number, ending in ((signal.SIGINT, " wait"), (signal.SIGTERM, "")):
+    for number, remains in ((signal.SIGINT, True), (signal.SIGTERM, False)):
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *COMMAND,
-            *("each", "--all", "--", "sh", "-c", script.removesuffix(" wait") + ending),
+            *("each", "--all", "--", "sh", "-c", script if remains else script.removesuffix(" wait")),
             cwd=tmp_path,
             env=json.loads(variables.read_text()),
             stdout=asyncio.subprocess.PIPE,
@@ -298,9 +306,7 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
             async with asyncio.timeout(60):
                 begun = [await process.stdout.readline() for _ in range(2)]
                 assert sorted(begun) == [b"acme: begun\n", b"globex: begun\n"]
-                # what is written comes before what is started, and before the end
-                await until(lambda: len(sleeping(tmp_path)) == 2, seconds=60)
-                await until(lambda: len(commands(tmp_path)) == (2 if ending else 0), seconds=60)
+                await until_begun(tmp_path, remaining=remains)
                 process.send_signal(number)
                 await process.communicate()
         finally:
@@ -324,7 +330,7 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
     async with asyncio.timeout(60):
         for _ in range(2):
             await process.stdout.readline()
-    await until(lambda: len(sleeping(tmp_path)) == 2, seconds=60)
+    await until_begun(tmp_path)
     process.kill()
     await process.wait()
     for one in sleeping(tmp_path):
