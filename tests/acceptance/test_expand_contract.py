@@ -85,7 +85,7 @@ class Traffic:
             found = [self.answers[release, slug][-2:] for slug in self.keys]
             return all(len(answers) == 2 and set(answers) <= last for answers in found)
 
-        await until(reached, seconds=60)
+        await until(reached)
 
     def changes(self, release: str) -> list[list[str]]:
         """For each tenant, whether it was served or outside, and when that changed."""

@@ -21,7 +21,7 @@ from tenancy_orm.quotas.usage import Usage
 from tenancy_orm.tenant import Tenant
 from tests.support.proxy import proxied
 from tests.support.quotas import QuotaPlane, line, quota_plane, race, say, start_worker
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 TIERS = {"free": Tier("free", {"calls": Limit(400, "day", soft=(0.5,)), "jobs": Limit(1, "concurrent")})}
 
@@ -231,7 +231,7 @@ async def test_a_process_that_is_killed_loses_at_most_its_block(plane: QuotaPlan
     worker.kill()
     await worker.wait()
     done = 0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANGS):
         while True:
             try:
                 await plane.quotas.leased(tenant, "calls", block=50).consume()
@@ -256,7 +256,7 @@ async def test_a_process_that_leaves_properly_loses_nothing(plane: QuotaPlane) -
     assert (await usage_of(plane, tenant)).used == 40
     await say(worker)
     assert await line(worker) == "39"
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANGS):
         assert await worker.wait() == 0
     assert (await usage_of(plane, tenant)).used == 1
 
@@ -527,7 +527,7 @@ async def test_a_hold_that_was_given_to_another_says_so(plane: QuotaPlane, monke
     async with plane.quotas.hold(tenant, "jobs") as hold:
         assert not hold.lost
         await plane.sql("DELETE FROM tenancy.quota_holds")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS):
             while not hold.lost:  # noqa: ASYNC110 - renewals run in the background
                 await asyncio.sleep(0.01)
 

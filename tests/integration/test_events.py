@@ -9,6 +9,7 @@ import pytest
 
 from tenancy_orm import Status, Tenancy, TenancyConfig, current_tenant_or_none
 from tenancy_orm.events import KeyIssued, TenantCreated, TenantEvent, TenantStatusChanged
+from tests.support.waiting import HANGS
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ async def test_a_hung_subscriber_does_not_hold_up_closing(closable: Tenancy, cap
 
     closable.events.subscribe(TenantCreated, hang)
     await closable.tenants.create("acme")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANGS):
         await closable.close(timeout=0.05)
     assert not closable.is_open
     assert cut_short == ["acme"]
@@ -136,7 +137,7 @@ async def test_parts_are_closed_though_closing_is_cancelled(closable: Tenancy) -
         await closing
     assert opened
     gate.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANGS):
         await ended.wait()
 
 

@@ -23,7 +23,7 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.queries import Query
 from tests.support.models import Note
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 SLUGS = ("acme", "globex", "initech")
 
@@ -221,7 +221,7 @@ async def test_a_commit_is_bounded_too(fleet: Fleet) -> None:
         "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON notes DEFERRABLE INITIALLY DEFERRED "
         "FOR EACH ROW EXECUTE FUNCTION slow()",
     )
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANGS):
         found = await answers(fleet.tenancy, "INSERT INTO notes (body) VALUES ('x')", write=True, timeout=0.1)
     assert found.pop("acme").message.endswith("may be there")
     assert list(found.values()) == [[], []]

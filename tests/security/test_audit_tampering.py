@@ -25,6 +25,7 @@ from tests.support.control import revoke_application
 from tests.support.postgres import Postgres
 from tests.support.quotas import QuotaPlane, quota_plane, race
 from tests.support.registry import synchronise
+from tests.support.waiting import HANGS
 
 PASSWORD = "of the application alone"
 DENIED = "42501"
@@ -557,7 +558,7 @@ async def test_writers_that_append_last_do_not_deadlock(plane: QuotaPlane) -> No
             )
             await plane.audit.append(connection, action="tenant.update", tenant_id=tenant.id)
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANGS):
         await asyncio.gather(*(change(number) for number in range(40)))
     assert (await plane.audit.verify()).ok
 

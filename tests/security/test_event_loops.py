@@ -36,6 +36,7 @@ from tests.support.postgres import Postgres
 from tests.support.provisioning import lasting_control_database
 from tests.support.served import variables
 from tests.support.shell import ROOT, environment
+from tests.support.waiting import HANGS
 
 Use = Callable[[Tenancy], Awaitable[Any]]
 
@@ -454,7 +455,7 @@ def test_what_belonged_to_a_closed_loop_is_given_up(
     async def careful() -> None:
         with pytest.raises(WrongEventLoopError):
             await pid_of(tenancy)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANGS):
             if again == "close":
                 await tenancy.close()
                 assert not tenancy.is_open

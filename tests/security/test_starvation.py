@@ -266,7 +266,7 @@ async def test_who_goes_on_taking_locks_is_ended(versioned: Postgres, opened: Ca
         async with workshop.connect(tenant) as connection:
             assert reasons(await workshop.provisioner.end_excessive_sessions()) == []
             again = asyncio.create_task(connection.execute(TAKE_FOR_EVER))
-            await until(lambda: _refuses_logins(versioned), seconds=30)
+            await until(lambda: _refuses_logins(versioned))
             found: list[Any] = []
 
             async def ended() -> bool:
@@ -457,7 +457,7 @@ async def test_who_keeps_the_notification_queue_full_is_ended(versioned: Postgre
                 found.extend((one.tenant_id, one.reason) for one in (await look(workshop)).ended)
                 return bool(found)
 
-            await until(ended, seconds=30)
+            await until(ended)
             assert found == [(tenant.id, "notify_queue")]
             await neighbour.execute("NOTIFY d")
             assert await look(workshop) == WatchReport()

@@ -33,7 +33,7 @@ from tenancy_orm.wsgi import TenancyWSGIMiddleware, answer_with, credential_of, 
 from tests.support.asgi import Answer, Wire
 from tests.support.callers import EVERYONE, KINDS, Caller, Callers, options
 from tests.support.models import Note
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -314,7 +314,7 @@ async def test_it_refuses_as_the_asgi_middleware_does(tenancy: Tenancy, two: dic
         assert (await wire.head()).status == 200
         await tenancy.keys.revoke(caller.id)
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(HANGS):
                 await wire._reader.readuntil(b"\r\n0\r\n\r\n")
     async with serve(guarded(tenancy)) as port, Wire.to(port) as wire:
         for _ in range(200):

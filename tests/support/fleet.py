@@ -111,12 +111,12 @@ async def open_fleet(config: TenancyConfig, *, initialise: bool = False) -> Asyn
 
 
 async def until(ask: Callable[[], Awaitable[Any]], wanted: object = True) -> None:
-    """Wait until ``ask`` answers what is wanted, for 20 seconds."""
+    """Wait until ``ask`` answers what is wanted."""
 
     async def answered() -> bool:
         return bool(await ask() == wanted)
 
-    await waiting.until(answered, seconds=20)
+    await waiting.until(answered)
 
 
 async def activity(connection: asyncpg.Connection[Any], condition: str) -> int:

@@ -96,7 +96,7 @@ class QuotaPlane:
             )
             return int(rows[0][0]) >= sum(not task.done() for task in tasks)
 
-        await until(all_wait, seconds=60)
+        await until(all_wait)
 
     def of(self, *kinds: type[Event]) -> list[Any]:
         """The events of some classes, in order."""

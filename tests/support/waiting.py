@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
+from typing import Final
+
+HANGS: Final = 60.0
+"""Seconds after which a test takes what it waits for as lost. It asserts nothing about how long that takes."""
 
 
-async def until(condition: Callable[[], object | Awaitable[object]], *, seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], object | Awaitable[object]], *, seconds: float = HANGS) -> None:
     """Wait until ``condition``, a function or a coroutine function, returns something true.
 
     Raises:

@@ -15,6 +15,7 @@ import pytest
 from tenancy_orm import Status, Tenant, current_tenant_or_none, events
 from tenancy_orm.context import bind
 from tenancy_orm.events import Event, EventBus, TenantCreated, TenantEvent, TenantPurged
+from tests.support.waiting import HANGS
 
 CREATED = TenantCreated(tenant_id=UUID(int=1), slug="acme", seconds=0.1)
 PURGED = TenantPurged(tenant_id=UUID(int=1), slug="acme")
@@ -291,7 +292,7 @@ async def test_drain_has_a_deadline() -> None:
     slow = Gated()
     bus.subscribe(TenantCreated, slow)
     bus.emit(CREATED)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANGS):
         assert not await bus.drain(0.05)
         assert not await bus.drain(0)
     slow.gate.set()
@@ -348,7 +349,7 @@ async def test_cancelling_does_not_wait_for_who_will_not_end(
     bus.emit(created(0))
     bus.emit(created(1))
     assert not await bus.drain(0.05)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANGS):
         await bus.cancel()
     assert "deaf to TenantCreated was cancelled while running; 1 events" in caplog.text
     gate.set()
@@ -367,7 +368,7 @@ async def test_a_subscriber_that_drains_does_not_wait_for_itself() -> None:
 
     bus.subscribe(Event, finish)
     bus.emit(CREATED)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANGS):
         assert await bus.drain()
     assert drained == [True]
 

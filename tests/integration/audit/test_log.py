@@ -22,6 +22,7 @@ from tenancy_orm.errors import AuditChainError, AuditError, ConfigurationError
 from tenancy_orm.postgres.errors import sqlstate_of
 from tests.support.audit import age
 from tests.support.quotas import KEYS, QuotaPlane, quota_plane
+from tests.support.waiting import HANGS
 
 
 @pytest.fixture
@@ -478,7 +479,7 @@ async def test_making_partitions_does_not_lock_out_readers(plane: QuotaPlane) ->
     """A long report on the log does not wait for the next month's partition, nor the partition for it."""
     async with plane.control.transaction() as reader:
         await reader.execute(text("SELECT count(*) FROM tenancy.audit_log"))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANGS):
             assert await plane.audit.ensure_partitions(6) == 3
 
 
@@ -585,7 +586,7 @@ async def test_retention_that_waits_for_readers_does_not_hold_up_those_who_appen
         pruning = asyncio.create_task(plane.audit.prune(before=datetime(2024, 2, 1, tzinfo=UTC), lock_timeout=60))
         for sequence in (3, 4):
             await plane.waiting(pruning)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANGS):
                 assert await plane.append() == sequence
         assert not pruning.done()
     assert await pruning is not None

@@ -37,7 +37,7 @@ from tenancy_orm.errors import (
 from tenancy_orm.events import InvitationRefused, MemberAdded, MemberChanged
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.control import ControlPlane, control_plane
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 ADA = Actor("operator", "ada")
 
@@ -255,7 +255,7 @@ async def test_a_refusal_is_recorded_whoever_stops_waiting(plane: ControlPlane, 
 
     async with plane.control.transaction() as connection:
         await connection.exec_driver_sql("SELECT FROM tenancy.audit_head FOR UPDATE")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANGS):
             with pytest.raises(InvalidInvitationError):
                 await plane.members.accept("forged", "mallory")
         await until(waiting)

@@ -278,7 +278,7 @@ async def until_begun(directory: Path, *, remaining: bool = True) -> None:
 
     A shell writes its line before it forks.
     """
-    await until(lambda: len(sleeping(directory)) == 2 and bool(commands(directory)) == remaining, seconds=60)
+    await until(lambda: len(sleeping(directory)) == 2 and bool(commands(directory)) == remaining)
 
 
 async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
     async def expired() -> bool:
         return len((await cli("reconcile", "--check", "--json")).json["orphans"]) == 2
 
-    await until(expired, seconds=60)
+    await until(expired)
     assert len((await cli("housekeeping", "--json")).json["chores"]["reconcile"]["orphans"]) == 2
     assert (await cli("reconcile", "--check", "--json")).json["orphans"] == []
 

@@ -93,7 +93,7 @@ async def test_what_a_killed_rehearsal_leaves_is_removed(cli: Cli, tmp_path: Pat
             stderr=asyncio.subprocess.DEVNULL,
         )
         try:
-            await until(sleeps, seconds=60)
+            await until(sleeps)
             process.send_signal(number)
             async with asyncio.timeout(60):
                 assert await process.wait() != 0
@@ -106,7 +106,7 @@ async def test_what_a_killed_rehearsal_leaves_is_removed(cli: Cli, tmp_path: Pat
             async def removed() -> bool:
                 return len((await cli("reconcile", "--json")).json["orphans"]) > 0
 
-            await until(removed, seconds=60)
+            await until(removed)
         assert (await cli("reconcile", "--check", "--json")).json["orphans"] == []
     names = await postgres.administer("SELECT datname FROM pg_database WHERE datname LIKE '%%\\_x\\_%%'")
     prefix = json.loads(variables.read_text())["TENANCY_NAME_PREFIX"]

@@ -81,7 +81,7 @@ async def test_a_worker_is_a_service(cli: Cli, tmp_path: Path, empty_url: str) -
             stderr=output,
         )
     try:
-        await until(lambda: "housekeeping: done" in log.read_text(), seconds=60)
+        await until(lambda: "housekeeping: done" in log.read_text())
         assert alive.exists()
         admin = await asyncpg.connect(empty_url)
         try:
@@ -92,13 +92,13 @@ async def test_a_worker_is_a_service(cli: Cli, tmp_path: Path, empty_url: str) -
                 await other.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
                 ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1"
                 await other.execute(ended.replace("$1", f"'{name}'"))
-                await until(lambda: "does not answer, nothing is claimed" in log.read_text(), seconds=60)
+                await until(lambda: "does not answer, nothing is claimed" in log.read_text())
                 await other.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
             finally:
                 await other.close()
         finally:
             admin.terminate()
-        await until(lambda: "the control database answers again" in log.read_text(), seconds=60)
+        await until(lambda: "the control database answers again" in log.read_text())
         assert process.returncode is None
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(60):

@@ -70,7 +70,7 @@ async def test_where_there_are_more_processes_than_connections_the_error_says_so
     """The latest has none; the oldest keeps its one."""
     acme = (await tenancy.tenants.create("acme")).tenant
     await set_cap(tenancy, 1)
-    await until(lambda: has_one(tenancy), seconds=30)
+    await until(lambda: has_one(tenancy))
     async with opened(tenancy_config.replace(pool={"checkout_timeout": 0.5})) as other:
         with pytest.raises(CheckoutTimeoutError, match=r"may have none; raise the cap .* 2 processes"):
             async with other.session(acme) as session:
@@ -125,7 +125,7 @@ async def test_the_connections_of_others_are_counted_again_when_the_server_is_fu
         async def counted() -> bool:
             return ((await leases_of(tenancy)).others or 0) >= max(12, before or 0)
 
-        await until(counted, seconds=30)
+        await until(counted)
         found = await leases_of(tenancy)
         assert found.accepted is not None and found.others is not None
         assert found.cap < found.accepted - found.others
@@ -158,7 +158,7 @@ async def test_a_process_is_not_closed_before_its_statements_have_ended(
         async with opened(tenancy_config) as other:
             name = f"tenancy/{rows.tag_of(other.internals.leases.process)}"
             tasks = [asyncio.create_task(use(other)), asyncio.create_task(asyncio.to_thread(use_in_thread, other))]
-            await until(lambda: run(name, 2), seconds=30)
+            await until(lambda: run(name, 2))
             await other.internals.router.close(timeout=0.1)
             # the protection is not in the cutting of the sockets
             assert await run(name, 2)
@@ -173,7 +173,7 @@ async def test_a_registration_of_which_the_answer_was_lost_is_repeated(tenancy: 
     [before] = (await leases_of(tenancy)).leases
     lease.is_registered = False
     tenancy.internals.leases._renew_soon()
-    await until(lambda: lease.is_registered, seconds=30)
+    await until(lambda: lease.is_registered)
     assert [row.process for row in (await leases_of(tenancy)).leases] == [before.process]
     assert lease.is_valid and lease.limit == FIRST
 
@@ -246,15 +246,15 @@ async def test_the_clock_of_the_control_database_may_be_set(
             # each has looked at the leases before
             known = [one.internals.leases.lease("default") for one in (tenancy, other)]
             seen = [lease.valid_until for lease in known]
-            await until(partial(all_renewed, known, seen), seconds=30)
+            await until(partial(all_renewed, known, seen))
             await run(f"UPDATE tenancy.clock SET ahead = '{ahead}'")
             if ahead == "0":
                 await run(
                     "INSERT INTO tenancy.connection_leases SELECT server, gen_random_uuid(), host, pid, 1, 1, 1, 0, "
                     "started_at, expires_at, NULL FROM tenancy.connection_leases LIMIT 1"
                 )
-                await until(lambda: reclaimed, seconds=60)
-            await until(is_renewed, seconds=30)
+                await until(lambda: reclaimed)
+            await until(is_renewed)
             assert [one.internals.leases.process for one in (tenancy, other)] == processes
         assert len(reclaimed) == 1
 

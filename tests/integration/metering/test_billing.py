@@ -19,6 +19,7 @@ from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.quotas import QuotaPlane, quota_plane
 from tests.support.stripe_server import FakeStripe, fake_stripe
+from tests.support.waiting import HANGS
 
 TIERS = {
     "free": Tier(
@@ -166,7 +167,7 @@ async def test_closing_passes_over_what_is_being_counted(plane: QuotaPlane) -> N
     await used(plane, globex)
     exporter = UsageExporter(plane.control, Collector(), plane.events)
     async with plane.holding("SELECT 1 FROM tenancy.usage WHERE tenant_id = :id FOR UPDATE", id=acme.id):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS):
             assert await exporter.close_periods() == 1
     assert await exporter.close_periods() == 1
 

@@ -15,6 +15,7 @@ from tenancy_orm.events import TenantMigrated, TenantMigrationFailed
 from tests.support.fleet import until
 from tests.support.projects import Project
 from tests.support.releases import Release, create, next_project, released
+from tests.support.waiting import HANGS
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ async def test_upgrades_delay_no_other_tenant(
             await other.execute("LOCK TABLE notes")
             waiting = asyncio.create_task(new.get(key))
             await until(lambda: other.fetchval("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"))
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(HANGS):
                 assert await new.get(known) == 200
         assert await waiting == 200
 

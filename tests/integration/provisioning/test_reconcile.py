@@ -35,6 +35,7 @@ from tests.support.provisioning import (
     set_marker,
 )
 from tests.support.proxy import proxied
+from tests.support.waiting import HANGS
 
 NOTHING = ReconcileReport()
 
@@ -408,7 +409,7 @@ async def test_a_server_that_stops_answering_does_not_hold_up_the_others(worksho
                 return made
 
             two.servers["second"].connect_admin = connecting  # type: ignore[method-assign]
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(HANGS):
                 report = await two.provisioner.reconcile()
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
@@ -433,7 +434,7 @@ async def test_a_proxy_that_swallows_packets_does_not_hold_up_the_end(
 
         provisioner = through.provisioner_of(provisioning={"grants": slow, "timeout": 1.0})
         try:
-            async with asyncio.timeout(40):
+            async with asyncio.timeout(HANGS):
                 report = await provisioner.reconcile()
                 assert report.errors == ("acme: TimeoutError", "default: ConnectionResetError: the connection was lost")
                 proxy.cut()

@@ -29,6 +29,7 @@ from tests.support.provisioning import (
     plain_workshop,
     superuser_workshop,
 )
+from tests.support.waiting import HANGS
 
 NOTHING = ReconcileReport()
 
@@ -232,7 +233,7 @@ async def test_a_role_cannot_keep_its_password_by_holding_its_row(workshop: Work
         async with workshop.admin() as admin:
             with pytest.raises(asyncpg.LockNotAvailableError):
                 await admin.execute(f"SET lock_timeout = '50ms'; ALTER ROLE \"{placement(tenant).role}\" PASSWORD 'x'")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANGS):
             await by_rotation(workshop, tenant)
     async with workshop.connect(await workshop.registry.get(tenant.id)) as connection:
         assert await connection.fetchval("SELECT 1") == 1

@@ -13,7 +13,7 @@ from tenancy_orm.errors import ConfigurationError, MigrationError, TemplateError
 from tenancy_orm.migrations import MetadataSchema
 from tenancy_orm.provisioning import databases
 from tests.support.provisioning import Connect, ScriptSchema, Workshop, placement
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 pytestmark = pytest.mark.new_installation
 
@@ -188,7 +188,7 @@ async def test_an_index_can_be_built_concurrently_while_others_wait(workshop: Wo
 
     await until(others_wait)
     schema.proceed.set()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANGS):
         assert len(set(await asyncio.gather(builder, *others))) == 1
     assert schema.applied == 1
 

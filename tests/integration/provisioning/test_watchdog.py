@@ -104,7 +104,7 @@ async def test_the_command_watches_until_it_is_stopped(tenancy: Tenancy, tenancy
     async with idle(tenancy, "acme") as connection:
         process = await start(*command, "--every", "0.1")
         try:
-            await until(connection.is_closed, seconds=30)
+            await until(connection.is_closed)
             await until(actors)
             assert process.returncode is None
         finally:

@@ -31,7 +31,7 @@ from tenancy_orm.quotas.usage import Usage
 from tenancy_orm.tenant import Tenant
 from tests.support.quotas import QuotaPlane, quota_plane
 from tests.support.registry import synchronise
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 TIERS = {
     "free": Tier(
@@ -120,7 +120,7 @@ async def test_a_change_is_notified(plane: QuotaPlane) -> None:
         async with plane.quotas.hold(tenant, "jobs"):
             await plane.quotas.leased(tenant, "api_calls").consume()
         await plane.quotas.set(tenant, {"users": 9})
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANGS):
             assert str(tenant.id) in await payloads.get()
     assert payloads.empty()
 
@@ -230,12 +230,12 @@ async def test_limits_of_a_tier_that_change_are_announced_to_every_process(plane
         await driver.add_listener("tenancy", lambda *arguments: payloads.put_nowait(arguments[3]))
         await synchronise(plane.control, TIERS, addresses)
         await synchronise(plane.control, {**TIERS, "pro": Tier("pro", {"users": Limit(40)})}, addresses)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANGS):
             change = Change.parse(await payloads.get())
         await synchronise(plane.control, {**TIERS, "pro": Tier("pro", {"users": Limit(40)})}, addresses)
         # notifications arrive in the order of the commits
         await plane.sql("NOTIFY tenancy, 'last'")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANGS):
             assert await payloads.get() == "last"
     assert (change.tenant_id, change.key_id, change.kind) == (None, None, "tier")
 
@@ -857,7 +857,7 @@ async def test_an_idle_block_is_returned_unasked(plane: QuotaPlane, monkeypatch:
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
     share = plane.quotas.leased(tenant, "api_calls", block=50)
     await share.consume()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANGS):
         while (await usage_of(plane, tenant, "api_calls")).used != 1:  # noqa: ASYNC110 - it happens in the database
             await asyncio.sleep(0.02)
     assert share.unspent == 0

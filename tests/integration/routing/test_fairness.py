@@ -97,14 +97,14 @@ async def test_who_cannot_be_served_in_time_is_refused_before_it(made: Databases
     refused, delayed = list[CheckoutRefused](), list[CheckoutDelayed]()
     events.subscribe(CheckoutRefused, refused.append)
     events.subscribe(CheckoutDelayed, delayed.append)
-    small = config.replace(pool={"max_connections_per_tenant": 1, "checkout_timeout": 6.0})
+    small = config.replace(pool={"max_connections_per_tenant": 1, "checkout_timeout": 20.0})
     async with support.router(made, small, events=events) as router:
         await ask(router, loud)
         crowd = [asyncio.create_task(ask(router, loud, "SELECT pg_sleep(0.1)")) for _ in range(400)]
         await until(lambda: waiting(router) == 399)
         [one] = router.waiting()["default"]
         assert (one.slug, one.waiting_for, one.requests, one.busy) == (loud.slug, "tenant", 399, 1)
-        await until(lambda: router.statistics().servers["default"].refused > 100, seconds=5.5)
+        await until(lambda: router.statistics().servers["default"].refused > 100)
         assert await ask(router, quiet) == 1
         with pytest.raises(CheckoutRefusedError) as caught:
             await asyncio.gather(*crowd)
@@ -116,7 +116,7 @@ async def test_who_cannot_be_served_in_time_is_refused_before_it(made: Databases
     assert isinstance(error, CheckoutTimeoutError), "what handles time-outs handles this"
     assert (error.tenant, error.reason, error.setting) == (loud.slug, "deadline", "pool.max_connections_per_tenant")
     assert error.expected > 0 and 1 <= error.retry_after <= 60 and error.waiting > 0
-    assert error.left < error.expected and f"{error.left:.3g} s are left" in str(error)
+    assert 0 < error.left < error.expected and f"{error.left:.3g} s are left" in str(error)
     assert any(result is None for result in results)
     assert statistics.refused == sum(isinstance(result, CheckoutRefusedError) for result in results)
     assert statistics.waited >= 1 and statistics.waited_seconds > 0

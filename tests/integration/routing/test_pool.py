@@ -34,7 +34,7 @@ from tests.support import databases as support
 from tests.support.databases import Databases, moved
 from tests.support.postgres import Postgres
 from tests.support.proxy import Proxy
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 
 def counts(router: Router) -> BudgetStatistics:
@@ -500,7 +500,7 @@ async def test_a_server_that_does_not_answer_is_given_up_at_the_deadline(
     through = config.replace(servers={"default": proxy.url(postgres.admin_url)}, pool={"connect_timeout": 0.3})
     async with support.router(made, through) as router:
         proxy.swallow()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANGS):
             with pytest.raises(ServerUnavailableError):
                 await ask(router, a)
         assert (await settled(router)).open == 0

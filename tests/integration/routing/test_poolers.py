@@ -22,7 +22,7 @@ from tests.support.pgbouncer import PgBouncer, pgbouncer
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 from tests.support.proxy import proxied
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 _LOCKS = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
 
@@ -202,7 +202,7 @@ async def test_a_suspension_ends_what_goes_through_a_pooler(pooled: Tenancy, pos
         await server.connect_tenant(acme.placement, password, tenant="acme")
     assert caught.value.sqlstate == "08P01" and f"127.0.0.1:{server.traffic.dsn.hosts[0][1]}" in str(caught.value)
     await pooled.tenants.activate("acme")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANGS):
         while True:
             try:
                 async with pooled.session("acme") as session:

@@ -53,7 +53,7 @@ async def test_the_defaults_serve_whatever_the_number_of_workers(
     """
     keys = [(await tenancy.tenants.create(f"of-{tier}", tier=tier)).api_key for tier in tenancy_config.tiers]
     async with uvicorn_command("create_guarded", tenancy_config, "--workers", str(workers)) as port:
-        await until(lambda: listens(port), seconds=60)
+        await until(lambda: listens(port))
         for key in keys:
             answers = Counter[int]()
             for _ in range(3):
@@ -107,7 +107,7 @@ async def test_gunicorn_with_and_without_preload(
             sessions.update(answer["session"] for answer in answers)
             return len(workers) >= 2
 
-        await until(two_workers, seconds=60)
+        await until(two_workers)
         assert (first["before"] is not None) is preload
         assert first["before"] not in sessions
         os.kill(first["worker"], signal.SIGTERM)
@@ -118,7 +118,7 @@ async def test_gunicorn_with_and_without_preload(
             except (OSError, asyncio.IncompleteReadError):
                 return False  # of the worker that ends
 
-        await until(a_third, seconds=60)
+        await until(a_third)
         if preload:
             async with postgres.connect() as admin:
                 assert await admin.fetchval("SELECT true FROM pg_stat_activity WHERE pid = $1", first["before"])

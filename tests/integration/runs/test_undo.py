@@ -157,7 +157,7 @@ async def test_a_tenant_that_is_still_being_migrated_is_not_left_behind(
     async def is_begun() -> bool:
         return any(one.tenants["running"] for one in await fleet.migrations.runs())
 
-    await until(is_begun, seconds=20)
+    await until(is_begun)
     (run,) = await fleet.migrations.runs()
     await getattr(fleet.migrations, stop)(run.id)
     for planned in (fleet.migrations.plan_undo(run.id), fleet.migrations.undo(run.id)):

@@ -226,7 +226,7 @@ async def test_another_machine_does_what_a_killed_one_was_at(
                 "UPDATE tenancy.migration_run_processes SET left_at = clock_timestamp(), is_lost = true"
             )
         second = asyncio.create_task(other.migrations.join(run.id))
-        await until(lambda: len(checks.reports) == 2, seconds=20)
+        await until(lambda: len(checks.reports) == 2)
         assert await migrated(fleet) == ["acme"]
         checks.may_end.set()
         report = await second
@@ -317,7 +317,7 @@ async def until_processes(fleet: Fleet, run: int, count: int) -> None:
     async def there() -> bool:
         return (await fleet.migrations.get_run(run)).processes == count
 
-    await until(there, seconds=20)
+    await until(there)
 
 
 async def fleet_at(fleet: Fleet, slugs: list[str]) -> None:
@@ -326,4 +326,4 @@ async def fleet_at(fleet: Fleet, slugs: list[str]) -> None:
     async def there() -> bool:
         return await migrated(fleet) == slugs
 
-    await until(there, seconds=20)
+    await until(there)

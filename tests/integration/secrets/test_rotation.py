@@ -36,7 +36,7 @@ from tenancy_orm.secrets.sealed import ResealReport, SealedPasswords
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 from tests.support.proxy import proxied
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 
 def new_key() -> str:
@@ -213,7 +213,7 @@ async def test_two_logins_that_are_refused_at_once_both_find_the_new_password(
         other.internals.router.retire(acme.id)
         await tenancy.secrets.rotate_password(acme)
         monkeypatch.setattr(Connector, "_log_in_with", log_in_with)
-        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(HANGS), asyncio.TaskGroup() as group:
             first = group.create_task(use(other))
             await first_refused.wait()
             async with other.session("acme") as session:

@@ -19,6 +19,7 @@ from tenancy_orm.servers.rows import list_servers, set_maintenance_database
 from tenancy_orm.servers.server import Server
 from tests.support.postgres import Postgres
 from tests.support.proxy import proxied
+from tests.support.waiting import HANGS
 
 
 async def test_two_maintenance_databases_are_refused(
@@ -156,7 +157,7 @@ async def test_a_statement_ends_behind_a_proxy_that_swallows_packets(
                     proxy.swallow()
                     statement = asyncio.ensure_future(connection.scalar(text("SELECT 2")))
                     if seconds:
-                        async with asyncio.timeout(20):
+                        async with asyncio.timeout(HANGS):
                             with pytest.raises((TimeoutError, DBAPIError)):
                                 await statement
                     else:

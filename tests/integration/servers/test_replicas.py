@@ -136,7 +136,7 @@ async def test_a_killed_replica_is_lost_and_restored(standby: Standby, watch: Wa
         await until(lambda: not watch.monitor.usable())
     finally:
         standby.start_again()
-    await until(watch.monitor.usable, seconds=20)
+    await until(watch.monitor.usable)
     lost, restored = watch.emitted
     assert isinstance(lost, ReplicaLost) and (lost.server, lost.replica) == ("eu", "eu/1")
     assert isinstance(restored, ReplicaRestored) and restored.seconds > 0

@@ -28,7 +28,7 @@ from tenancy_orm.servers.rows import ServerRow
 from tests.support.postgres import Postgres
 from tests.support.provisioning import plain_administrator, running_server
 from tests.support.proxy import proxied
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 
 @pytest.fixture
@@ -378,7 +378,7 @@ async def test_a_server_that_stops_answering_after_a_login_is_given_up(
             tenancy.internals.servers["default"].connect_admin(),
             tenancy.servers.update("default", addresses=url),
         ):
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANGS):
                 with pytest.raises(ServerUnavailableError, match="no answer in time"):
                     await work
             proxy.restore()

@@ -31,7 +31,7 @@ from tenancy_orm.testing.embedded import fast_directory
 from tests.support.pgbouncer import pgbouncer
 from tests.support.postgres import Postgres
 from tests.support.shell import python_path
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 
 @asynccontextmanager
@@ -110,7 +110,7 @@ async def test_neither_kind_starves_the_other_at_a_tenants_limit(tenancy_config:
                 assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
                 order.append("task")
 
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANGS):
             await asyncio.gather(*(asyncio.to_thread(in_thread) for _ in range(2)), in_task(), in_task())
         assert "task" in order
 

@@ -95,7 +95,7 @@ async def test_a_retried_and_a_redelivered_job_keep_the_tenant(app: App) -> None
     async with app.plane.tenancy.scope("globex"):
         assert await app.result(await app.send("write_second_time", "retried")) == "globex"
         killing = await app.send("write_after_death", "redelivered")
-    await until((app.plane.directory / "once-kill-globex-redelivered").exists, seconds=60)
+    await until((app.plane.directory / "once-kill-globex-redelivered").exists)
     await app.redis.delete(f"arq:in-progress:{killing.job_id}")  # rather than wait for it to expire
     with worker_process(COMMAND, app.plane, "second.log"):
         assert await app.result(killing) == "globex"
@@ -119,7 +119,7 @@ async def arrivals(app: App) -> None:
     await tenancy.tenants.activate("acme")
     await tenancy.tenants.start_maintenance("acme")
     await run_now(app, waiting)
-    await until(lambda: app.redis.get(f"arq:retry:{waiting.job_id}"), seconds=30)
+    await until(lambda: app.redis.get(f"arq:retry:{waiting.job_id}"))
     await tenancy.tenants.end_maintenance("acme")
     assert await app.result(waiting) == "acme"
     await app.plane.clear()

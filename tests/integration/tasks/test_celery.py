@@ -38,7 +38,7 @@ class App:
 
     async def result(self, sent: Any) -> Any:
         """What a task returned, or the error that it ended with."""
-        await until(sent.ready, seconds=60)
+        await until(sent.ready)
         # not in another thread, where Celery's listener to Redis is not
         return sent.get(timeout=10, propagate=False)
 
@@ -90,13 +90,13 @@ async def test_each_task_runs_for_the_tenant_that_sent_it(app: App) -> None:
         with_request = tasks.request_id.delay()
         reset_labels(token)
         assert await app.result(with_request) == "req-1"
-    await until(lambda: app.plane.notes(app.plane.acme), seconds=30)
+    await until(lambda: app.plane.notes(app.plane.acme))
     assert await app.plane.notes(app.plane.acme) == ["on_error"]
     await app.plane.clear()
     # the binding ended with the tasks, in each of the processes
     assert {await app.result(tasks.bound.delay()) for _ in range(6)} == {None}
     assert await app.result(tasks.operate.delay()) is None
-    await until((app.plane.directory / "once-tick-None").exists, seconds=30)
+    await until((app.plane.directory / "once-tick-None").exists)
 
 
 async def test_a_retried_and_a_redelivered_task_keep_the_tenant(app: App) -> None:
@@ -121,7 +121,7 @@ async def test_a_suspended_tenant_gets_no_task(app: App) -> None:
     async with tenancy.scope("acme"):
         waiting = app.tasks.write.apply_async(("after maintenance",), countdown=1.5)
     await tenancy.tenants.start_maintenance("acme")
-    await until(lambda: waiting.state == "RETRY", seconds=30)
+    await until(lambda: waiting.state == "RETRY")
     await tenancy.tenants.end_maintenance("acme")
     assert await app.result(waiting) == "acme"
     await app.plane.clear()

@@ -51,7 +51,7 @@ class App:
             status = row["status"]
             return status not in ("todo", "doing")
 
-        await until(has_ended, seconds=60)
+        await until(has_ended)
         return status
 
     async def answer(self, task: Any, **arguments: Any) -> str:
@@ -142,7 +142,7 @@ async def test_a_suspended_tenant_gets_no_job(app: App) -> None:
     await tenancy.tenants.start_maintenance("acme")
     await app.run(due, waiting)
     tried = "SELECT FROM procrastinate_jobs WHERE id = $1 AND attempts > 0"
-    await until(lambda: app.run(tried, waiting), seconds=30)
+    await until(lambda: app.run(tried, waiting))
     await tenancy.tenants.end_maintenance("acme")
     assert await app.ended(waiting) == "succeeded"
     assert await app.plane.notes(app.plane.acme) == ["after maintenance"]

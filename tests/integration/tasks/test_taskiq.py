@@ -90,9 +90,9 @@ async def test_a_retried_and_a_redelivered_task_keep_the_tenant(app: App) -> Non
     async with app.plane.tenancy.scope("globex"):
         failing = await app.tasks.write_second_time.kiq("retried")
         killing = await app.tasks.write_after_death.kiq("redelivered")
-    await until(failing.is_ready, seconds=60)
-    await until(killing.is_ready, seconds=60)
-    await until(lambda: has_both(app), seconds=60)
+    await until(failing.is_ready)
+    await until(killing.is_ready)
+    await until(lambda: has_both(app))
     assert await app.plane.notes(app.plane.acme) == []
     await app.plane.clear()
 
@@ -117,7 +117,7 @@ async def test_a_suspended_tenant_gets_no_task(app: App) -> None:
         message = await app.tasks.middleware.pre_send(message)
     await tenancy.tenants.start_maintenance("acme")
     sent = await kick(app, message)
-    await until(app.tasks.source.get_schedules, seconds=30)
+    await until(app.tasks.source.get_schedules)
     await tenancy.tenants.end_maintenance("acme")
     [waiting] = await app.tasks.source.get_schedules()
     await app.tasks.scheduler.on_ready(app.tasks.source, waiting)
@@ -204,7 +204,7 @@ async def test_what_a_tenant_schedules_stays_its_own(app: App) -> None:
     with pytest.raises(NoTenantError):
         await scheduler.on_ready(app.tasks.source, found[lost.schedule_id])
     await scheduler.on_ready(app.tasks.source, found[kept.schedule_id])
-    await until(lambda: app.plane.notes(app.plane.globex), seconds=30)
+    await until(lambda: app.plane.notes(app.plane.globex))
     assert await app.plane.notes(app.plane.globex) == ["kept"]
     await app.tasks.source.delete_schedule(lost.schedule_id)
     # the header of one schedule is not that of another

@@ -26,7 +26,7 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.tenant import Status, Tenant
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 # --- throttle -------------------------------------------------------------------------------------------------------
 
@@ -470,7 +470,7 @@ async def test_what_is_asked_as_the_last_worker_ends_is_looked_up() -> None:
     second = asyncio.create_task(in_the_same_turn())
     await asyncio.sleep(0)
     source.gate.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANGS):
         assert [value for value, _ in await asyncio.gather(first, second)] == ["1", "2"]
 
 

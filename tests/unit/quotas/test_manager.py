@@ -21,6 +21,7 @@ from tenancy_orm.quotas.overrides import Override, check_overrides
 from tenancy_orm.quotas.rates import UNLIMITED, Allowed, Denied, Rates
 from tenancy_orm.quotas.usage import Remaining, Usage
 from tenancy_orm.tenant import Status, Tenant
+from tests.support.waiting import HANGS
 
 # --- overrides ------------------------------------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class Database(BlockManager):
 
     async def answer(self, granted: int, *, seconds: float | None = None) -> tuple[int, int]:
         """Grant this much to the next query, or refuse it (0), and return how much was unspent and asked for."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(HANGS):
             unspent, amount, waiting = await self.asked.get()
         outcome = "counted" if granted else "exceeded"
         waiting.set_result(SimpleNamespace(outcome=outcome, granted=granted, seconds=seconds, in_blocks=0))
@@ -234,7 +235,7 @@ async def test_a_refusal_holds_for_those_who_want_as_much_and_for_nobody_else() 
     assert await database.answer(1) == (0, 1)
     assert await database.answer(0) == (0, 5)
     assert await database.answer(2) == (0, 2)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANGS):
         results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [isinstance(result, QuotaExceededError) for result in results] == [False, True, True, False]
 
