@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 import asyncpg
@@ -24,11 +24,14 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from tenancy_orm import TenancyConfig
 
+T = TypeVar("T")
+
 
 @pytest.fixture
 async def plane(control_url: str) -> AsyncIterator[ControlPlane]:
     """A control plane with a directory that gets no notifications: its cache lives by TTL."""
-    async with control_plane(control_url, opened=False) as opened:
+    # a look-up that waits for a lock of the test must not end before it, however slow the machine is
+    async with control_plane(control_url, opened=False, directory={"timeout": 60.0}) as opened:
         yield opened
 
 
@@ -448,6 +451,17 @@ async def expired(plane: ControlPlane, key: str) -> None:
     await until(lambda: plane.directory.peek(key) is None)
 
 
+def without_waiting(work: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns that waits for nothing."""
+    try:
+        waits_for = work.send(None)
+    except StopIteration as done:
+        returned: T = done.value
+        return returned
+    work.close()
+    raise AssertionError(f"it waits for {waits_for!r}")
+
+
 @pytest.mark.parametrize("how", ["refuse", "swallow"])
 async def test_known_keys_keep_working_while_the_control_database_is_away(
     control_url: str, proxy: Proxy, how: str
@@ -462,14 +476,13 @@ async def test_known_keys_keep_working_while_the_control_database_is_away(
         await expired(plane, key)
         assert (await plane.directory.authenticate(key)).tenant == tenant
         assert len(plane.of(DirectoryUnavailable)) == 1
-        async with asyncio.timeout(0.4):
-            for _ in range(100):
-                assert (await plane.directory.authenticate(key)).tenant == tenant
-                assert await plane.directory.tenant("acme") == tenant
-            with pytest.raises(ControlUnavailableError):
-                await plane.directory.authenticate(unknown)
-            with pytest.raises(ControlUnavailableError):
-                await plane.directory.tenant("other")
+        for _ in range(100):
+            assert without_waiting(plane.directory.authenticate(key)).tenant == tenant
+            assert without_waiting(plane.directory.tenant("acme")) == tenant
+        with pytest.raises(ControlUnavailableError):
+            without_waiting(plane.directory.authenticate(unknown))
+        with pytest.raises(ControlUnavailableError):
+            without_waiting(plane.directory.tenant("other"))
         proxy.restore()
         proxy.cut()
         await until(lambda: plane.directory.statistics.control_available)
