@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import io
 import json
@@ -17,7 +18,7 @@ import pytest
 from tests.integration.cli.test_cli import COMMAND, Cli, cli
 from tests.support.postgres import Postgres
 from tests.support.shell import processes_in
-from tests.support.waiting import until
+from tests.support.waiting import HANGS, until
 
 __all__ = ["cli"]
 
@@ -273,6 +274,13 @@ def commands(directory: Path) -> list[str]:
     return [one for one in processes_in(directory) if ": sh -c " in one]
 
 
+def end_all(directory: Path) -> None:
+    """End the commands and what they have started: each is a process group of its own."""
+    for one in sleeping(directory) + commands(directory):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(os.getpgid(int(one.partition(":")[0])), signal.SIGKILL)
+
+
 async def until_begun(directory: Path, *, remaining: bool = True) -> None:
     """Wait until two commands have started what they start, and have ended if they are not to remain.
 
@@ -303,15 +311,18 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
         )
         assert process.stdout is not None
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(HANGS):
                 begun = [await process.stdout.readline() for _ in range(2)]
-                assert sorted(begun) == [b"acme: begun\n", b"globex: begun\n"]
-                await until_begun(tmp_path, remaining=remains)
-                process.send_signal(number)
+            assert sorted(begun) == [b"acme: begun\n", b"globex: begun\n"]
+            await until_begun(tmp_path, remaining=remains)
+            process.send_signal(number)
+            async with asyncio.timeout(HANGS):
                 await process.communicate()
-        finally:
-            if process.returncode is None:
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
                 process.kill()
+            end_all(tmp_path)
+            raise
         assert process.returncode != 0
         await until(lambda: not sleeping(tmp_path))
     assert (await cli("reconcile", "--check", "--json")).json["orphans"] == []
@@ -327,14 +338,15 @@ async def test_a_signal_ends_the_commands_and_their_logins(cli: Cli, tmp_path: P
         stderr=asyncio.subprocess.DEVNULL,
     )
     assert process.stdout is not None
-    async with asyncio.timeout(60):
-        for _ in range(2):
-            await process.stdout.readline()
-    await until_begun(tmp_path)
-    process.kill()
-    await process.wait()
-    for one in sleeping(tmp_path):
-        os.killpg(os.getpgid(int(one.partition(":")[0])), signal.SIGKILL)
+    try:
+        async with asyncio.timeout(HANGS):
+            for _ in range(2):
+                await process.stdout.readline()
+        await until_begun(tmp_path)
+    finally:
+        process.kill()
+        await process.wait()
+        end_all(tmp_path)
 
     async def expired() -> bool:
         return len((await cli("reconcile", "--check", "--json")).json["orphans"]) == 2
