@@ -2,7 +2,7 @@
 
 Run as ``python -m tests.support.directory_process CONTROL_URL TTL LISTEN_URL CREDENTIALS``, the last as ``described``
 returns it. It prints ``known`` once all work and the listener hears, and then for each, in the order in which they are
-refused, its number, the wall-clock time and the reason.
+refused, its number, the wall-clock times of the refusal and of the last use that was admitted, and the reason.
 """
 
 from __future__ import annotations
@@ -49,20 +49,24 @@ async def use(directory: Directory, credential: str | dict[str, Any]) -> str | N
 
 
 async def main(url: str, ttl: str, listen_url: str, credentials: str) -> None:
-    """Use ``credentials`` until each was refused, for a minute at most."""
+    """Use ``credentials`` until each was refused, for a few minutes at most."""
     async with (
-        asyncio.timeout(60),
+        asyncio.timeout(170),
         control_plane(
             url, initialise=False, directory={"ttl": float(ttl)}, control={"listen_url": listen_url}
         ) as plane,
     ):
         left = dict(enumerate(json.loads(credentials)))
         refused = [await use(plane.directory, credential) for credential in left.values()]
+        admitted_at = dict.fromkeys(left, time.time())
         print("known" if plane.directory.statistics.listening and not any(refused) else "deaf", flush=True)
         while left:
             for number, credential in list(left.items()):
-                if (reason := await use(plane.directory, credential)) is not None:
-                    print(number, time.time(), reason, flush=True)
+                used_at = time.time()
+                if (reason := await use(plane.directory, credential)) is None:
+                    admitted_at[number] = used_at
+                else:
+                    print(number, time.time(), admitted_at[number], reason, flush=True)
                     del left[number]
             await asyncio.sleep(0.001)
 
