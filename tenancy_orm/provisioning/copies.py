@@ -11,7 +11,6 @@ The tenant's contents gain no rights by this, see ``copy_logins``. No tenant's r
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 import tempfile
 import time
@@ -20,8 +19,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import asyncpg
 
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
@@ -33,13 +30,12 @@ from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import Programs, find_programs, run_piped, run_program
-from ..postgres.quoting import quote_identifier, quote_literal
 from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
-from . import databases, event_trigger, removal, roles
+from . import archives, databases, event_trigger, removal
 from .blockers import Blockers
 from .copy_logins import CopyLogin, create_login, end_login
-from .extensions import install
+from .empty_databases import InstalledExtension, create_for_login, read_extensions
 
 Content = Literal["data", "schema", "nothing"]
 """What a copy has: everything; or the schema alone, with statistics from PostgreSQL 18 on; or only ``extensions``."""
@@ -56,30 +52,6 @@ _COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", 
 _SCHEMA = ("--schema-only", "--no-publications", "--no-subscriptions")
 _STATISTICS_VERSION = 18
 
-# What only an administrator may create, what reaches other servers, and what is created before the restore.
-_LEFT_OUT = (
-    "EVENT TRIGGER",
-    "EXTENSION",
-    "FOREIGN DATA WRAPPER",
-    "FOREIGN TABLE",
-    "PROCEDURAL LANGUAGE",
-    "PUBLICATION TABLE",
-    "PUBLICATION TABLES IN SCHEMA",
-    "PUBLICATION",
-    "SERVER",
-    "SUBSCRIPTION TABLE",
-    "SUBSCRIPTION",
-    "TRANSFORM",
-    "USER MAPPING",
-)
-_ENTRY = re.compile(r"\d+; \d+ \d+ (?P<what>.*)")
-_UNNOTED = ("EXTENSION ", f"EVENT TRIGGER - {event_trigger.NAME} ")  # in the copy all the same, or of no use there
-
-_EXTENSIONS = """
-SELECT e.extname::text AS name, n.nspname::text AS schema, e.extversion AS version
-  FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
- WHERE e.extname <> 'plpgsql' ORDER BY e.oid
-"""
 # 'o' is SHARED_DEPENDENCY_OWNER
 _OWNS = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
@@ -235,7 +207,7 @@ class _Copying:
         version = connections.version(self._connection)
         for name in (self._name, self._reader):
             await locks.lock(self._connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
-        extensions = [] if content == "nothing" else await self._extensions()
+        extensions = () if content == "nothing" else await self._extensions()
         restorer = await self._create(seconds, extensions, wanted)
         if content == "nothing":
             return self._copy(restorer, content, (), started)
@@ -244,7 +216,7 @@ class _Copying:
         with_statistics = content == "schema" and min(version, programs.version) >= _STATISTICS_VERSION
         reader = await self._create_reader(seconds)
         try:
-            schemas = {one["schema"] for one in extensions}
+            schemas = {one.schema for one in extensions}
             left_out = await self._transfer(programs, reader, restorer, content, with_statistics, schemas)
         except ProvisioningError as exc:
             raise self.failed(str(exc)) from exc
@@ -290,47 +262,20 @@ class _Copying:
 
     # --- databases and roles ----------------------------------------------------------------------------------------
 
-    async def _create(self, seconds: float, extensions: Sequence[asyncpg.Record], wanted: Sequence[str]) -> CopyLogin:
-        """Create the empty database with its extensions, and the login that owns what comes into it."""
-        connection, name, owner = self._connection, self._name, self._names.owner
-        restorer = await create_login(connection, self._server.dsn, name, name, seconds=seconds)
-        await databases.create(connection, name, template="template0", owner=owner, open_to_connections=False)
-        quoted = quote_identifier(name)
-        # the owner of tenants' databases owns it, so that the login can neither rename it nor let others in
-        await connections.execute_unflushed(
-            connection,
-            f"REVOKE ALL ON DATABASE {quoted} FROM PUBLIC",
-            f"GRANT CONNECT, CREATE, TEMPORARY ON DATABASE {quoted} TO {quoted}",
-            f"ALTER DATABASE {quoted} WITH ALLOW_CONNECTIONS true",
+    async def _create(
+        self, seconds: float, extensions: Sequence[InstalledExtension], wanted: Sequence[str]
+    ) -> CopyLogin:
+        return await create_for_login(
+            self._connection,
+            self._blockers,
+            self._server,
+            self._names,
+            database=self._name,
+            login=self._name,
+            seconds=seconds,
+            extensions=extensions,
+            wanted=wanted,
         )
-        inside = await self._blockers.connect(name, purpose="tenancy-copy")
-        try:
-            await self._prepare(inside, quoted, extensions, wanted)
-        finally:
-            await run_to_completion(connections.close(inside))
-        return restorer
-
-    async def _prepare(
-        self, inside: Connection, restorer: str, extensions: Sequence[asyncpg.Record], wanted: Sequence[str]
-    ) -> None:
-        """Install extensions, while nothing of the tenant's is in the copy yet: an administrator does this."""
-        for one in extensions:
-            name, schema, version = one["name"], one["schema"], one["version"]
-            if schema not in ("public", "pg_catalog"):
-                await inside.execute(f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)}")
-            create = f"CREATE EXTENSION IF NOT EXISTS {quote_identifier(name)} SCHEMA {quote_identifier(schema)}"
-            try:
-                await inside.execute(f"{create} VERSION {quote_literal(version)} CASCADE")
-            except (asyncpg.InvalidParameterValueError, asyncpg.UndefinedFileError):
-                await inside.execute(f"{create} CASCADE")  # the server does not have this version any more
-            if schema not in ("public", "pg_catalog"):
-                await inside.execute(f"GRANT ALL ON SCHEMA {quote_identifier(schema)} TO {restorer}")
-        await install(inside, wanted, server=self._server.name)
-        # on PostgreSQL 14, everybody may create something there
-        if connections.version(inside) >= 15 or await roles.is_superuser(inside):
-            if connections.version(inside) >= 15:
-                await inside.execute(f"SET ROLE {quote_identifier(self._names.owner)}")
-            await inside.execute(f"GRANT ALL ON SCHEMA public TO {restorer}")
 
     async def _create_reader(self, seconds: float) -> CopyLogin:
         place = self._place
@@ -344,10 +289,10 @@ class _Copying:
             self._connection, self._server.dsn, self._reader, place.database, seconds=seconds, member_of=member_of
         )
 
-    async def _extensions(self) -> list[asyncpg.Record]:
+    async def _extensions(self) -> tuple[InstalledExtension, ...]:
         inside = await self._blockers.connect(self._place.database, purpose="tenancy-copy")
         try:
-            return list(await inside.fetch(_EXTENSIONS))
+            return await read_extensions(inside)
         finally:
             await run_to_completion(connections.close(inside))
 
@@ -392,7 +337,7 @@ class _Copying:
                 kinds = ("--no-data", "--statistics", *_SCHEMA[1:]) if with_statistics else _SCHEMA
                 await run_program([*dump, *kinds, f"--file={schema}"], reader.environment())
                 entries = await run_program([programs.path("pg_restore"), "--list", schema], {})
-                kept, left_out = _select(entries, schemas)
+                kept, left_out = archives.select(entries, schemas)
                 await asyncio.to_thread(listing.write_text, kept, "utf-8")
                 parts = [*restore, f"--use-list={listing}"]
                 await run_program([*parts, "--section=pre-data", schema], restorer.environment())
@@ -443,30 +388,6 @@ def _placement(tenant: Tenant) -> Placement:
 def _pattern(name: str) -> str:
     """A name as one of psql's patterns."""
     return '"' + name.replace('"', '""') + '"'
-
-
-def _select(entries: str, schemas: set[str]) -> tuple[str, tuple[str, ...]]:
-    """Return the entries of an archive's list that are restored, and what the others are.
-
-    Args:
-        entries: What ``pg_restore --list`` printed: ``3; 3079 16385 EXTENSION - vector``.
-        schemas: The schemas of extensions, which exist already.
-    """
-    kept, left_out = [], []
-    for line in entries.splitlines():
-        match = _ENTRY.fullmatch(line)
-        if match is None:
-            continue
-        what = match["what"].rstrip()
-        about = what.removeprefix("COMMENT - ") if what.startswith("COMMENT - ") else what
-        if about.startswith(tuple(f"{kind} " for kind in _LEFT_OUT)):
-            if about == what and not about.startswith(_UNNOTED):
-                left_out.append(what)
-        elif about.startswith("SCHEMA public ") or any(what.startswith(f"SCHEMA - {name} ") for name in schemas):
-            continue
-        else:
-            kept.append(line)
-    return "".join(f"{line}\n" for line in kept), tuple(left_out)
 
 
 __all__ = ["Content", "Copies", "DatabaseCopy"]

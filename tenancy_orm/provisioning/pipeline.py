@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -134,6 +135,7 @@ class Creation:
         self._server = server
         self._blockers = services.blockers(server)
         self._template = template
+        self._revision = template.revision
         self._draft = draft
         self._settings = settings
         self._key = key
@@ -225,7 +227,7 @@ class Creation:
         self._started_steps.append(step)
         writing = asyncio.ensure_future(self._record_step(following))
         try:
-            async with self._blockers.ending(self._admin, patience=_PATIENCE_SECONDS):
+            async with self._ending(step):
                 await step.apply()
         except DatabaseExistsError:
             # this step did not create it, so it must not drop it
@@ -235,6 +237,10 @@ class Creation:
             await run_to_completion(_wait_for(writing))
         writing.result()
 
+    def _ending(self, step: Step) -> AbstractAsyncContextManager[None]:
+        """End what blocks a step."""
+        return self._blockers.ending(self._admin, patience=_PATIENCE_SECONDS)
+
     async def _record_step(self, step: Step | None) -> None:
         if step is not None and step.name != self._recorded_step:
             await self._services.registry.record_step(self._draft.id, step.name)
@@ -243,7 +249,7 @@ class Creation:
         self._step = "active"
         self._tenant = await self._services.registry.complete(
             self._draft.id,
-            revision=self._template.revision,
+            revision=self._revision,
             key=self._key,
             key_name=self._key_name,
             scopes=self._scopes,

@@ -39,6 +39,8 @@ from .blockers import Blockers
 from .copies import Copies
 from .databases import Strategy
 from .extensions import Extensions
+from .filled_creation import FilledCreation, Filling
+from .new_databases import NewDatabases
 from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds, describe, tenant_key
 from .preparation import prepare
 from .public_access import SharedDatabases, read_control
@@ -118,6 +120,7 @@ class Provisioner:
             seeds=seeds,
             first_connections=first_connections,
         )
+        self.new_databases = NewDatabases(self._services)
         self.watchdog = Watchdog(self._services)
         self._creating: Counter[str] = Counter()  # by server: creations that run or wait
         self.warm_pool = WarmPool(
@@ -278,6 +281,7 @@ class Provisioner:
         scopes: Sequence[str] = (),
         strategy: Strategy = "wal_log",
         seed: bool = True,
+        filling: Filling | None = None,
         actor: Actor = SYSTEM,
     ) -> Tenant:
         """Create a tenant, all or nothing: its row, role, database, rights and marker, then a login that proves them.
@@ -291,9 +295,11 @@ class Provisioner:
             scopes: The key's scopes.
             strategy: "wal_log" if a caller waits, "file_copy" for thousands in a row.
             seed: Whether the seeds run that are not in the template.
+            filling: Where the contents come from. Where None, from the template; otherwise no seeds run.
             actor: Who does this, for the audit log.
 
         Raises:
+            OperationError: the contents of ``filling`` are refused; what was made has been undone.
             TenantExistsError: the slug is taken.
             DatabaseExistsError: a database or role of the tenant's name exists; it is not adopted.
             TemplateError: the template could not be built or cloned.
@@ -305,6 +311,8 @@ class Provisioner:
         refuse_while_bound("creating a tenant")
         self._creating[draft.server] += 1
         try:
+            if filling is not None:
+                return await self._create_filled(draft, key, key_name, scopes, strategy, filling, actor)
             return await self._create(draft, key, key_name, scopes, strategy, seed, actor)
         finally:
             self._creating[draft.server] -= 1
@@ -338,6 +346,34 @@ class Provisioner:
                 actor=actor,
             )
             return await creation.run()
+
+    async def _create_filled(
+        self,
+        draft: TenantDraft,
+        key: NewKey | None,
+        key_name: str,
+        scopes: Sequence[str],
+        strategy: Strategy,
+        filling: Filling,
+        actor: Actor,
+    ) -> Tenant:
+        # in none of the slots of creations that somebody waits for: it may take hours
+        creation = FilledCreation(
+            self._services,
+            await self._prepared_server(draft.server),
+            TemplateInfo(draft.server, "", None),
+            draft,
+            settings=await self._settings_of(draft.server),
+            key=key,
+            key_name=key_name,
+            scopes=scopes,
+            strategy=strategy,
+            seed=False,
+            actor=actor,
+            new_databases=self.new_databases,
+            filling=filling,
+        )
+        return await creation.run()
 
     def password(self, tenant: Tenant) -> str:
         """Return the password of the tenant's role, for programs that connect by themselves, such as psql.

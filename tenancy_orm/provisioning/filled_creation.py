@@ -1,0 +1,104 @@
+"""``FilledCreation``: the creation of a tenant with contents from elsewhere, all or nothing.
+
+In place of the clone of a template, the step "filled" makes an empty database, lets the caller bring contents in, and
+hands them over: see ``new_databases``. A process that dies leaves what ``reconcile`` removes, as any creation does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from ..cancellation import run_to_completion
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
+from ..tenant import Tenant
+from . import databases, grants
+from .empty_databases import InstalledExtension
+from .new_databases import HOLDING, ContentsPolicy, NewDatabase, NewDatabases
+from .pipeline import Creation, Step, tenant_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filling:
+    """Where the contents of a new tenant come from.
+
+    Attributes:
+        fill: Brings the contents in, as ``new.login``.
+        policy: Decides whether they may become the tenant's.
+        timeout: Seconds that all of it may take, beside ``provisioning.timeout``.
+        extensions: The extensions that the database needs, beside the configured ones.
+        finish: Awaited with the tenant before its first login: runs missing revisions, for example.
+    """
+
+    fill: Callable[[NewDatabase], Awaitable[None]]
+    policy: ContentsPolicy
+    timeout: float
+    extensions: Sequence[InstalledExtension] = ()
+    finish: Callable[[Tenant], Awaitable[None]] | None = None
+
+
+class FilledCreation(Creation):
+    """The creation of one tenant with contents from elsewhere.
+
+    Args:
+        new_databases: Makes the database.
+        filling: Where its contents come from.
+    """
+
+    def __init__(self, *args: Any, new_databases: NewDatabases, filling: Filling, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._new_databases = new_databases
+        self._filling = filling
+        self._timeout += filling.timeout
+
+    def _making_steps(self) -> tuple[Step, ...]:
+        return (
+            Step("role", self._create_role, self._drop_role),
+            Step("filled", self._fill, self._drop_database),
+            Step("finished", self._finish, self._end_connections),
+        )
+
+    def _ending(self, step: Step) -> AbstractAsyncContextManager[None]:
+        # others' statements take long there, and wait for nobody
+        return super()._ending(step) if step.name == "role" else nullcontext()
+
+    async def _lock(self) -> Connection:
+        connection = await self._blockers.connect(settings=HOLDING)
+        try:
+            await locks.lock(connection, tenant_key(self._draft.id), timeout=self._timeout)
+        except BaseException:
+            await run_to_completion(connections.close(connection))
+            raise
+        return connection
+
+    async def _fill(self) -> None:
+        draft, filling = self._draft, self._filling
+        tenant = await self._services.registry.get(draft.id)
+        async with self._new_databases.open(
+            tenant,
+            draft.server,
+            draft.database,
+            extensions_of=filling.extensions,
+            timeout=self._services.config.provisioning.timeout,
+            valid_for=filling.timeout,
+            lock_held=True,
+        ) as new:
+            await filling.fill(new)
+            await new.hand_over(tenant, draft.role, policy=filling.policy)
+        await databases.open_to_role(self._admin, draft.database, role=draft.role)
+
+    async def _finish(self) -> None:
+        if self._filling.finish is not None:
+            await self._filling.finish(await self._services.registry.get(self._draft.id))
+        owner = self._services.names.owner
+        connection = await self._blockers.connect(self._draft.database, role=owner)
+        try:
+            self._revision = await grants.revision(connection, owner)
+        finally:
+            await run_to_completion(connections.close(connection))
+
+
+__all__ = ["FilledCreation", "Filling"]

@@ -1,0 +1,477 @@
+"""``NewDatabases``: databases that are filled from elsewhere, and become a tenant's once they are proven harmless.
+
+A restore, a clone or an adoption makes one. What comes into it is text that somebody else has written, and may be
+hostile. It is brought in by a login that is made for this alone, owns what it brings in, and may do nothing elsewhere:
+see ``copy_logins``. Functions, triggers and views run with their owner's rights, or with those of whoever changes a
+table. So they become the owner's, which owns the databases of all tenants, only after the login has ended for good and
+a ``ContentsPolicy`` has compared them with what a revision makes.
+
+The tenant's role cannot connect before ``Databases.switch_database`` makes the database the one in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Protocol
+
+from ..cancellation import run_to_completion
+from ..context import refuse_while_bound
+from ..control.names import is_scratch
+from ..errors import OperationError, OperationStateError, ProvisioningError, TenancyError, TenantNotFoundError
+from ..loops import HomeLoop
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.quoting import quote_identifier
+from ..registry.databases import TenantDatabase
+from ..registry.rows import uuid7
+from ..routing import marker
+from ..tenant import Placement, Status, Tenant
+from . import advisory_locks, databases, event_trigger, grants, removal, roles
+from .blockers import Blockers
+from .contents_check import ContentsCheck
+from .copy_logins import CopyLogin, end_login
+from .differences import enumeration
+from .empty_databases import InstalledExtension, create_for_login
+from .pipeline import ProvisioningServices, describe, prove, tenant_key
+from .tenant_rights import TenantRights
+
+logger = logging.getLogger("tenancy_orm.provisioning")
+
+HOLDING = {
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "idle_session_timeout": "0",
+}
+"""Settings of a session that holds a lock, idle for as long as others work."""
+
+SAFE_PATH = {"search_path": "pg_catalog, pg_temp"}
+"""Settings of a session in a database with contents that nobody has checked: no name is resolved to one of them."""
+
+# what no login without further rights can make; if it is there, somebody else has been in the database
+_FORBIDDEN = """
+WITH member AS (SELECT classid, objid FROM pg_depend WHERE deptype = 'e'),
+found AS (
+  SELECT 'pg_event_trigger'::regclass AS class, oid, 'event trigger ' || evtname AS name FROM pg_event_trigger
+  UNION ALL SELECT 'pg_language'::regclass, oid, 'language ' || lanname FROM pg_language WHERE oid >= 16384
+  UNION ALL SELECT 'pg_foreign_server'::regclass, oid, 'foreign server ' || srvname FROM pg_foreign_server
+  UNION ALL SELECT 'pg_publication'::regclass, oid, 'publication ' || pubname FROM pg_publication
+  UNION ALL SELECT 'pg_subscription'::regclass, s.oid, 'subscription ' || subname FROM pg_subscription s
+             JOIN pg_database d ON d.oid = s.subdbid WHERE d.datname = current_database())
+SELECT name FROM found WHERE NOT EXISTS (SELECT FROM member WHERE classid = class AND objid = found.oid)
+UNION ALL SELECT 'prepared transaction ' || gid FROM pg_prepared_xacts WHERE database = current_database()
+"""
+_LOGINS = """
+SELECT pg_get_userbyid(a.grantee)::text AS name FROM pg_database d, aclexplode(d.datacl) a
+ WHERE d.datname = $1 AND a.grantee <> 0
+"""
+_LARGE_OBJECTS = """
+SELECT l.oid FROM pg_largeobject_metadata l WHERE pg_get_userbyid(lomowner) = $1 AND l.oid > $2::oid ORDER BY 1 LIMIT $3
+"""
+_BATCH = 500
+
+
+class ContentsPolicy(Protocol):
+    """What decides whether contents that somebody else has written may become a tenant's."""
+
+    async def check(self, connection: Connection, *, login: str, role: str) -> None:
+        """Refuse what would raise rights once it is the owner's. Nobody else can change the database now.
+
+        Args:
+            connection: An administrative one to the database.
+            login: The role that owns everything that was brought in.
+            role: The tenant's role.
+
+        Raises:
+            OperationError: it would.
+        """
+
+    async def align(self, connection: Connection, *, role: str) -> None:
+        """Give everybody the rights on objects that they should have, once the owner owns them."""
+
+
+class NewDatabase:
+    """A database that is being filled. ``login`` may connect until ``hand_over``.
+
+    Attributes:
+        server: The server's name.
+        name: The database's name.
+        login: The login that owns what it brings in.
+        handed_over: Whether it is the tenant's.
+    """
+
+    def __init__(
+        self, services: ProvisioningServices, server: str, name: str, login: CopyLogin, connection: Connection
+    ) -> None:
+        self.server = server
+        self.name = name
+        self.login = login
+        self.handed_over = False
+        self._services = services
+        self._blockers = services.blockers(services.servers[server])
+        self._connection = connection  # an administrative one, which holds the lock of the login
+
+    async def connect(self) -> Connection:
+        """Open an administrative connection to it, which the caller closes; no name is looked up in its schemas.
+
+        Raises:
+            ServerUnavailableError: the server does not answer.
+        """
+        return await self._blockers.connect(self.name, settings=SAFE_PATH, purpose="tenancy-restore")
+
+    async def seal(self) -> None:
+        """End the login and its sessions for good: what was brought in cannot be changed any more.
+
+        Raises:
+            TimeoutError: its sessions did not end in time.
+        """
+        await end_login(self._connection, self._blockers, self.login.role)
+
+    async def hand_over(self, tenant: Tenant, role: str, *, policy: ContentsPolicy) -> None:
+        """Make what was brought in the tenant's: owners, rights and marker. The role cannot connect yet.
+
+        Args:
+            tenant: The tenant.
+            role: Its role on this server.
+            policy: What decides whether the contents may become the owner's.
+
+        Raises:
+            OperationError: they would raise rights, and stay the login's.
+            ProvisioningError: the server refused.
+        """
+        await self.seal()
+        names, owner = self._services.names, self._services.names.owner
+        connection = await self.connect()
+        try:
+            if found := [row[0] for row in await connection.fetch(_FORBIDDEN)]:
+                raise OperationError(
+                    f"the contents for tenant {tenant.slug!r} are refused: they have {enumeration(found)}"
+                )
+            await policy.check(connection, login=self.login.role, role=role)
+            async with roles.joined(connection, self.login.role, role):
+                await self._give_large_objects(connection, role)
+                quoted = quote_identifier(self.login.role)
+                await connection.execute(
+                    f"REASSIGN OWNED BY {quoted} TO {quote_identifier(owner)}; DROP OWNED BY {quoted}"
+                )
+            await grants.prepare_schema(connection, owner)
+            if await advisory_locks.may_restrict(connection):
+                await advisory_locks.restrict(connection, owner, server=self.server)
+            await event_trigger.install(connection, owner)
+            await self._grant(tenant, role)
+            await policy.align(connection, role=role)
+            check = ContentsCheck(
+                connection,
+                self._blockers,
+                names=names,
+                database=self.name,
+                role=role,
+                rights=TenantRights.of(self._services.config, owner),
+            )
+            result = await check.settle(mend=True)
+            if left := [one.detail for one in result.left if one.dangerous and one.kind != "advisory_locks"]:
+                raise OperationError(
+                    f"the contents for tenant {tenant.slug!r} are refused: {'; '.join(left)}; a superuser may have "
+                    "to mend that"
+                )
+        finally:
+            await run_to_completion(connections.close(connection))
+        self.handed_over = True
+
+    async def _give_large_objects(self, connection: Connection, role: str) -> None:
+        """Give large objects to the tenant's role, which makes its own: some hundreds in a transaction."""
+        last, quoted = 0, quote_identifier(role)
+        while found := [row[0] for row in await connection.fetch(_LARGE_OBJECTS, self.login.role, last, _BATCH)]:
+            await connection.execute("; ".join(f"ALTER LARGE OBJECT {oid} OWNER TO {quoted}" for oid in found))
+            last = found[-1]
+
+    async def _grant(self, tenant: Tenant, role: str) -> None:
+        owner = self._services.names.owner
+        connection = await self._blockers.connect(self.name, role=owner, purpose="tenancy-restore")
+        try:
+            await grants.grant_and_mark(
+                connection,
+                self.name,
+                role=role,
+                rights=TenantRights.of(self._services.config, owner),
+                what=await grants.contents(connection, owner),
+                marker=marker.marker_text(self._services.installation, tenant.id),
+            )
+        finally:
+            await run_to_completion(connections.close(connection))
+
+
+class NewDatabases:
+    """Makes databases that are filled from elsewhere (``tenancy.internals.provisioner.new_databases``).
+
+    Args:
+        services: Of provisioning.
+    """
+
+    def __init__(self, services: ProvisioningServices) -> None:
+        self._services = services
+        self._home = HomeLoop()
+
+    def new_name(self) -> str:
+        """Return a name for a database: with a number of its own, as that of a warm one has."""
+        return self._services.names.tenant(uuid7())
+
+    @asynccontextmanager
+    async def open(
+        self,
+        tenant: Tenant,
+        server: str,
+        name: str,
+        *,
+        extensions_of: Sequence[InstalledExtension] | None = None,
+        timeout: float,
+        valid_for: float,
+        lock_held: bool = False,
+    ) -> AsyncIterator[NewDatabase]:
+        """Make an empty database of a tenant, and a login of its own, for the body to fill and hand over.
+
+        Unless it is handed over, it is dropped at the end, also after a cancellation. If the process dies, whoever
+        takes the operation over drops it.
+
+        Args:
+            tenant: The tenant. It has a row for the database (``Databases.record_database``), or is being created.
+            server: The server's name.
+            name: The database's name, of ``new_name``.
+            extensions_of: The extensions that it gets, beside the configured ones.
+            timeout: Seconds that making it may take.
+            valid_for: Seconds for which the login is valid after that.
+            lock_held: Whether the caller holds the tenant's lock on this server.
+
+        Raises:
+            OperationStateError: the database has no row any more.
+            DatabaseExistsError: there is such a database.
+            ProvisioningError: the server refused, or did not finish in time.
+            TenantNotFoundError: the tenant has been purged.
+            ServerUnavailableError: the server does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("making a tenant's database")
+        self._home.check()
+        services = self._services
+        found = services.servers[server]
+        blockers = services.blockers(found)
+        role = services.names.scratch(secrets.token_hex(8))
+        connection = await blockers.connect(settings=HOLDING, purpose="tenancy-restore")
+        new: NewDatabase | None = None
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    await locks.lock(connection, locks.lock_key(role), timeout=timeout)
+                    async with self._locked(tenant, server, held=lock_held, timeout=timeout):
+                        await self._check_row(tenant, server, name)
+                        login = await create_for_login(
+                            connection,
+                            blockers,
+                            found,
+                            services.names,
+                            database=name,
+                            login=role,
+                            seconds=timeout + valid_for,
+                            extensions=extensions_of or (),
+                            wanted=services.config.extensions,
+                        )
+            except TenancyError:
+                raise
+            except SERVER_FAILURES as exc:
+                raise ProvisioningError(
+                    f"a database for tenant {tenant.slug!r} could not be made within {timeout:g} s ({describe(exc)})",
+                    tenant=tenant.slug,
+                    step="database",
+                ) from exc
+            new = NewDatabase(services, server, name, login, connection)
+            yield new
+        finally:
+            keep = new is not None and new.handed_over
+            await run_to_completion(self._end(blockers, connection, name, role, keep=keep))
+
+    @asynccontextmanager
+    async def _locked(self, tenant: Tenant, server: str, *, held: bool, timeout: float) -> AsyncIterator[None]:
+        """Hold the tenant's lock on a server, so that no purge runs beside the body."""
+        if held:
+            yield
+            return
+        found, key = self._services.servers[server], tenant_key(tenant.id)
+        connection = await self._services.admin_connections.acquire(found, key, timeout=timeout)
+        try:
+            yield
+        finally:
+            await run_to_completion(self._services.admin_connections.release(found, connection, key))
+
+    async def _check_row(self, tenant: Tenant, server: str, name: str) -> None:
+        """Refuse to make a database that nobody would know of."""
+        current = await self._services.registry.get(tenant.id)
+        place = current.placement
+        if place is None:
+            raise TenantNotFoundError(tenant.slug)
+        if current.status is Status.PROVISIONING and (place.server, place.database) == (server, name):
+            return
+        beside = await self._services.registry.databases_of(tenant.id)
+        if not any((one.server, one.name, one.state) == (server, name, "making") for one in beside):
+            raise OperationStateError(f"database {name!r} of tenant {current.slug!r} is not to be made any more")
+
+    async def _end(self, blockers: Blockers, connection: Connection, name: str, role: str, *, keep: bool) -> None:
+        """Drop the login, and the database unless it is kept; what fails is left to ``reconcile``."""
+        try:
+            async with asyncio.timeout(self._services.config.provisioning.timeout):
+                if not await connections.is_alive(connection):
+                    connection.terminate()
+                    connection = await blockers.connect(purpose="tenancy-restore")
+                await end_login(connection, blockers, role)
+                if not keep:
+                    await removal.drop_database(connection, blockers, name)
+                await removal.drop_retired(connection, blockers, self._services.names, role)
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            logger.warning("login %s, or database %s, was not dropped: %s", role, name, describe(exc))
+        finally:
+            await connections.close(connection)
+
+    # --- using ------------------------------------------------------------------------------------------------------
+
+    async def prove(self, tenant: Tenant, placement: Placement) -> None:
+        """Log in to a database as the tenant's role, which can connect to it, and verify its marker.
+
+        Raises:
+            MarkerMismatchError: the database is another tenant's.
+            LoginRefusedError: PostgreSQL refuses the role.
+            ServerUnavailableError: the server does not answer.
+        """
+        refuse_while_bound("proving a tenant's database")
+        self._home.check()
+        await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
+
+    async def set_connect(self, placement: Placement, allowed: bool) -> None:
+        """Let the tenant's role connect to a database; or let nobody connect, and end the sessions that are there.
+
+        A database that nobody can connect to can be dropped, or be opened again.
+
+        Raises:
+            ProvisioningError: sessions did not end in time; nobody can connect all the same.
+            ServerUnavailableError: the server does not answer.
+        """
+        refuse_while_bound("opening and closing tenants' databases")
+        self._home.check()
+        blockers = self._services.blockers(self._services.servers[placement.server])
+        name, role = quote_identifier(placement.database), quote_identifier(placement.role)
+        connection = await blockers.connect(purpose="tenancy-restore")
+        try:
+            async with asyncio.timeout(self._services.config.provisioning.timeout):
+                if allowed:
+                    statement = (
+                        f"GRANT CONNECT ON DATABASE {name} TO {role}; ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true"
+                    )
+                else:
+                    statement = (
+                        f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS false; "
+                        f"REVOKE CONNECT ON DATABASE {name} FROM {role}"
+                    )
+                work = partial(connection.execute, statement)
+                await blockers.run(connection, work, role=placement.role)
+                if not allowed:
+                    await self._end_sessions(connection, placement)
+        except SERVER_FAILURES as exc:
+            what = "opened" if allowed else "closed"
+            raise ProvisioningError(f"database {placement.database!r} was not {what} ({describe(exc)})") from exc
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def open_to_administrators(self, beside: TenantDatabase) -> None:
+        """Let the owner and administrators, and nobody else, connect to a database that was closed."""
+        refuse_while_bound("opening and closing tenants' databases")
+        self._home.check()
+        connection = await self._services.blockers(self._services.servers[beside.server]).connect()
+        try:
+            await databases.open_to_owner(connection, beside.name)
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def _end_sessions(self, connection: Connection, placement: Placement) -> None:
+        """End every session in a database that lets nobody in any more, and wait until none is left."""
+        query = "SELECT DISTINCT usename::text FROM pg_stat_activity WHERE datname = $1 AND usename IS NOT NULL"
+        count = "SELECT pid FROM pg_stat_activity WHERE datname = $1 AND usename = $2"
+        deadline = time.monotonic() + connections.CLOSE_SECONDS
+        while present := [row[0] for row in await connection.fetch(query, placement.database)]:
+            for role in present:
+                pids = [row[0] for row in await connection.fetch(count, placement.database, role)]
+                await roles.end_connections(connection, role, pids)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"sessions of {', '.join(present)} did not end")
+            await asyncio.sleep(connections.POLL_SECONDS)
+
+    async def drop(self, beside: TenantDatabase) -> None:
+        """Drop a database beside the one in use, and delete its row. To finish an interrupted drop, repeat it.
+
+        Raises:
+            ProvisioningError: it cannot be dropped, see ``removal.drop_database``; or the server was too slow.
+            ServerUnavailableError: the server does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("dropping a tenant's database")
+        self._home.check()
+        server, key = self._services.servers[beside.server], tenant_key(beside.tenant_id)
+        timeout = self._services.config.provisioning.timeout
+        try:
+            async with asyncio.timeout(timeout):
+                connection = await self._services.admin_connections.acquire(server, key, timeout=timeout)
+                try:
+                    await drop_beside(self._services, connection, beside)
+                finally:
+                    await run_to_completion(self._services.admin_connections.release(server, connection, key))
+        except SERVER_FAILURES as exc:
+            raise ProvisioningError(
+                f"database {beside.name!r} could not be dropped ({describe(exc)}); try again, or run: tenancy "
+                "housekeeping",
+                step="drop",
+            ) from exc
+
+
+async def drop_beside(services: ProvisioningServices, connection: Connection, beside: TenantDatabase) -> None:
+    """Drop a database beside the one in use, its login, and its role if the tenant does not need that here any more.
+
+    Args:
+        services: Of provisioning.
+        connection: An administrative one, which holds the tenant's lock on that server.
+        beside: The database.
+
+    Raises:
+        ProvisioningError: see ``removal.drop_database``.
+    """
+    registry, names = services.registry, services.names
+    if not await registry.begin_dropping_database(beside):
+        return  # it is in use, or gone
+    blockers = services.blockers(services.servers[beside.server])
+    own = marker.marker_text(services.installation, beside.tenant_id)
+    if not await removal.is_foreign(connection, beside.name, own):
+        granted = [row["name"] for row in await connection.fetch(_LOGINS, beside.name)]
+        logins = [name for name in granted if is_scratch(name) and name.startswith(names.stem)]
+        for login in logins:
+            await end_login(connection, blockers, login)
+        await removal.drop_database(connection, blockers, beside.name)
+        for login in logins:
+            await removal.drop_retired(connection, blockers, names, login)
+        if not await _uses_role(services, beside):
+            await removal.remove_role(connection, blockers, names, beside.role)
+    await registry.forget_database(beside)
+
+
+async def _uses_role(services: ProvisioningServices, beside: TenantDatabase) -> bool:
+    """Whether the tenant needs the role of a database that is dropped, for another one on the same server."""
+    place = (await services.registry.get(beside.tenant_id)).placement
+    if place is not None and (place.server, place.role) == (beside.server, beside.role):
+        return True
+    others = await services.registry.databases_of(beside.tenant_id)
+    return any(one.name != beside.name and (one.server, one.role) == (beside.server, beside.role) for one in others)
+
+
+__all__ = ["ContentsPolicy", "NewDatabase", "NewDatabases", "drop_beside"]
