@@ -5,8 +5,9 @@ long a transaction stays open, or how long a listening session keeps the notific
 settings bound well-behaved programs; a tenant's own SQL may change them in its session.
 
 If the lock table is full, nobody can log in. So the watchdog keeps its connections open between two runs, each with a
-reserve of locks that it releases then: only existing connections work at that time. A process that connects for a
-single run, such as a timer's, may be too late.
+reserve of locks that it releases then: only existing connections work at that time. A session that goes on taking locks
+may take the reserve first; so a connection also remembers what it needs to end a session without a lock. A process that
+connects for a single run, such as a timer's, may be too late.
 """
 
 from __future__ import annotations
@@ -77,6 +78,12 @@ _ABILITIES: Final = """
 SELECT rolname AS name, rolsuper AS superuser, pg_has_role(oid, 'pg_read_all_stats', 'USAGE') AS sees,
        rolsuper OR pg_has_role(oid, 'pg_signal_backend', 'USAGE') AS ends
   FROM pg_roles WHERE rolname = current_user
+"""
+# What PostgreSQL looks up of a role before it ends its session. Roles are in tables of the whole server, which take a
+# lock in the shared table: what is in the connection's cache takes none.
+_REMEMBER: Final = """
+SELECT count(pg_get_userbyid(r.oid)), count(pg_has_role(r.oid, 'USAGE')), pg_has_role('pg_signal_backend', 'USAGE')
+  FROM unnest($1::oid[]) AS r (oid)
 """
 # each watchdog has keys of its own: if two share a lock, releasing it once makes no room
 _TAKE_RESERVE: Final = "SELECT count(pg_try_advisory_lock(pg_backend_pid(), n)) FROM generate_series(1, $1::int) AS n"
@@ -278,6 +285,7 @@ class Watchdog:
         for one in await watched.blockers.end_login_blockers(connection):
             self._report(watched, one.role, "login_blocker", one.locks, one.open_seconds)
         await connection.fetchval(_TAKE_RESERVE, RESERVE)
+        await connection.fetchrow(_REMEMBER, list(watched.roles))
 
     async def _make_room(self, watched: _WatchedServer, connection: Connection) -> None:
         """End sessions that fill the lock table, without taking locks; then release the reserve for what follows."""

@@ -247,7 +247,7 @@ async def test_who_fills_the_table_of_locks_is_ended(
             assert reasons(report) == [(tenant.id, "locks")]
             assert report.ended[0].locks > 500
             await server_is_up(versioned, workshop, neighbour)
-            assert connection.is_closed()
+            await until(connection.is_closed)
         assert [(event.tenant_id, event.reason) for event in told] == [(tenant.id, "locks")]
         (entry,) = [e for e in await AuditLog(workshop.control).events() if e.action == "session.terminate"]
         assert (entry.tenant_id, entry.slug) == (tenant.id, "acme")
@@ -257,27 +257,37 @@ async def test_who_fills_the_table_of_locks_is_ended(
 
 
 async def test_who_goes_on_taking_locks_is_ended(versioned: Postgres, opened: Callable[..., Any]) -> None:
-    """It would take the room that the watchdog makes for itself, were that not used in the same message."""
+    """It would take the room that the watchdog makes for itself, were that not used in the same message.
+
+    One that has taken it all the same is ended without a lock.
+    """
     async with opened(watchdog={"max_session_locks": 500}, provisioning={"tenant_advisory_locks": True}) as workshop:
         async with workshop.admin() as admin, versioned.connect() as superuser:
             # so that it need not join the role first
             await superuser.execute(f'GRANT pg_signal_backend TO "{await admin.fetchval("SELECT current_user::text")}"')
         tenant = await workshop.create("acme")
-        async with workshop.connect(tenant) as connection:
-            assert reasons(await workshop.provisioner.end_excessive_sessions()) == []
-            again = asyncio.create_task(connection.execute(TAKE_FOR_EVER))
-            await until(lambda: _refuses_logins(versioned))
-            found: list[Any] = []
+        for has_reserve in (False, True):
+            async with workshop.connect(tenant) as connection:
+                assert reasons(await workshop.provisioner.end_excessive_sessions()) == []
+                again = asyncio.create_task(connection.execute(TAKE_FOR_EVER))
+                await until(lambda: _refuses_logins(versioned))
+                if not has_reserve:
+                    watching = workshop.provisioner.watchdog._watched["default"].connection
+                    assert watching is not None
+                    await watching.execute("SELECT pg_advisory_unlock_all()")
+                    await until(lambda: _refuses_logins(versioned))
+                found: list[Any] = []
 
-            async def ended() -> bool:
-                report = await workshop.provisioner.end_excessive_sessions()
-                found.extend((one.tenant_id, one.reason) for one in report.ended)
-                return bool(found)
+                async def ended(found: list[Any] = found) -> bool:
+                    report = await workshop.provisioner.end_excessive_sessions()
+                    found.extend((one.tenant_id, one.reason) for one in report.ended)
+                    return bool(found)
 
-            await until(ended, seconds=150)
-            assert found == [(tenant.id, "locks")]
-            with pytest.raises(ENDED):
-                await again
+                await until(ended)
+                assert found == [(tenant.id, "locks")]
+                with pytest.raises(ENDED):
+                    await again
+            await until(lambda: _accepts_logins(versioned))
 
 
 async def _refuses_logins(versioned: Postgres) -> bool:
@@ -286,6 +296,10 @@ async def _refuses_logins(versioned: Postgres) -> bool:
             return False
     except asyncpg.OutOfMemoryError:
         return True
+
+
+async def _accepts_logins(versioned: Postgres) -> bool:
+    return not await _refuses_logins(versioned)
 
 
 async def test_a_session_that_logged_in_since_the_last_look_is_ended(
