@@ -38,6 +38,7 @@ from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetServices, MetadataSchema
+from .operations import Operations
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
@@ -48,6 +49,7 @@ from .provisioning.server_manager import ServerManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .registry.registry import Registry
+from .restores import RestoreManager
 from .routing import Router
 from .routing.consistency import ConsistencyTokens
 from .runs import FleetMigrator
@@ -133,6 +135,8 @@ class Assembly:
     tenants: TenantManager
     domains: DomainManager
     housekeeping: Housekeeping
+    operations: Operations
+    restores: RestoreManager
     jobs: Jobs
     built_in_jobs: Sequence[Job]
     sealed: SealedPasswords
@@ -316,6 +320,8 @@ class Assembly:
         records = ConfiguredTextRecords(config.domains)
         self.domains = DomainManager(self.control, self.audit, records, config.domains)
         self._build_billing()
+        self.operations = Operations(self.control)
+        self.restores = RestoreManager(config, self.operations, self.tenants, self.migrations, events)
         self.housekeeping = Housekeeping(
             config=config,
             registry=self.registry,
@@ -333,6 +339,7 @@ class Assembly:
             metrics=self.metrics,
             tier_policies=self.tier_policies,
             usage_exporter=self.usage_exporter,
+            restores=self.restores,
         )
         self.jobs = Jobs(self.control)
         upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)

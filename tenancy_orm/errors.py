@@ -80,6 +80,7 @@
     │       └── ExtensionUnavailableError    a server does not have a configured extension
     ├── OperationError                       a backup, restore, clone, adoption, move or export failed
     │   ├── OperationNotFoundError (LookupError)   no operation has that number
+    │   ├── ContentsRefusedError             contents from elsewhere would raise rights
     │   ├── OperationStateError              an operation's state does not allow it
     │   └── OperationConflictError           another operation moves the tenant's data now
     ├── JobLostError                         another process does by now what this one had claimed
@@ -1218,6 +1219,9 @@ class RehearsalError(MigrationError):
         self.total = total
 
 
+_FINDINGS_SHOWN = 10
+
+
 class OperationError(TenancyError):
     """A backup, restore, clone, adoption, move or export failed, or is refused."""
 
@@ -1229,6 +1233,21 @@ class OperationNotFoundError(OperationError, LookupError):
         """Give the number."""
         super().__init__(f"there is no operation {operation}; list them with: tenancy operations list")
         self.operation = operation
+
+
+class ContentsRefusedError(OperationError):
+    """Contents from elsewhere have code or rights that their revision does not make: they would raise rights."""
+
+    def __init__(self, revision: str | None, findings: Sequence[str], *, may_accept: bool = True) -> None:
+        """Give the revision of the contents, and what was found; ``may_accept``: an operator may let it through."""
+        shown = "; ".join(findings[:_FINDINGS_SHOWN])
+        more = f" and {len(findings) - _FINDINGS_SHOWN} more" if len(findings) > _FINDINGS_SHOWN else ""
+        made = "" if revision is None else f", which revision {revision} does not make"
+        remedy = "; look at them, and accept them with --accept-differences (accept=True in Python)"
+        super().__init__(f"the contents are refused: they have {shown}{more}{made}{remedy if may_accept else ''}")
+        self.revision = revision
+        self.findings = tuple(findings)
+        self.may_accept = may_accept
 
 
 class OperationStateError(OperationError):

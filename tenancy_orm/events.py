@@ -86,6 +86,21 @@ class TenantPurged(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantRestored(TenantEvent):
+    """A tenant uses a restored database, or the one that a restore had replaced (``undone``).
+
+    Attributes:
+        operation: The number of the operation.
+        undone: Whether a restore was undone.
+        seconds: How long the tenant's requests were refused.
+    """
+
+    operation: int
+    undone: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorAdmitted(TenantEvent):
     """A request to a tenant in maintenance was served, since ``TenancyMiddleware(operators=...)`` allowed it."""
 

@@ -31,6 +31,7 @@ from .provisioning import Provisioner
 from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .registry.registry import Registry
+from .restores import RestoreManager
 from .runs.catch_up import CatchUp
 from .runs.records import RunRecords
 from .tenant import Tenant
@@ -80,6 +81,7 @@ class Housekeeping:
     metrics: TenantMetrics
     tier_policies: TierPolicies
     usage_exporter: UsageExporter | None
+    restores: RestoreManager
 
     async def run(self, *, actor: Actor = SYSTEM) -> HousekeepingReport:
         """Suspend and purge the tenants that are due, and do every chore; a failure does not stop the rest.
@@ -91,6 +93,8 @@ class Housekeeping:
         # before anything that needs the control database, which may suffer from what this ends
         await run.do("end_excessive_sessions", self.provisioner.end_excessive_sessions())
         await self._end_due(run)
+        # before reconcile, which would report the logins of what was killed
+        await run.do("settle_restores", self.restores.settle(actor=actor))
         await run.do("reconcile", self.provisioner.reconcile(thorough=False))
         # before others are upgraded: what was killed may have moved them
         await run.do("settle_notices", self.catch_up.migrations.settle_notices())

@@ -27,12 +27,14 @@ from .internals import Internals
 from .jobs import Job, JobResult, Jobs
 from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
+from .operations import Operations
 from .provisioning import TemplateManager, WarmPool
 from .provisioning.rotation import SecretManager
 from .provisioning.server_manager import ServerManager
 from .queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
+from .restores import RestoreManager
 from .routing.consistency import noting_writes
 from .routing.replicas import ReplicaDemand
 from .routing.sessions import replica_demand
@@ -483,6 +485,16 @@ class Tenancy:
     def schedules(self) -> ScheduleManager:
         """Which tenants are due, in each tenant's own time zone."""
         return self._lifetime.parts.schedules
+
+    @property
+    def operations(self) -> Operations:
+        """Restores, clones, adoptions, moves, exports and erasures: which there are, and how far they have come."""
+        return self._lifetime.parts.operations
+
+    @property
+    def restores(self) -> RestoreManager:
+        """Bring one tenant's database back."""
+        return self._lifetime.parts.restores
 
     @property
     def audit(self) -> AuditLog:

@@ -11,6 +11,7 @@ from .placement import (
     PlacementRequest,
 )
 from .sections import (
+    BackupConfig,
     BreakerConfig,
     ControlConfig,
     DirectoryConfig,
@@ -36,6 +37,7 @@ from .settings import TenancyConfig
 from .tiers import Limit, Tier, TierPolicy
 
 __all__ = [
+    "BackupConfig",
     "BreakerConfig",
     "ByRegion",
     "ByTier",

@@ -571,3 +571,13 @@ class RetentionConfig(Section, frozen=True):
     run_seconds: SecondsOrZero = 400 * 86_400.0
     """How long the records of a migration run are kept, which an undo needs, before housekeeping removes them; 0 is for
     ever."""
+
+
+class BackupConfig(Section, frozen=True):
+    """Encrypted backups of the tenants' databases and of the control database."""
+
+    timeout: Seconds = 6 * 3_600.0
+    """How long one backup, or the verification of one, may take, in seconds."""
+    keep_replaced: SecondsOrZero = 7 * 86_400.0
+    """How long the database that a restore has replaced is kept before housekeeping drops it, in seconds; until then
+    ``tenancy backup undo-restore`` swaps back."""

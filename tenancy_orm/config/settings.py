@@ -17,6 +17,7 @@ from .addresses import ServerAddresses, ServerUrls
 from .placement import Placement
 from .revisions import CompatibleRevisions
 from .sections import (
+    BackupConfig,
     BreakerConfig,
     ControlConfig,
     DirectoryConfig,
@@ -146,6 +147,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """Tenants' own domains."""
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     """For how long things are kept that nobody uses any more."""
+    backup: BackupConfig = Field(default_factory=BackupConfig)
+    """Encrypted backups of the tenants' databases and of the control database."""
     worker: WorkerConfig = Field(default_factory=WorkerConfig)
     """Workers: the processes that do what is due, on any number of machines."""
 

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Protocol
+from uuid import UUID
 
 from ..cancellation import run_to_completion
 from ..context import refuse_while_bound
@@ -81,11 +82,12 @@ _BATCH = 500
 class ContentsPolicy(Protocol):
     """What decides whether contents that somebody else has written may become a tenant's."""
 
-    async def check(self, connection: Connection, *, login: str, role: str) -> None:
+    async def check(self, connection: Connection, *, server: str, login: str, role: str) -> None:
         """Refuse what would raise rights once it is the owner's. Nobody else can change the database now.
 
         Args:
             connection: An administrative one to the database.
+            server: The server's name.
             login: The role that owns everything that was brought in.
             role: The tenant's role.
 
@@ -154,7 +156,7 @@ class NewDatabase:
                 raise OperationError(
                     f"the contents for tenant {tenant.slug!r} are refused: they have {enumeration(found)}"
                 )
-            await policy.check(connection, login=self.login.role, role=role)
+            await policy.check(connection, server=self.server, login=self.login.role, role=role)
             async with roles.joined(connection, self.login.role, role):
                 await self._give_large_objects(connection, role)
                 quoted = quote_identifier(self.login.role)
@@ -308,6 +310,30 @@ class NewDatabases:
             yield
         finally:
             await run_to_completion(self._services.admin_connections.release(found, connection, key))
+
+    @asynccontextmanager
+    async def locked(self, tenant: Tenant) -> AsyncIterator[Tenant]:
+        """Hold the lock that a purge, a rotation and ``reconcile`` take, and yield the tenant as it is under it.
+
+        Raises:
+            TenantNotFoundError: the tenant has been purged.
+            ProvisioningError: the lock was not free within ``provisioning.timeout``.
+            ServerUnavailableError: the server does not answer.
+        """
+        refuse_while_bound("changing a tenant's database")
+        self._home.check()
+        if tenant.placement is None:
+            raise TenantNotFoundError(tenant.slug)
+        timeout = self._services.config.provisioning.timeout
+        try:
+            async with self._locked(tenant, tenant.placement.server, held=False, timeout=timeout):
+                yield await self._services.registry.get(tenant.id)
+        except TimeoutError as exc:
+            raise ProvisioningError(
+                f"another process changes tenant {tenant.slug!r}, and did not end within {timeout:g} s; try again",
+                tenant=tenant.slug,
+                step="locked",
+            ) from exc
 
     async def _check_row(self, tenant: Tenant, server: str, name: str) -> None:
         """Refuse to make a database that nobody would know of."""
@@ -465,6 +491,36 @@ async def drop_beside(services: ProvisioningServices, connection: Connection, be
     await registry.forget_database(beside)
 
 
+async def drop_all_beside(
+    services: ProvisioningServices, connection: Connection, server: str, tenant_id: UUID, *, timeout: float
+) -> None:
+    """Drop every database of a tenant beside the one in use, on whichever server: a part of its purge.
+
+    Args:
+        services: Of provisioning.
+        connection: An administrative one, which holds the tenant's lock on ``server``.
+        server: The server's name.
+        tenant_id: The tenant, for which a purge has begun.
+        timeout: Seconds for which a lock on another server is waited for.
+
+    Raises:
+        ProvisioningError: one cannot be dropped, see ``removal.drop_database``.
+        ServerUnavailableError: a server does not answer.
+        UnknownServerError: a server is not configured any more.
+    """
+    key = tenant_key(tenant_id)
+    for beside in await services.registry.databases_of(tenant_id):
+        if beside.server == server:
+            await drop_beside(services, connection, beside)
+            continue
+        other = services.servers[beside.server]
+        held = await services.admin_connections.acquire(other, key, timeout=timeout)
+        try:
+            await drop_beside(services, held, beside)
+        finally:
+            await run_to_completion(services.admin_connections.release(other, held, key))
+
+
 async def _uses_role(services: ProvisioningServices, beside: TenantDatabase) -> bool:
     """Whether the tenant needs the role of a database that is dropped, for another one on the same server."""
     place = (await services.registry.get(beside.tenant_id)).placement
@@ -474,4 +530,4 @@ async def _uses_role(services: ProvisioningServices, beside: TenantDatabase) -> 
     return any(one.name != beside.name and (one.server, one.role) == (beside.server, beside.role) for one in others)
 
 
-__all__ = ["ContentsPolicy", "NewDatabase", "NewDatabases", "drop_beside"]
+__all__ = ["ContentsPolicy", "NewDatabase", "NewDatabases", "drop_all_beside", "drop_beside"]

@@ -40,7 +40,7 @@ from .copies import Copies
 from .databases import Strategy
 from .extensions import Extensions
 from .filled_creation import FilledCreation, Filling
-from .new_databases import NewDatabases
+from .new_databases import NewDatabases, drop_all_beside
 from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds, describe, tenant_key
 from .preparation import prepare
 from .public_access import SharedDatabases, read_control
@@ -480,6 +480,7 @@ class Provisioner:
         connection = await self._admin_connections.acquire(server, key, timeout=self._timeout)
         try:
             await self._services.registry.begin_purge(tenant_id, listed=listed, actor=actor)
+            await drop_all_beside(self._services, connection, server.name, tenant_id, timeout=self._timeout)
             await removal.purge(
                 connection,
                 self._services.blockers(server),

@@ -36,6 +36,7 @@ from .alignment import align_role, role_deviations
 from .blockers import Blockers
 from .copy_logins import end_login
 from .differences import Difference
+from .new_databases import drop_all_beside
 from .pipeline import ProvisioningServices, describe, prove, tenant_key
 from .tenant_check import TenantCheck
 from .tenant_rights import TenantRights
@@ -270,6 +271,7 @@ class Reconciler:
         self._findings.removed.append(one.tenant.slug)
 
     async def _finish_purge(self, connection: Connection, tenant: Tenant, placement: Placement) -> None:
+        await drop_all_beside(self._services, connection, placement.server, tenant.id, timeout=self._timeout)
         await removal.purge(
             connection,
             self._blockers(placement.server),

@@ -18,7 +18,7 @@ from sqlalchemy import Row, delete, func, insert, or_, select, update
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.models import tenant_databases
-from ..errors import PlacementError
+from ..errors import OperationStateError, PlacementError
 from ..tenant import Placement, Tenant
 from .table import TenantTable
 
@@ -60,10 +60,13 @@ class Databases(TenantTable):
 
         Raises:
             TenantNotFoundError: there is no such tenant, or it has been purged.
+            OperationStateError: its purge has begun.
         """
         refuse_other_tenant(beside.tenant_id)
         async with self._control.transaction() as connection:
-            await self._lock_unless_purged(connection, beside.tenant_id)
+            tenant, row = await self._lock_unless_purged(connection, beside.tenant_id)
+            if row.purge_started_at is not None:
+                raise OperationStateError(f"tenant {tenant.slug!r} is being purged")
             found = await self._find(connection, beside.server, beside.name)
             if found is None:
                 await connection.execute(insert(tenant_databases).values(**_columns(beside)))
@@ -134,15 +137,16 @@ class Databases(TenantTable):
             if row is None or row.tenant_id != listed.id or row.state == "dropping":
                 raise PlacementError(f"database {to.database!r} is not one that tenant {found.slug!r} can use", {})
             await connection.execute(delete(tenant_databases).where(*_named(to.server, to.database)))
-            after = await self._set(
-                connection,
-                listed.id,
-                server=to.server,
-                database_name=to.database,
-                role_name=to.role,
-                sealed_password=to.sealed_password,
-                schema_revision=revision,
-            )
+            values: dict[str, Any] = {
+                "server": to.server,
+                "database_name": to.database,
+                "role_name": to.role,
+                "schema_revision": revision,
+            }
+            if (now.server, now.role) != (to.server, to.role):
+                # otherwise it is the same role's, and may have been sealed again since
+                values["sealed_password"] = to.sealed_password
+            after = await self._set(connection, listed.id, **values)
             kept = TenantDatabase(
                 server=now.server,
                 name=now.database,

@@ -1,1 +1,7 @@
-"""Restores: a backup beside the database in use, inspected, and switched to."""
+"""Restores of tenants: beside the database in use, inspected, swapped; the old one is kept for a time."""
+
+from .manager import RestoreManager
+from .report import RestoreReport
+from .sources import Archive, DumpSource, RestoreSource
+
+__all__ = ["Archive", "DumpSource", "RestoreManager", "RestoreReport", "RestoreSource"]

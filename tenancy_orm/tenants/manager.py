@@ -28,6 +28,7 @@ from ..errors import (
 from ..events import EventBus, TenantCreated, TenantUpdated
 from ..keys.format import KeyDigester, generate_key
 from ..provisioning import Provisioner
+from ..provisioning.filled_creation import Filling
 from ..quotas.overrides import check_overrides
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
@@ -142,6 +143,7 @@ class TenantManager(TenantLifecycle):
         key_name: str = "default",
         scopes: Sequence[str] = (),
         seed: bool = True,
+        filling: Filling | None = None,
         actor: Actor = SYSTEM,
     ) -> CreatedTenant:
         """Create a tenant: its registry row, database, role and first API key.
@@ -161,6 +163,7 @@ class TenantManager(TenantLifecycle):
             key_name: Name of the first API key.
             scopes: Its scopes.
             seed: Whether the seeds run that are not in the template; ``tenancy.seeds.apply`` runs them later.
+            filling: Where its contents come from, as a restore or a clone makes it; from the template where None.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -189,7 +192,15 @@ class TenantManager(TenantLifecycle):
         request = PlacementRequest(
             tier=values["tier"], region=values["region"], slug=values["slug"], metadata=values["metadata"]
         )
-        create = partial(self._provisioner.create, key=key, key_name=key_name, scopes=scopes, seed=seed, actor=actor)
+        create = partial(
+            self._provisioner.create,
+            key=key,
+            key_name=key_name,
+            scopes=scopes,
+            seed=seed,
+            filling=filling,
+            actor=actor,
+        )
         tenant = await self._create_placed(create, request, server, values)
         # its connections stay, the one that has proved the login too
         self._directory.look_again(tenant.id)

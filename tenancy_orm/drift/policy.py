@@ -1,0 +1,251 @@
+"""``RevisionPolicy``: contents from elsewhere become a tenant's if they can do nothing that their revision cannot.
+
+Functions, triggers, views and the like run with the rights of their owner, or of whoever changes a table. So each one
+must be what the revision makes. Tables, columns, indexes and rows can do nothing by themselves, and may differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from ..errors import ContentsRefusedError, MigrationError
+from ..migrations.connections import Connections
+from ..migrations.plan import Heads, format_revision
+from ..migrations.scripts import Environment
+from ..migrations.services import FleetServices
+from ..postgres.connections import Connection
+from ..postgres.quoting import quote_identifier
+from ..provisioning import event_trigger
+from ..provisioning.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.tenant_rights import RECORD_SCHEMA
+from . import catalogue
+from .catalogue import Catalogue, Ignored, Key
+from .compare import compare
+from .mending import TENANT_ROLE
+from .queries import OWNER
+from .reference import References
+
+_EVERYTHING: Final = Ignored()
+
+# what runs, or decides what runs
+_CODE: Final = frozenset(
+    {
+        "access method",
+        "aggregate",
+        "base type",
+        "cast",
+        "conversion",
+        "domain",
+        "event trigger",
+        "extension",
+        "foreign data wrapper",
+        "foreign server",
+        "foreign table",
+        "function",
+        "language",
+        "materialized view",
+        "operator",
+        "operator class",
+        "operator family",
+        "policy",
+        "procedure",
+        "publication",
+        "range type",
+        "rule",
+        "text search configuration",
+        "text search dictionary",
+        "trigger",
+        "view",
+        "window function",
+    }
+)
+# expressions that PostgreSQL evaluates as somebody else
+_EXPRESSIONS: Final = frozenset({"default", "generated", "partition key", "bound", "definition", "using", "check"})
+# a call, but neither of a sequence nor of a type with a length
+_CALL: Final = re.compile(r'(?:\w|")\s*\(')
+_SEQUENCE: Final = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")
+_TYPE: Final = re.compile(r"\b(?:varying|character|varchar|char|bit|numeric|timestamp|time|interval)\s*\(\d[\d, ]*\)")
+# a definition that names columns in parentheses, and calls nothing
+_PLAIN: Final = re.compile(
+    r"(?:PRIMARY KEY|UNIQUE(?: NULLS NOT DISTINCT)?|FOREIGN KEY) \([^()]*\)(?: REFERENCES [^()]* ?\([^()]*\))?[^()]*"
+    r"|CREATE (?:UNIQUE )?INDEX [^()]* ON [^()]* USING \w+ \([^()]*\)[^()]*"
+)
+
+# rows that neither a function nor a policy of the database can have a hand in
+_HEADS = """
+SELECT c.oid IS NOT NULL AS exists, coalesce(c.relkind = 'r' AND NOT c.relhasrules AND NOT c.relhassubclass
+         AND NOT EXISTS (SELECT FROM pg_attribute a WHERE attrelid = c.oid AND attgenerated <> '')
+         AND (SELECT typnamespace = 'pg_catalog'::regnamespace FROM pg_attribute a JOIN pg_type t ON t.oid = atttypid
+               WHERE attrelid = c.oid AND attname = 'version_num'), false) AS is_plain
+  FROM (SELECT to_regclass($1) AS oid) given LEFT JOIN pg_class c USING (oid)
+"""
+# the catalogue leaves these schemas out
+_OWN_SCHEMAS = """
+SELECT format('%s %s.%s', what, nspname, name) FROM (
+  SELECT 'function' AS what, pronamespace AS space, proname AS name FROM pg_proc
+  UNION ALL SELECT 'trigger', relnamespace, tgname FROM pg_trigger JOIN pg_class c ON c.oid = tgrelid
+             WHERE NOT tgisinternal
+  UNION ALL SELECT 'rule', relnamespace, rulename FROM pg_rewrite JOIN pg_class c ON c.oid = ev_class
+  UNION ALL SELECT 'policy', relnamespace, polname FROM pg_policy JOIN pg_class c ON c.oid = polrelid
+  UNION ALL SELECT 'type', typnamespace, typname FROM pg_type WHERE typtype = 'd'
+  UNION ALL SELECT 'operator', oprnamespace, oprname FROM pg_operator
+  UNION ALL SELECT 'foreign table', relnamespace, relname FROM pg_class WHERE relkind = 'f'
+) found JOIN pg_namespace n ON n.oid = space WHERE nspname = ANY($1::text[])
+"""
+
+
+class RevisionPolicy:
+    """Compares contents with what their revision makes, before they become a tenant's; a ``ContentsPolicy``.
+
+    Args:
+        services: The services of an open ``Tenancy``.
+        connections: Connects to databases.
+        environment: The migrations; None without any.
+        accept: Let through what differs, because an operator has looked at it.
+    """
+
+    def __init__(
+        self,
+        services: FleetServices,
+        connections: Connections,
+        environment: Environment | None,
+        *,
+        accept: bool = False,
+    ) -> None:
+        self._services = services
+        self._environment = environment
+        self._accept = accept
+        self._references = References(services, connections, environment, _EVERYTHING)
+        self._expected: Catalogue | None = None
+        self.heads: Heads = frozenset()
+        self.differences: tuple[str, ...] = ()
+
+    async def check(self, connection: Connection, *, server: str, login: str, role: str) -> None:
+        """Refuse code that the revision does not make. Afterwards ``heads`` and ``differences`` tell what was found.
+
+        Args:
+            connection: An administrative one.
+            server: The server's name.
+            login: The role that owns the contents.
+            role: The tenant's role.
+
+        Raises:
+            ContentsRefusedError: there is some, or rights were granted in it.
+            MigrationError: the migrations do not have its revision.
+        """
+        self.heads = await self._read_heads(connection)
+        self._expected = expected = await self._references.read(server, self.heads)
+        found = await catalogue.read(connection, owner=login, role=role)
+        self.differences = tuple(
+            one.text
+            for one in compare(expected, found)
+            if one.kind not in ("privilege", "default privileges", "event trigger") and not _is_guard(one.name)
+        )
+        granted = list(_granted(found))
+        refused = list(_code(expected, found))
+        schemas = [RECORD_SCHEMA, CHECKPOINTS_SCHEMA]
+        refused += [row[0] for row in await connection.fetch(_OWN_SCHEMAS, schemas)]
+        if granted or (refused and not self._accept):
+            revision = format_revision(self.heads) or "base"
+            raise ContentsRefusedError(revision, tuple(granted + refused), may_accept=not granted)
+
+    async def _read_heads(self, connection: Connection) -> Heads:
+        if self._environment is None:
+            return frozenset()
+        table = self._environment.quoted_version_table
+        name = table if "." in table else f"public.{table}"
+        row = await connection.fetchrow(_HEADS, name)
+        if not row["exists"]:
+            return frozenset()
+        if not row["is_plain"]:
+            raise ContentsRefusedError(None, (f"the version table {name} is no plain table",), may_accept=False)
+        heads = frozenset(
+            one[0]
+            for one in await connection.fetch(f"SELECT version_num::text FROM ONLY {name}")  # noqa: S608 - quoted
+        )
+        check_revision(self._environment, heads)
+        return heads
+
+    async def align(self, connection: Connection, *, role: str) -> None:
+        """Grant and revoke rights until everybody has those that the revision gives."""
+        assert self._expected is not None  # noqa: S101 - for the type checker: ``check`` comes first
+        owner = self._services.names.owner
+        found = await catalogue.read(connection, owner=owner, role=role)
+        statements = [
+            statement.replace(TENANT_ROLE, quote_identifier(role))
+            for one in compare(self._expected, found)
+            if one.kind in ("privilege", "default privileges")
+            for statement in one.statements
+        ]
+        if statements:
+            await connection.execute("; ".join(statements))
+
+
+def check_revision(environment: Environment, heads: Heads) -> None:
+    """Refuse contents of a revision that this code does not have, before they are brought in.
+
+    Raises:
+        MigrationError: it does not.
+    """
+    known = environment.script.revision_map
+    if unknown := sorted(head for head in heads if head not in known._revision_map):
+        raise MigrationError(
+            f"the contents are at revision {', '.join(unknown)}, which this code does not have: they are newer "
+            "than the code; deploy the release that made them, or a later one"
+        )
+
+
+def _is_guard(name: str) -> bool:
+    return name.startswith(event_trigger.NAME)
+
+
+def _granted(found: Catalogue) -> Iterator[str]:
+    """Rights that somebody has granted inside: what is restored brings none."""
+    for key, fields in found.objects.items():
+        if key.kind == "default privileges":
+            yield f"default privileges: {key.name}"
+        if key.kind != "privilege" or key.name == OWNER:
+            continue
+        kind = (key.parent or "").partition(" ")[0]
+        allowed = "EXECUTE" if kind in ("function", "procedure", "aggregate", "window") else "USAGE"
+        is_default = key.name == "PUBLIC" and set(fields["privileges"].split(", ")) <= {
+            allowed,
+            *(["CREATE"] if key.parent == "schema public" else []),
+        }
+        if not is_default or (kind == "schema" and key.parent != "schema public"):
+            yield f"rights on {key.parent} for {key.name}: {fields['privileges']}"
+
+
+def _code(expected: Catalogue, found: Catalogue) -> Iterator[str]:
+    """Name what runs and is not in what the revision makes."""
+    for key, fields in found.objects.items():
+        wanted = expected.objects.get(key)
+        if wanted == fields or key.kind in ("privilege", "default privileges"):
+            continue
+        if key.kind in _CODE:
+            if wanted is None or _without_comment(wanted) != _without_comment(fields):
+                yield _name(key)
+        elif any(
+            name in _EXPRESSIONS and (wanted or {}).get(name) != value and _calls(key, value)
+            for name, value in fields.items()
+        ):
+            yield _name(key)
+
+
+def _without_comment(fields: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in fields.items() if name != "comment"}
+
+
+def _calls(key: Key, expression: str) -> bool:
+    if key.kind in ("index", "constraint") and _PLAIN.fullmatch(expression):
+        return False
+    return _CALL.search(_TYPE.sub("", _SEQUENCE.sub("", expression))) is not None
+
+
+def _name(key: Key) -> str:
+    return key.target if key.parent is None else f"{key.target} on {key.parent}"
+
+
+__all__ = ["RevisionPolicy", "check_revision"]

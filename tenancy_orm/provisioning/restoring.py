@@ -1,0 +1,165 @@
+"""Bringing an archive of ``pg_dump`` into a new database, as the login that was made for this alone."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cancellation import run_to_completion
+from ..config import TenancyConfig
+from ..errors import OperationError
+from ..postgres import connections
+from ..postgres.programs import Programs, find_programs, run_program
+from ..postgres.quoting import quote_identifier
+from . import archives
+from .empty_databases import InstalledExtension
+from .new_databases import NewDatabase
+
+_EXTENSION = re.compile(
+    r'^CREATE EXTENSION (?:IF NOT EXISTS )?(?P<name>"(?:[^"]|"")+"|[^\s";]+)'
+    r'(?: WITH)?(?: SCHEMA (?P<schema>"(?:[^"]|"")+"|[^\s";]+))?;$',
+    re.MULTILINE,
+)
+_COUNTS = """
+SELECT n.nspname::text AS schema, c.relname::text AS name FROM pg_catalog.pg_class c
+  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'm') AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
+                      AND d.objid = c.oid AND d.deptype = 'e')
+ ORDER BY 1, 2
+"""
+_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What was brought in.
+
+    Attributes:
+        left_out: What the archive has and the database has not, as ``pg_restore`` lists it.
+    """
+
+    left_out: tuple[str, ...] = ()
+
+
+async def programs_for(config: TenancyConfig, server_version: int) -> Programs:
+    """Return PostgreSQL's programs for a server.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    # in a thread: it looks at many directories, and starts the programs
+    return await asyncio.to_thread(find_programs, server_version, config.provisioning.client_programs)
+
+
+async def extensions_in(programs: Programs, archive: Path, allowed: Collection[str]) -> tuple[InstalledExtension, ...]:
+    """Return the extensions of an archive that an administrator may install for it.
+
+    Args:
+        programs: PostgreSQL's.
+        archive: A directory or a file of ``pg_dump``.
+        allowed: The names of those that may be installed: an archive does not decide what a superuser runs.
+
+    Raises:
+        OperationError: the archive cannot be read.
+    """
+    text = await run_program([programs.path("pg_restore"), "--schema-only", "--file=-", str(archive)], {})
+    found = (
+        InstalledExtension(_unquoted(match["name"]), _unquoted(match["schema"] or "public"))
+        for match in _EXTENSION.finditer(text)
+    )
+    return tuple(one for one in found if one.name in allowed)
+
+
+async def restore_archive(
+    new: NewDatabase,
+    programs: Programs,
+    archive: Path,
+    *,
+    extensions: Collection[InstalledExtension] = (),
+    timeout: float,
+) -> Restored:
+    """Bring an archive in, and make the planner's statistics.
+
+    Args:
+        new: The empty database.
+        programs: PostgreSQL's, of its server.
+        archive: A directory or a file of ``pg_dump``. It is trusted as far as its own files: which of them hold rows,
+            its table of contents says.
+        extensions: The extensions that the database has.
+        timeout: Seconds until a connection must be open.
+
+    Raises:
+        ProvisioningError: PostgreSQL refused something.
+    """
+    login = new.login
+    restore = programs.path("pg_restore")
+    entries = await run_program([restore, "--list", str(archive)], {})
+    schemas = {one.schema for one in extensions}
+    kept, left_out = archives.select(entries, schemas)
+    with tempfile.TemporaryDirectory(prefix="tenancy-restore-") as directory:
+        listing = Path(directory, "list")
+        await asyncio.to_thread(listing.write_text, kept, "utf-8")
+        await run_program(
+            [
+                restore,
+                "--exit-on-error",
+                "--no-owner",
+                "--no-acl",
+                "--no-security-labels",
+                "--no-publications",
+                "--no-subscriptions",
+                "--no-tablespaces",
+                f"--use-list={listing}",
+                f"--dbname={login.database}",
+                str(archive),
+            ],
+            login.environment(),
+        )
+    connection = await login.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-restore")
+    try:
+        await connection.execute("ANALYZE")
+    finally:
+        await run_to_completion(connections.close(connection))
+    return Restored(left_out=left_out)
+
+
+async def check_rows(new: NewDatabase, counts: Mapping[str, int], *, timeout: float) -> None:
+    """Compare the rows of each table with what was counted when the archive was made; as the login.
+
+    Args:
+        new: The filled database.
+        counts: Rows by table, as ``schema.table``.
+        timeout: Seconds until a connection must be open.
+
+    Raises:
+        OperationError: a table has another number of rows, or is missing.
+    """
+    connection = await new.login.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-restore")
+    try:
+        found = {}
+        for row in await connection.fetch(_COUNTS):
+            table = f"{quote_identifier(row['schema'])}.{quote_identifier(row['name'])}"
+            found[f"{row['schema']}.{row['name']}"] = await connection.fetchval(
+                f"SELECT count(*) FROM ONLY {table}"  # noqa: S608 - quoted
+            )
+    finally:
+        await run_to_completion(connections.close(connection))
+    wrong = [
+        f"{name} has {found.get(name, 'no')} rows, not {count}"
+        for name, count in counts.items()
+        if found.get(name) != count
+    ]
+    if wrong:
+        raise OperationError(f"what was restored is not what was backed up: {'; '.join(wrong[:5])}")
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name
+
+
+__all__ = ["Restored", "check_rows", "extensions_in", "programs_for", "restore_archive"]

@@ -1,0 +1,251 @@
+"""``Swap``: makes a database beside the one in use the one in use, in a moment of maintenance.
+
+The order leaves one writable copy at any time: the old database is closed, its sessions end, and only then does the
+tenant's role get into the new one. Until the tenant's row names the new one, whoever takes the operation over can go on
+or go back; from then on, it goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..audit.actor import Actor
+from ..cancellation import run_to_completion
+from ..config import TenancyConfig
+from ..errors import (
+    InvalidTransitionError,
+    OperationError,
+    OperationStateError,
+    TenancyError,
+    TenantDeletedError,
+    TenantNotFoundError,
+)
+from ..migrations.connections import Connections, Health
+from ..migrations.database import close, lock
+from ..operations import Operation
+from ..postgres.failures import SERVER_FAILURES
+from ..provisioning import Provisioner
+from ..registry.databases import TenantDatabase
+from ..registry.lifecycle import LOGIN_BLOCKED
+from ..registry.registry import Registry
+from ..tenant import Placement, Status, Tenant
+from ..tenants.manager import TenantManager
+
+logger = logging.getLogger("tenancy_orm.restores")
+
+_RUNNING = (Status.ACTIVE, Status.TRIAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swapped:
+    """A swap that is done."""
+
+    tenant: Tenant
+    replaced: str
+    kept_until: datetime
+    seconds: float
+
+
+class Switching:
+    """Swaps the database that a tenant uses.
+
+    Args:
+        config: ``backup.keep_replaced`` is read from it.
+        registry: The tenants.
+        tenants: Puts a tenant into maintenance.
+        provisioner: Opens and closes databases.
+        connections: Connects to databases, to wait for a migration.
+    """
+
+    def __init__(
+        self,
+        config: TenancyConfig,
+        registry: Registry,
+        tenants: TenantManager,
+        provisioner: Provisioner,
+        connections: Connections,
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._tenants = tenants
+        self._provisioner = provisioner
+        self._new = provisioner.new_databases
+        self._connections = connections
+
+    async def swap(
+        self, operation: Operation, database: str, *, action: str, revision: str | None, actor: Actor
+    ) -> Swapped:
+        """Make a database the one in use. To go on after an interruption, repeat it.
+
+        Args:
+            operation: The operation, in the step of the swap. Its detail has ``in_maintenance``, whether the tenant
+                was in maintenance before.
+            database: The database's name; its server is the tenant's.
+            action: The action for the audit log.
+            revision: The revision of its schema.
+            actor: Who does this.
+
+        Raises:
+            TenantDeletedError, TenantNotFoundError: the tenant was deleted or purged.
+            OperationStateError: it has another placement by now, or the database is being dropped.
+            TenancyError: the swap failed, and the tenant uses its old database.
+        """
+        started = time.monotonic()
+        before = await self._registry.get(operation.tenant_id)
+        place = _placement(before)
+        if place.database == database:
+            await self._finish(operation, before, actor)
+            return await self._done(before, str(operation.detail["from"]), started)
+        if place.database != operation.detail["from"]:
+            raise OperationStateError(f"tenant {before.slug!r} has another database by now: {place.database}")
+        await self._begin_maintenance(operation, before, actor)
+        try:
+            async with self._new.locked(before) as current, self._between_migrations(current):
+                after = await self._switch(operation, current, database, action, revision, actor)
+        except BaseException as exc:
+            switched = await run_to_completion(self._go_back(operation, database, actor))
+            if switched is None or not isinstance(exc, Exception):
+                raise
+            after = switched  # the commit was in doubt, or only the lock's connection was lost after it
+        await self._finish(operation, after, actor)
+        return await self._done(after, place.database, started)
+
+    async def _switch(
+        self, operation: Operation, current: Tenant, database: str, action: str, revision: str | None, actor: Actor
+    ) -> Tenant:
+        old = _placement(current)
+        check_swappable(current)
+        new = replace(old, database=database)
+        may_login = current.status not in LOGIN_BLOCKED
+        await self._new.set_connect(old, False)
+        if may_login:
+            await self._new.set_connect(new, True)
+            await self._new.prove(current, new)
+        kept_until = datetime.now(UTC) + timedelta(seconds=self._config.backup.keep_replaced)
+        return await run_to_completion(
+            self._registry.switch_database(
+                current,
+                new,
+                action=action,
+                revision=revision,
+                kept_until=kept_until,
+                operation=operation.id,
+                actor=actor,
+            )
+        )
+
+    @asynccontextmanager
+    async def _between_migrations(self, tenant: Tenant) -> AsyncIterator[None]:
+        """Wait for the end of a migration of the tenant, so that the swap does not interrupt it."""
+        target = self._connections.target(tenant, Health())
+        try:
+            connection = await target.connect()
+        except SERVER_FAILURES as exc:
+            # it was closed before an interruption: nobody migrates it
+            logger.debug("database of tenant %s is closed already: %s", tenant.slug, exc)
+            yield
+            return
+        try:
+            await lock(connection, timeout=self._connections.limits.wait)
+            yield
+        finally:
+            # closing the database has ended it
+            await run_to_completion(close(connection))
+
+    # --- maintenance ------------------------------------------------------------------------------------------------
+
+    async def _begin_maintenance(self, operation: Operation, tenant: Tenant, actor: Actor) -> None:
+        check_swappable(tenant)
+        if tenant.status in _RUNNING:
+            await self._tenants.start_maintenance(
+                tenant.id, reason=f"operation {operation.id} swaps its database", actor=actor
+            )
+
+    async def _end_maintenance(self, operation: Operation, actor: Actor) -> None:
+        """End what this operation has begun, unless somebody else has changed the status since."""
+        current = await self._registry.get(operation.tenant_id)
+        began = current.reason == f"operation {operation.id} swaps its database"
+        if current.status is Status.MAINTENANCE and began:
+            with suppress(InvalidTransitionError, TenantNotFoundError):
+                await self._tenants.end_maintenance(current.id, actor=actor)
+
+    async def _finish(self, operation: Operation, tenant: Tenant, actor: Actor) -> None:
+        await self._end_maintenance(operation, actor)
+        # what a status changed in the meantime asks for, in the database that is in use now
+        await self._provisioner.align(await self._registry.get(tenant.id))
+
+    async def _done(self, tenant: Tenant, replaced: str, started: float) -> Swapped:
+        beside = [one for one in await self._registry.databases_of(tenant.id) if one.name == replaced]
+        until = (beside[0].kept_until if beside else None) or datetime.now(UTC)
+        return Swapped(tenant=tenant, replaced=replaced, kept_until=until, seconds=time.monotonic() - started)
+
+    # --- back -------------------------------------------------------------------------------------------------------
+
+    async def _go_back(self, operation: Operation, database: str, actor: Actor) -> Tenant | None:
+        """Go back after a failure, unless the tenant uses the new database already: then return it."""
+        try:
+            current = await self._registry.get(operation.tenant_id)
+            if current.placement is not None and current.placement.database == database:
+                return current
+            await self.go_back(operation, database, actor=actor)
+        except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
+            logger.error("operation %d could not be taken back, housekeeping will do it: %s", operation.id, exc)
+        return None
+
+    async def go_back(self, operation: Operation, database: str, *, actor: Actor) -> None:
+        """Let the tenant use the database that its row names, and close the other one. To go on, repeat it.
+
+        Raises:
+            TenancyError: a server does not answer, or refuses.
+        """
+        current = await self._registry.get(operation.tenant_id)
+        if current.placement is None:
+            return  # purged
+        async with self._new.locked(current) as locked:
+            place = _placement(locked)
+            if place.database == database:
+                raise OperationStateError(f"tenant {locked.slug!r} uses database {database!r} already")
+            if await self._exists(locked, database):
+                await self._new.set_connect(replace(place, database=database), False)
+            if locked.status in LOGIN_BLOCKED:
+                beside = TenantDatabase(
+                    server=place.server, name=place.database, tenant_id=locked.id, role=place.role, state="kept"
+                )
+                await self._new.open_to_administrators(beside)
+            else:
+                await self._new.set_connect(place, True)
+        await self._end_maintenance(operation, actor)
+
+    async def _exists(self, tenant: Tenant, database: str) -> bool:
+        return any(one.name == database for one in await self._registry.databases_of(tenant.id))
+
+
+def check_swappable(tenant: Tenant) -> None:
+    """Refuse a tenant with a status that no swap fits.
+
+    Raises:
+        TenantDeletedError, TenantNotFoundError: it is deleted, or purged.
+        OperationError: it is being created.
+    """
+    if tenant.status is Status.PURGED or tenant.placement is None:
+        raise TenantNotFoundError(tenant.slug)
+    if tenant.status is Status.DELETED:
+        raise TenantDeletedError(tenant.slug)
+    if tenant.status is Status.PROVISIONING:
+        raise OperationError(f"tenant {tenant.slug!r} is being created")
+
+
+def _placement(tenant: Tenant) -> Placement:
+    if tenant.placement is None:
+        raise TenantNotFoundError(tenant.slug)
+    return tenant.placement
+
+
+__all__ = ["Swapped", "Switching", "check_swappable"]

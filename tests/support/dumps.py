@@ -1,0 +1,31 @@
+"""Dumps of tenants' databases by ``pg_dump``, as a backup has them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from pathlib import Path
+
+from tenancy_orm.postgres.connections import version
+from tenancy_orm.postgres.programs import find_programs
+from tests.support.fleet import Fleet
+
+
+async def dump(fleet: Fleet, slug: str, directory: Path, *options: str) -> Path:
+    """Dump a tenant's database to a directory, as the administrator of its server."""
+    place = (await fleet.registry.find(slug)).placement
+    assert place is not None
+    async with fleet.connect(slug) as connection:
+        programs = find_programs(version(connection))
+    dsn = fleet.services.servers[place.server].dsn
+    assert dsn.user is not None and dsn.password is not None
+    environment = dsn.environment(user=dsn.user, database=place.database, purpose="test")
+    await asyncio.to_thread(
+        subprocess.run,
+        [programs.path("pg_dump"), "--format=directory", *options, f"--file={directory}"],
+        check=True,
+        capture_output=True,
+        env={**os.environ, **environment, "PGPASSWORD": dsn.password},
+    )
+    return directory
