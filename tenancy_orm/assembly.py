@@ -52,6 +52,7 @@ from .registry.registry import Registry
 from .restores import RestoreManager
 from .routing import Router
 from .routing.consistency import ConsistencyTokens
+from .routing.sessions import detours
 from .runs import FleetMigrator
 from .runs.background import BackgroundUpgrades
 from .runs.catch_up import CatchUp
@@ -282,6 +283,8 @@ class Assembly:
         self.directory.on_connection_request(self.router.give_up)
         self.directory.on_lease_call(self.leases.called)
         self.directory.on_invalidate(self._forget)
+        self.directory.on_pause(self.router.pause)
+        detours(self.router).use(self.directory.tenant, self.directory.look_again)
         self.directory.on_schema_change(self.router.schema_changed)
         self.directory.on_server_change(self.servers.refresh_soon)
         self.sealed.on_read(self.directory.invalidate)

@@ -31,6 +31,7 @@
     │   ├── LoginNotBlockedError             suspended or deleted, but its login was not blocked in time
     │   └── TenantUnavailableError           its status does not admit sessions
     │       ├── TenantProvisioningError
+    │       ├── TenantPausedError            its database is being exchanged for another one, which takes too long
     │       ├── TenantRevisionError          its schema is at a revision that this code cannot work with
     │       ├── TenantSuspendedError
     │       ├── TenantMaintenanceError
@@ -531,6 +532,24 @@ class TenantProvisioningError(TenantUnavailableError):
     def __init__(self, tenant: str, *, reason: str = "it is still being created") -> None:
         """Name the ``tenant`` (slug) and what it waits for."""
         super().__init__(tenant, reason=reason)
+
+
+class TenantPausedError(TenantUnavailableError):
+    """The tenant's database is being exchanged for another one, and a session has waited for that as long as it may.
+
+    Remedy: try again after ``retry_after`` seconds. If it goes on, see ``tenancy operations list``.
+
+    Attributes:
+        retry_after: After how many seconds another attempt may succeed.
+    """
+
+    status = "paused"
+    _state = "paused"
+
+    def __init__(self, tenant: str) -> None:
+        """Name the ``tenant`` (slug)."""
+        super().__init__(tenant, reason="its database is being exchanged for another one; try again")
+        self.retry_after = 2.0
 
 
 class TenantRevisionError(TenantUnavailableError):

@@ -51,7 +51,8 @@ class Tenant:
 
     Times are aware datetimes in UTC. ``metadata`` and ``quotas`` (overrides of the tier's limits) are read-only
     mappings of JSON values. ``migrating_to`` is the revision that a migration brings it to now ("base" for none), None
-    where none has begun to change it. ``suspend_at`` and ``purge_at`` are when it is to be suspended or purged.
+    where none has begun to change it. ``paused`` is whether its sessions wait now, since its database is exchanged for
+    another one. ``suspend_at`` and ``purge_at`` are when it is to be suspended or purged.
     ``reason`` is what the operator gave for the suspension. ``aliases`` are its former slugs that still redirect and
     its verified domains. ``region`` is where its data has to stay, None for anywhere. ``operator`` is True where it was
     bound for an operator, who may use a tenant in maintenance; the middleware's ``operators`` decides that.
@@ -79,6 +80,7 @@ class Tenant:
     aliases: frozenset[str] = field(default=frozenset(), repr=False)
     operator: bool = field(default=False, repr=False)
     migrating_to: str | None = field(default=None, repr=False)
+    paused: bool = field(default=False, repr=False)
     revision_refusal: str | None = field(default=None, repr=False)
     admission: Admission | None = field(default=None, repr=False)
 

@@ -37,6 +37,7 @@ from ..errors import (
     TenantNotAllowedError,
     TenantNotFoundError,
     TenantNotNamedError,
+    TenantPausedError,
     TenantProvisioningError,
     TenantRevisionError,
     TenantSuspendedError,
@@ -146,6 +147,9 @@ PROVISIONING = Problem(
     "Tenant not ready",
     "this tenant is being created or upgraded; try again shortly",
     _retry_after(2),
+)
+PAUSED = Problem(
+    503, "tenant-paused", "Tenant paused", "this tenant's data is being moved; try again shortly", _retry_after(2)
 )
 REVISION = Problem(
     503,
@@ -302,6 +306,7 @@ _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], 
     MissingScopeError: _missing_scope,
     TenantNotFoundError: NOT_FOUND,
     TenantProvisioningError: PROVISIONING,
+    TenantPausedError: PAUSED,
     TenantRevisionError: REVISION,
     TenantMaintenanceError: MAINTENANCE,
     TenantSuspendedError: SUSPENDED,

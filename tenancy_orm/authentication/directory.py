@@ -24,6 +24,7 @@ from ..control.database import ControlDatabase
 from ..control.direct import ControlRow
 from ..control.notifications import (
     CREATED,
+    PAUSED,
     SCHEMA_CHANGED,
     SCHEMA_CHANGING,
     SERVER_CHANGED,
@@ -110,6 +111,7 @@ class Directory:
         self._lease_callbacks: list[Callable[[LeaseCall], None]] = []
         self._schema_callbacks: list[Callable[[UUID | None, bool], None]] = []
         self._server_callbacks: list[Callable[[], None]] = []
+        self._pause_callbacks: list[Callable[[UUID], None]] = []
         self._cache = DirectoryCache(config, clock)
         # bound here: peek reads nothing through more than one attribute
         self._find = self._cache.keys.entries.get
@@ -457,6 +459,10 @@ class Directory:
         """Call ``callback`` when the row of a server has changed, or such a notification may have been missed."""
         self._server_callbacks.append(callback)
 
+    def on_pause(self, callback: Callable[[UUID], None]) -> None:
+        """Call ``callback`` with the id of each tenant with sessions that are to wait, since its database changes."""
+        self._pause_callbacks.append(callback)
+
     def before_use(self, callback: Callable[[Tenant], Awaitable[None] | None]) -> None:
         """Call ``callback`` with each tenant that was looked up, before it is cached.
 
@@ -534,6 +540,10 @@ class Directory:
             self._call_back_for_schema(change.tenant_id, change.kind == SCHEMA_CHANGING)
         elif change.kind == CREATED and change.tenant_id is not None:
             self.look_again(change.tenant_id)
+        elif change.kind == PAUSED and change.tenant_id is not None:
+            # its admissions remain: what is open goes on in the other database
+            self.look_again(change.tenant_id)
+            _call_all(self._pause_callbacks, "a pause", change.tenant_id)
         elif change.kind == SERVER_CHANGED:
             _call_all(self._server_callbacks, "a change of a server")
         elif change.subject is not None or change.token_id is not None:

@@ -157,6 +157,8 @@ tenants = Table(
     Column("migrating_until", DateTime(timezone=True), nullable=True),
     # when an operator last moved it to another revision than by an upgrade; None since its next upgrade
     Column("held_at", DateTime(timezone=True), nullable=True),
+    # until when its sessions wait, since its database is being exchanged for another one
+    Column("paused_until", DateTime(timezone=True), nullable=True),
     CheckConstraint("region ~ '^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$'", name="region"),
     CheckConstraint(r"slug ~ '^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$'", name="slug"),
     CheckConstraint(

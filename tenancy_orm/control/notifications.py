@@ -48,6 +48,9 @@ SERVER_CHANGED = "server"
 CREATED = "created"
 """The kind of a ``Change``: a tenant's creation has become complete, at the place where it was begun."""
 
+PAUSED = "paused"
+"""The kind of a ``Change``: the tenant's database is being exchanged, and its sessions wait."""
+
 _FIRST_PAUSE = 0.1
 _LONGEST_PAUSE = 5.0
 

@@ -1,5 +1,6 @@
 """Operations on single tenants: their records, which say where one stands whatever process is killed."""
 
 from .records import Operation, OperationKind, Operations, OperationState
+from .switch import Paused, Switch
 
-__all__ = ["Operation", "OperationKind", "OperationState", "Operations"]
+__all__ = ["Operation", "OperationKind", "OperationState", "Operations", "Paused", "Switch"]

@@ -73,6 +73,24 @@ async def unblock(connection: Connection, blockers: Blockers, *, database: str, 
     await blockers.run(connection, partial(roles.set_login, connection, role, True), role=role)
 
 
+async def close_database(connection: Connection, blockers: Blockers, *, database: str, role: str) -> None:
+    """Let a role connect to a database no more; its sessions there go on. Does nothing if there is no such database.
+
+    Raises:
+        ProvisioningError: the role is missing.
+    """
+    await blockers.run(connection, partial(_revoke_connect, connection, database, role), role=role)
+
+
+async def open_database(connection: Connection, blockers: Blockers, *, database: str, role: str) -> None:
+    """Let a role connect to a database.
+
+    Raises:
+        ProvisioningError: the role or the database is missing.
+    """
+    await blockers.run(connection, partial(_grant_connect, connection, database, role), role=role)
+
+
 async def _grant_connect(connection: Connection, database: str, role: str) -> None:
     try:
         await connection.execute(f"GRANT CONNECT ON DATABASE {quote_identifier(database)} TO {quote_identifier(role)}")

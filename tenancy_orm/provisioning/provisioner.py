@@ -140,6 +140,11 @@ class Provisioner:
         servers.on_change(self._server_changed)
 
     @property
+    def services(self) -> ProvisioningServices:
+        """The objects that provisioning uses, for operations on tenants' databases."""
+        return self._services
+
+    @property
     def _timeout(self) -> float:
         return self._services.config.provisioning.timeout
 

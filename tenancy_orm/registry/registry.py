@@ -15,13 +15,14 @@ from ..control.database import ControlDatabase
 from .changes import Changes
 from .creation import Creation
 from .databases import Databases
+from .pauses import Pauses
 from .purge import Purge
 from .reading import Reading
 from .revisions import Revisions
 from .transitions import Transitions
 
 
-class Registry(Reading, Creation, Changes, Databases, Revisions, Transitions, Purge):
+class Registry(Reading, Creation, Changes, Databases, Pauses, Revisions, Transitions, Purge):
     """Reads and writes tenants' rows.
 
     Args:

@@ -22,6 +22,7 @@ from sqlalchemy import (
     case,
     func,
     literal_column,
+    text,
 )
 
 from ..control.direct import ControlRow
@@ -40,6 +41,8 @@ TENANT_COLUMNS: tuple[ColumnElement[Any], ...] = (
     tenants.c.schema_revision,
     # a migration that was killed says no more that it has ended
     case((tenants.c.migrating_until > func.now(), tenants.c.migrating_to)).label("migrating_to"),
+    # a switch that was killed pauses nobody for longer than it has said
+    func.coalesce(tenants.c.paused_until > func.now(), text("false")).label("paused"),
     tenants.c.metadata,
     tenants.c.quotas,
     tenants.c.reason,
@@ -96,6 +99,7 @@ def tenant_from_row(row: Row[*tuple[Any, ...]] | ControlRow) -> Tenant:
         placement=placement,
         schema_revision=row.schema_revision,
         migrating_to=row.migrating_to,
+        paused=row.paused,
         metadata=_json_object(row.metadata),
         quotas=_json_object(row.quotas),
         reason=row.reason,

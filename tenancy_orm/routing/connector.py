@@ -54,7 +54,7 @@ from .held import Ending, HeldConnection
 from .marker import marker_text, verify
 from .outage import Outage
 from .protocol import Proof
-from .route import TenantRoute
+from .route import FindsDatabases, TenantRoute
 from .shortage import Ask, Shortages
 
 logger = logging.getLogger("tenancy_orm.routing")
@@ -148,6 +148,8 @@ class Connector:
         self._keyring = keyring
         self._passwords = passwords
         self.installation = installation
+        self.detours: FindsDatabases | None = None
+        """Finds the database of a tenant that was moved while a session on it was open."""
         self.on_write: Callable[[UUID], None] | None = None
         """Called with a tenant after something of it was committed; None where nobody wants to know."""
         self._closed = False

@@ -120,6 +120,8 @@ class Entry:
             )
             if self.retired:
                 self._thread_pool(self.threads).retire()
+            elif self.tenant.paused:
+                self._thread_pool(self.threads).detour = True
         return self.threads
 
     def retire(self) -> None:
@@ -295,6 +297,8 @@ class EngineCache:
             raise RoutingError(f"tenant {tenant.slug!r} has no database")
         make_pool = self._make_pool.get(tenant.id, make_tenant_pool)
         entry = Entry(tenant, tenant.placement, self._connector(tenant.placement.server), make_pool)
+        # of a database that is being exchanged, sessions wait for a connection
+        entry.pool.detour = tenant.paused
         # the placement, the password or the slug has changed
         self.retire(tenant.id)
         self._entries[tenant.id] = entry

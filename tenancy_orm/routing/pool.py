@@ -12,7 +12,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
-from ..errors import ServerUnavailableError, TenancyError
+from ..errors import LoginRefusedError, ServerUnavailableError, TenancyError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.sqlalchemy_versions import await_
@@ -86,6 +86,8 @@ class TenantPool(RoutedPool):
         return record
 
     def _get(self, reading: bool) -> Record:
+        if self.detour:
+            return await_(self._get_by_detour(reading))
         record = self._take_first(reading)
         if record is None:
             return await_(self._acquire(reading))
@@ -97,13 +99,34 @@ class TenantPool(RoutedPool):
         Raises:
             TenancyError: as a session's first statement.
         """
-        record = self._take_first(reading)
-        if record is None:
-            record = await self._acquire(reading)
-        elif not self._is_ready(record):
-            record = await self._make_ready(record, reading)
+        record = await (self._get_by_detour(reading) if self.detour else self._get_here(reading))
         cast("TenantConnection", record.dbapi_connection).use(reading=reading)
         return record
+
+    async def _get_here(self, reading: bool) -> Record:
+        record = self._take_first(reading)
+        if record is None:
+            return await self._acquire(reading)
+        return record if self._is_ready(record) else await self._make_ready(record, reading)
+
+    async def _get_by_detour(self, reading: bool) -> Record:
+        """Wait while the tenant's sessions do, and return a connection to the database that it has then."""
+        self.route.check_bound()
+        if (record := await self._follow(reading)) is not None:
+            return record
+        # a pool that is not retired is in use again after a pause
+        self.detour = self.retired
+        return await self._get_here(reading)
+
+    async def _follow(self, reading: bool, *, look_again: bool = False) -> Record | None:
+        """Return a connection to the database that the tenant has now; None where it has this pool's."""
+        detours = self.connector.detours
+        if detours is None or (entry := await detours.find(self.route, look_again=look_again)) is None:
+            return None
+        try:
+            return await cast("TenantPool", entry.pool)._get_here(reading)
+        finally:
+            detours.release(entry)
 
     def give_back(self, record: Record, *, broken: bool) -> None:
         """Return a connection to the pool, or close it if it is in the middle of something."""
@@ -144,6 +167,17 @@ class TenantPool(RoutedPool):
         return await self._acquire(reading)
 
     async def _acquire(self, reading: bool) -> Record:
+        """As ``_acquire_here``; where the role is refused since the tenant has another database by now, of that."""
+        try:
+            return await self._acquire_here(reading)
+        except LoginRefusedError as exc:
+            # the notification has not come yet, or was missed
+            record = await self._follow(reading, look_again=True)
+            if record is None:
+                raise exc
+            return record
+
+    async def _acquire_here(self, reading: bool) -> Record:
         """Wait for a connection or a slot, and open a connection in the slot.
 
         If the server or the tenant's role has too many connections (53300), other processes may have them: wait until

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 from uuid import UUID
 
 from sqlalchemy.pool.base import _ConnectionRecord
@@ -17,6 +18,16 @@ from ..tenant import Placement
 from .budget import Share
 
 logger = logging.getLogger("tenancy_orm.routing")
+
+
+class FindsDatabases(Protocol):
+    """``Detours``, as pools see it: it finds the database of a tenant that was moved while a session was open."""
+
+    async def find(self, route: TenantRoute, *, look_again: bool = False) -> Any:
+        """Lease the engine to use instead of the one that ``route`` is of; None for that one."""
+
+    def release(self, entry: Any) -> None:
+        """End the lease."""
 
 
 class TenantRoute:
@@ -132,4 +143,4 @@ class TenantRoute:
         self._events.emit(IsolationIncident(tenant_id=self.tenant_id, slug=self.slug, kind=kind, detail=str(error)))
 
 
-__all__ = ["TenantRoute"]
+__all__ = ["FindsDatabases", "TenantRoute"]

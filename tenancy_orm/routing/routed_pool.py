@@ -61,6 +61,8 @@ class RoutedPool(Pool):
         )
         self.route.on_write = connector.on_write
         self.retired = False
+        self.detour = False
+        """Whether a checkout asks first where the tenant's database is now: it may be another one, or about to be."""
 
     # Storing a bound method of the pool as its creator would be a reference cycle, so the creator is a property.
 
@@ -154,7 +156,7 @@ class RoutedPool(Pool):
 
     def retire(self) -> None:
         """Close idle connections now, and busy ones when they are returned."""
-        self.retired = True
+        self.retired = self.detour = True
         for record in self.connector.budget.take_idle(self.share):
             self.discard(record)
 

@@ -32,6 +32,7 @@ from .budget import BudgetStatistics, Waiting
 from .connection import TenantConnection, TenantEngine
 from .connector import ALONE, Connector
 from .consistency import ConsistencyTokens, WriteNotes
+from .detours import Detours
 from .engines import EngineCache, Entry, Lease, MakePool
 from .guard import TenantSession
 from .pool import Warmth
@@ -127,6 +128,7 @@ class Router:
             logger.warning("%s", "; ".join(contradictions))
         self._migration_timeout = config.migration.timeout
         self._cache = EngineCache(self._connector, max_engines=config.pool.max_engines, events=events)
+        self._detours = Detours(self._cache, seconds=config.pool.checkout_timeout)
 
     def session(
         self,
@@ -215,6 +217,17 @@ class Router:
         self._cache.retire(tenant_id)
         for replicas in self._replicas.values():
             replicas.retire(tenant_id)
+        self._detours.look(tenant_id)
+
+    def pause(self, tenant_id: UUID) -> None:
+        """Have a tenant's sessions wait for their next connection until its database has been exchanged for another.
+
+        Raises:
+            CrossTenantError: another tenant is bound.
+        """
+        refuse_other_tenant(tenant_id)
+        self._detours.pause(tenant_id)
+        self.retire(tenant_id)
 
     def use_pool(self, tenant_id: UUID, make_pool: MakePool | None = None) -> None:
         """Make a tenant's pools by another function, for tests; by the usual one again where it is None.
@@ -341,6 +354,7 @@ class Router:
         if connector is None:
             server = self._servers[name]
             connector = self._connectors[name] = self._leased(server)
+            connector.detours = self._detours
             if server.replicas:
                 self._replicas[name] = self._replicas_of(server)
                 connector.on_write = self._notes.add
@@ -387,6 +401,11 @@ async def warm(router: Router, tenant: Tenant, *, ask: bool = True) -> Warmth:
     """
     refuse_other_tenant(tenant)
     return await router._cache.warm(tenant, ask=ask)
+
+
+def detours(router: Router) -> Detours:
+    """Return what leads sessions to the database that their tenant has by now."""
+    return router._detours
 
 
 def release(router: Router, entry: Entry) -> None:
@@ -668,6 +687,7 @@ __all__ = [
     "SessionContext",
     "acquire",
     "checked_options",
+    "detours",
     "release",
     "replica_demand",
     "replica_reads",

@@ -6,9 +6,10 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import Self, cast
+from typing import Any, Self, TypeAlias, cast
 from uuid import UUID
 
 import psycopg
@@ -16,13 +17,15 @@ from psycopg import errors as pg_errors
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from ..errors import MarkerMismatchError, SecretError, ServerUnavailableError, TenancyError
+from ..errors import LoginRefusedError, MarkerMismatchError, SecretError, ServerUnavailableError, TenancyError
 from ..postgres.errors import TOO_MANY_CONNECTIONS
 from ..postgres.login import PEER_KEEPALIVES, check, clear_tracebacks, hosts_to_try, suspect_hosts
 from ..postgres.quoting import quote_literal
+from ..routing.connection import TenantEngine
 from ..routing.connector import Connector, Record
 from ..routing.contention import WaitRefusedError
 from ..routing.marker import FIND, PROVED, marker_text, mismatch, proof
+from ..routing.route import TenantRoute
 from ..routing.routed_pool import RoutedPool
 from ..tenant import Placement
 from .connection import SocketEnding, ThreadConnection
@@ -32,6 +35,8 @@ from .server import ThreadServer
 logger = logging.getLogger("tenancy_orm.sync")
 
 _asked = threading.local()  # ``reading``: what kind of session the checkout that begins in this thread is for
+Follow: TypeAlias = Callable[[TenantRoute, bool], Coroutine[Any, Any, tuple[TenantEngine, Callable[[], None]] | None]]
+
 _LEAST_SECONDS = 2  # libpq and psycopg wait at least as long for a login
 _PROBES = 3
 
@@ -75,6 +80,8 @@ class ThreadPool(RoutedPool):
         )
         self._server = server
         self._hops = hops
+        self.follow: Follow | None = None
+        """Leases the engine of the database that the tenant has now, in the event loop; see ``Detours.find``."""
 
     # --- checkout ---------------------------------------------------------------------------------------------------
 
@@ -92,6 +99,36 @@ class ThreadPool(RoutedPool):
 
     def _get(self, reading: bool) -> Record:
         self.route.check_bound()
+        if self.detour:
+            if (record := self._follow(reading, look_again=False)) is not None:
+                return record
+            # a pool that is not retired is in use again after a pause
+            self.detour = self.retired
+        try:
+            return self._get_here(reading)
+        except LoginRefusedError as exc:
+            # the notification has not come yet, or was missed
+            record = self._follow(reading, look_again=True)
+            if record is None:
+                raise exc
+            return record
+
+    def _follow(self, reading: bool, *, look_again: bool) -> Record | None:
+        """Return a connection to the database that the tenant has now; None where it has this pool's."""
+        if self.follow is None:
+            return None
+        found = self._hops.run_async(self.follow, self.route, look_again)
+        if found is None:
+            return None
+        engine, release = found
+        try:
+            pool = engine.pool
+            assert isinstance(pool, ThreadPool)  # noqa: S101 - for the type checker: nothing else makes pools here
+            return pool._get_here(reading)
+        finally:
+            self._hops.post(release)
+
+    def _get_here(self, reading: bool) -> Record:
         deadline, timeout = self._deadline()
         first = False
         while True:

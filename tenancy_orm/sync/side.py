@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -13,7 +13,8 @@ from ..routing.connection import TenantEngine
 from ..routing.connector import Connector
 from ..routing.engines import Entry
 from ..routing.replicas import ReplicaDemand, ReplicaEngine, ReplicaReads
-from ..routing.sessions import acquire, release, replica_reads
+from ..routing.route import TenantRoute
+from ..routing.sessions import acquire, detours, release, replica_reads
 from ..scopes import check_session, peek, resolve
 from ..tenant import Placement, Tenant, TenantRef
 from .hops import Hops
@@ -74,6 +75,14 @@ class ThreadSide:
     async def _choose_here(self, reads: ReplicaReads) -> TenantEngine:
         return (await reads.choose()).for_threads(self._make_engine)
 
+    async def _follow_here(
+        self, route: TenantRoute, look_again: bool
+    ) -> tuple[TenantEngine, Callable[[], None]] | None:
+        entry = await detours(self.router).find(route, look_again=look_again)
+        if entry is None:
+            return None
+        return entry.for_threads(self._make_engine), partial(release, self.router, entry)
+
     def _lease_cached_here(self, ref: TenantRef | None, operator: bool) -> tuple[Entry, TenantEngine] | None:
         tenant = peek(self.directory, ref)
         return None if tenant is None else self._engine_here(tenant, operator)
@@ -101,6 +110,7 @@ class ThreadSide:
         if server is None:
             server = self._servers[connector] = ThreadServer(connector)
         pool = ThreadPool(connector, server, self.hops, tenant_id=tenant_id, slug=slug, tier=tier, placement=placement)
+        pool.follow = self._follow_here
         return TenantEngine(
             pool,
             server.dialect,

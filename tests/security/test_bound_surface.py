@@ -76,6 +76,7 @@ EXCUSED = {
     "internals.directory.report_refused": "reports, for the middleware",
     "internals.rates.acquire_address": "counts requests of an address",
     "internals.directory.on_schema_change": "registers a callback",
+    "internals.directory.on_pause": "registers a callback",
     "internals.directory.is_key": "looks at a text alone",
     "internals.directory.on_connection_request": "registers a callback",
     "internals.directory.on_lease_call": "registers a callback",

@@ -1,0 +1,255 @@
+"""``Switch``: exchanges a tenant's database for another one, while its sessions wait.
+
+PostgreSQL holds the barrier, not the processes: the tenant's role loses CONNECT on the old database and its sessions
+there end, before the last row is copied. A process that has heard of nothing is refused, looks the tenant up, and
+waits like the others.
+
+The row of the tenant is the truth. Where the process dies, ``align`` lets the role connect to the database that the row
+names; whoever resumes the operation closes the other one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+from ..audit.actor import SYSTEM, Actor
+from ..cancellation import run_to_completion
+from ..context import refuse_other_tenant
+from ..control.names import login_stem
+from ..errors import OperationError, TenancyError, TenantNotFoundError
+from ..postgres import connections
+from ..postgres.connections import Connection
+from ..postgres.failures import SERVER_FAILURES
+from ..provisioning import access, roles
+from ..provisioning.pipeline import ProvisioningServices, describe, tenant_key
+from ..registry.lifecycle import LOGIN_BLOCKED
+from ..tenant import Placement, Status, Tenant
+
+logger = logging.getLogger("tenancy_orm.operations")
+
+PAUSE_SECONDS = 30.0
+"""How long a pause may last, by default: after that it is given up."""
+DRAIN_SECONDS = 1.0
+"""For how long transactions that are open go on, by default, before their sessions are ended."""
+
+_IDLE_SECONDS = 0.25  # how long sessions without a transaction are left to the processes that have them
+_POLL_SECONDS = 0.01
+
+# asyncpg would ask the server for int[]
+_SESSIONS = """
+SELECT pid::text AS pid, usename::text AS role, state LIKE 'idle in transaction%' OR state = 'active' AS busy
+  FROM pg_stat_activity WHERE datname = $1 AND (usename = $2 OR starts_with(usename::text, $3))
+"""
+
+
+class Paused:
+    """A tenant in a pause: nobody but administrators can use its database.
+
+    Attributes:
+        tenant: The tenant, with the placement that it had.
+        connection: An administrative one to its server; it has the tenant's lock.
+        began: When the pause began, by ``time.monotonic``.
+        ended_sessions: How many sessions were ended in the middle of something.
+        switched: The tenant as it is after ``to``.
+    """
+
+    def __init__(self, services: ProvisioningServices, tenant: Tenant, connection: Connection) -> None:
+        self._services = services
+        self.tenant = tenant
+        self.connection = connection
+        self.began = time.monotonic()
+        self.ended_sessions = 0
+        self.switched: Tenant | None = None
+
+    async def to(
+        self,
+        placement: Placement,
+        *,
+        action: str,
+        revision: str | None,
+        kept_until: datetime | None,
+        operation: int | None = None,
+        detail: Mapping[str, Any] | None = None,
+        actor: Actor = SYSTEM,
+    ) -> Tenant:
+        """Make another database the one in use. Its role may connect to it from then on, and nobody to the former one.
+
+        Args:
+            placement: The new placement. Its database has a row, is the tenant's by its marker, and is closed.
+            action: The action, for the audit log.
+            revision: The revision of the new database's schema.
+            kept_until: When the former database is dropped; None: when somebody decides so.
+            operation: The operation's number.
+            detail: Further facts for the audit log.
+            actor: Who does this.
+
+        Raises:
+            TenancyError: as ``Registry.switch_database``; then nothing has changed.
+        """
+        self.switched = await run_to_completion(
+            self._services.registry.switch_database(
+                self.tenant,
+                placement,
+                action=action,
+                revision=revision,
+                kept_until=kept_until,
+                operation=operation,
+                detail=detail,
+                actor=actor,
+            )
+        )
+        return self.switched
+
+
+class Switch:
+    """Pauses tenants and exchanges their databases.
+
+    Args:
+        services: The objects of provisioning.
+    """
+
+    def __init__(self, services: ProvisioningServices) -> None:
+        self._services = services
+
+    @asynccontextmanager
+    async def pause(
+        self, tenant: Tenant, *, seconds: float = PAUSE_SECONDS, drain: float = DRAIN_SECONDS
+    ) -> AsyncIterator[Paused]:
+        """Have all sessions of a tenant wait for the body, in every process; its database is closed in it.
+
+        At the end the tenant's role can connect to the database that its row names then: to the new one after
+        ``Paused.to``, else to the old one. A tenant with a role that may not log in, as while it is suspended, keeps
+        that.
+
+        Args:
+            tenant: The tenant, with its present placement.
+            seconds: How long all of it may take. Then the body is cancelled, and the old database stays in use.
+            drain: For how long open transactions go on before their sessions are ended.
+
+        Raises:
+            OperationError: it took longer, or the tenant has another database by now.
+            TenantNotFoundError: the tenant has been purged.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+            CrossTenantError: another tenant is bound.
+        """
+        refuse_other_tenant(tenant)
+        services, place = self._services, tenant.placement
+        if place is None:
+            raise TenantNotFoundError(tenant.slug)
+        server, key = services.servers[place.server], tenant_key(tenant.id)
+        timeout = services.config.provisioning.timeout
+        try:
+            connection = await services.admin_connections.acquire(server, key, timeout=timeout)
+        except TimeoutError as exc:
+            raise OperationError(
+                f"tenant {tenant.slug!r} is being changed by another process, which did not end within {timeout:g} s"
+            ) from exc
+        try:
+            current = await services.registry.get(tenant.id)
+            if current.placement is None or current.status is Status.PROVISIONING:
+                raise OperationError(
+                    f"tenant {tenant.slug!r} is {current.status.value}, and has no database to exchange"
+                )
+            if (current.placement.server, current.placement.database) != (place.server, place.database):
+                raise OperationError(f"tenant {tenant.slug!r} has another database by now; look it up again")
+            paused = Paused(services, current, connection)
+            try:
+                try:
+                    async with asyncio.timeout(seconds):
+                        await services.registry.pause(tenant.id, seconds=seconds)
+                        await self._close(paused, current.placement, drain)
+                        yield paused
+                except TimeoutError as exc:
+                    raise OperationError(
+                        f"the pause of tenant {tenant.slug!r} did not end within {seconds:g} s, and was given up"
+                    ) from exc
+            finally:
+                await run_to_completion(self._resume(paused, current))
+        finally:
+            await run_to_completion(services.admin_connections.release(server, connection, key))
+
+    async def close_kept(self, placement: Placement) -> None:
+        """Let nobody but administrators connect to a database that is not in use, and end its sessions."""
+        blockers = self._services.blockers(self._services.servers[placement.server])
+        connection = await blockers.connect(purpose="tenancy-switch")
+        try:
+            if await roles.exists(connection, placement.role):
+                await access.close_database(connection, blockers, database=placement.database, role=placement.role)
+            await self._end(connection, placement)
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def _close(self, paused: Paused, place: Placement, drain: float) -> None:
+        """Close the old database to the tenant's role, and wait until its sessions have ended."""
+        connection = paused.connection
+        blockers = self._services.blockers(self._services.servers[place.server])
+        await access.close_database(connection, blockers, database=place.database, role=place.role)
+        began = time.monotonic()
+        looks_left = 2  # a login that succeeded just before appears among the sessions a moment later
+        while looks_left:
+            found = await connection.fetch(_SESSIONS, place.database, place.role, login_stem(place.role))
+            waited = time.monotonic() - began
+            due = [row for row in found if waited >= drain or (not row["busy"] and waited >= min(_IDLE_SECONDS, drain))]
+            for row in due:
+                paused.ended_sessions += bool(row["busy"])
+                await roles.end_connections(connection, row["role"], [int(row["pid"])])
+            looks_left = 2 if found else looks_left - 1
+            if looks_left:
+                await asyncio.sleep(_POLL_SECONDS)
+        if paused.ended_sessions:
+            logger.warning(
+                "tenant %s: %d sessions with a transaction were ended, since it was longer than %g s",
+                paused.tenant.slug,
+                paused.ended_sessions,
+                drain,
+            )
+
+    async def _end(self, connection: Connection, place: Placement) -> None:
+        async with asyncio.timeout(connections.CLOSE_SECONDS):
+            while found := await connection.fetch(_SESSIONS, place.database, place.role, login_stem(place.role)):
+                for row in found:
+                    await roles.end_connections(connection, row["role"], [int(row["pid"])])
+                await asyncio.sleep(_POLL_SECONDS)
+
+    async def _resume(self, paused: Paused, before: Tenant) -> None:
+        """Open the database that the tenant has now, then let those who wait go on."""
+        try:
+            current = await self._current(paused, before)
+            if current.placement is not None and current.status not in LOGIN_BLOCKED:
+                await self._open(paused, current.placement)
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            logger.error(
+                "the database of tenant %s could not be opened after a pause (%s); run: tenancy reconcile",
+                before.slug,
+                describe(exc),
+            )
+            raise
+        finally:
+            await self._services.registry.end_pause(before.id)
+
+    async def _current(self, paused: Paused, before: Tenant) -> Tenant:
+        """Return the tenant as its row is: the commit of a switch may be in doubt."""
+        if paused.switched is not None:
+            return paused.switched
+        return await self._services.registry.get(before.id)
+
+    async def _open(self, paused: Paused, place: Placement) -> None:
+        former = paused.tenant.placement
+        blockers = self._services.blockers(self._services.servers[place.server])
+        if former is not None and former.server == place.server and await connections.is_alive(paused.connection):
+            await access.open_database(paused.connection, blockers, database=place.database, role=place.role)
+            return
+        connection = await blockers.connect(purpose="tenancy-switch")
+        try:
+            await access.open_database(connection, blockers, database=place.database, role=place.role)
+        finally:
+            await run_to_completion(connections.close(connection))
+
+
+__all__ = ["DRAIN_SECONDS", "PAUSE_SECONDS", "Paused", "Switch"]
