@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import NullPool
 
 from ..postgres.connections import Connection
-from .execution import may_need_care, refuse_input_for_psql, run_script
+from .execution import may_need_care, refuse_input_for_psql, returns_no_rows, run_alone, run_script
 from .extensions import skip_existing_extension
 from .statements import statements
 
@@ -36,7 +36,10 @@ class FleetDialect(PGDialect_asyncpg):
         found = statements(statement) if not parameters and may_need_care(statement) else ()
         refuse_input_for_psql(found)
         if len(found) < 2:
-            cursor.execute(statement, parameters)
+            if parameters or cursor.server_side or not returns_no_rows(statement):
+                cursor.execute(statement, parameters)
+            else:
+                run_alone(cursor, statement)
         else:
             run_script(cursor, statement, found)
             self._invalidate_schema_cache_asof = time.time()

@@ -85,7 +85,9 @@ class Connections:
 
     def adapter(self, server: str) -> ConnectionAdapter:
         """Return the adapter that makes SQLAlchemy connections for databases of ``server``."""
-        return self._adapters.setdefault(server, ConnectionAdapter())
+        if server not in self._adapters:
+            self._adapters[server] = ConnectionAdapter()
+        return self._adapters[server]
 
     def url(self, server: str, database: str) -> URL:
         """Return the URL of a database, for messages: it has neither user nor password."""

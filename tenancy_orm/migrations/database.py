@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-import asyncpg
 from alembic.runtime.environment import EnvironmentContext
 from sqlalchemy import Connection as SyncConnection
-from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..cancellation import run_to_completion
-from ..errors import MarkerMismatchError, MigrationError, TenancyError
-from ..postgres import connections
+from ..errors import MigrationError
 from ..postgres.connections import Connection
-from ..postgres.errors import (
-    INVALID_PARAMETER_VALUE,
-    QUERY_CANCELED,
-    UNDEFINED_TABLE,
-    sqlstate_of,
-)
+from ..postgres.errors import QUERY_CANCELED, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.sqlalchemy_versions import await_
 from ..provisioning.grants import protect_version_table
@@ -38,37 +27,18 @@ from .data_migrations import is_downgrade, of_step, parts
 from .execution import StatementObserver
 from .extensions import WantedExtensions, hint
 from .failures import describe
-from .indexes import HAS_INVALID_INDEXES, repair
+from .indexes import repair
 from .limits import Limits, try_repeatedly
 from .logs import labelled, logger, quiet
 from .plan import Heads, MigrationPath, MigrationStep, Plan, format_revision
 from .scripts import Environment
-from .waits import holders_of, naming_blockers
-
-# Advisory locks are per database, so one key serves all tenants: "tenancy" in ASCII, and 2 for the tenants' schemas.
-_LOCK = 0x74656E616E637902
+from .state import State, Target, close, lock, read_state, try_lock
+from .waits import naming_blockers
 
 _COMMITTED = (
     "; the revision is not recorded, but its autocommit_block() has committed changes of rows, which a repetition "
     "makes again: undo them before you run it again, or put the block into a revision of its own"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One database to migrate. ``connect`` connects as the owner of its schema; ``marker`` is the expected marker.
-
-    An upgrade installs ``extensions`` that the database lacks. ``connect_watch`` connects as the administrator, to look
-    who holds a lock.
-    """
-
-    label: str
-    url: URL
-    connect: Callable[[], Awaitable[Connection]] = field(repr=False)
-    tenant: Tenant | None = None
-    marker: str | None = None
-    extensions: WantedExtensions | None = None
-    connect_watch: Callable[[], Awaitable[Connection]] | None = field(default=None, repr=False)
 
 
 class DatabaseMigration:
@@ -123,6 +93,7 @@ class DatabaseMigration:
         self._step: MigrationStep | None = None
         self._observer: StatementObserver | None = None  # of the revisions that run, or have failed
         self._batch_seconds: float | None = None  # how long one may take, while data migrations run
+        self._locking = False  # whether the lock is taken where the state is read
 
     @property
     def _has_committed_rows(self) -> bool:
@@ -159,7 +130,14 @@ class DatabaseMigration:
         connection = await self.target.connect()
         try:
             async with naming_blockers(connection, self._watch()):
-                await self._migrate_on(connection)
+                # a database that is at the target is closed again at once, and needs no lock
+                self._locking = self._expects_steps()
+                if self._locking:
+                    # first of all: asyncpg forgets the statements that were prepared before SQLAlchemy's settings
+                    async with self.adapter.adapt(connection, self.target.url) as adapted:
+                        await self._migrate_on(connection, adapted)
+                else:
+                    await self._migrate_on(connection)
         finally:
             await close(connection)
 
@@ -167,7 +145,7 @@ class DatabaseMigration:
         """Return what looks who holds a lock. The first attempt is watched only if there is no other."""
         return self.target.connect_watch if self.attempts > 1 or self.limits.attempts == 1 else None
 
-    async def _migrate_on(self, connection: Connection) -> None:
+    async def _migrate_on(self, connection: Connection, adapted: AsyncConnection | None = None) -> None:
         state = await self._read(connection)
         if self.before is None:
             self.before = state.heads
@@ -176,25 +154,52 @@ class DatabaseMigration:
             self._remaining(state.heads) or self._missing(state) or self._must_repair(state) or self._has_data(state)
         ):
             return
-        await lock(connection, timeout=self.limits.wait, connect_watch=self.target.connect_watch)
+        if not state.is_locked:
+            await lock(connection, timeout=self.limits.wait, connect_watch=self.target.connect_watch)
         # read again, now that no other run can change it
         state = await self._read(connection)
         await self._install(self._missing(state))
         steps = self._remaining(state.heads)
         if steps or self._has_data(state):
-            await self._migrate(connection, state, steps)
+            if adapted is not None:
+                await self._migrate(connection, adapted, state, steps)
+            else:
+                async with self.adapter.adapt(connection, self.target.url) as adapted:
+                    await self._migrate(connection, adapted, state, steps)
         elif self._must_repair(state):
             await repair(connection)
 
+    def _expects_steps(self) -> bool:
+        """Whether there is something to do according to the registry, which may not know it."""
+        tenant = self.target.tenant
+        if tenant is None or tenant.schema_revision is None:
+            return False
+        try:
+            return bool(self.plan.path_from(frozenset(tenant.schema_revision.split(","))).steps)
+        except MigrationError:
+            return False
+
     async def _read(self, connection: Connection) -> State:
-        state = await read_state(connection, self.plan.environment, self.target, timeout=self.limits.connect)
+        state = await read_state(
+            connection,
+            self.plan.environment,
+            self.target,
+            timeout=self.limits.connect,
+            extensions=self._wants_extensions,
+            locking=self._locking,
+        )
         self.after = state.heads
         return state
+
+    @property
+    def _wants_extensions(self) -> bool:
+        wanted = self.target.extensions
+        return wanted is not None and bool(wanted.names) and self.plan.command == "upgrade"
 
     def _missing(self, state: State) -> tuple[str, ...]:
         """The extensions that this migration must install."""
         wanted = self.target.extensions
-        return wanted.missing(state.extensions) if wanted is not None and self.plan.command == "upgrade" else ()
+        return wanted.missing(state.extensions) if wanted is not None and self._wants_extensions else ()
 
     def _must_repair(self, state: State) -> bool:
         return state.has_invalid_indexes and self.plan.command != "stamp"
@@ -224,26 +229,30 @@ class DatabaseMigration:
             remaining = self._path.steps
         return remaining
 
-    async def _migrate(self, connection: Connection, state: State, steps: tuple[MigrationStep, ...]) -> None:
+    async def _migrate(
+        self, connection: Connection, adapted: AsyncConnection, state: State, steps: tuple[MigrationStep, ...]
+    ) -> None:
         expected = self._path.end
         await self._give_notice(connection)
-        async with self.adapter.adapt(connection, self.target.url) as adapted:
-            try:
-                await self._apply_parts(connection, adapted, state, steps)
-            except Exception:
-                await self._read_after_failure(connection)
-                raise
-            finally:
-                self.changed = self.changed or self.after not in (state.heads, None)
-            found = await self._check(connection, expected)
-            self.changed = True
+        try:
+            found = await self._apply_parts(connection, adapted, state, steps)
+        except Exception:
+            await self._read_after_failure(connection)
+            raise
+        finally:
+            self.changed = self.changed or self.after not in (state.heads, None)
+        self._check(found, expected)
+        self.changed = True
         if self._must_repair(found):
             await repair(connection)
 
     async def _apply_parts(
         self, connection: Connection, adapted: AsyncConnection, state: State, steps: tuple[MigrationStep, ...]
-    ) -> None:
-        """Apply the steps, and run each data migration after its revision is committed and before the next one."""
+    ) -> State:
+        """Apply the steps, and run each data migration after its revision is committed and before the next one.
+
+        Returns the state that the database has then.
+        """
         if self.plan.command != "stamp" and (self._has_data(state) or any(map(of_step, steps))):
             await adapted.run_sync(refuse_foreign_triggers, self.target.tenant)
             await adapted.rollback()
@@ -257,6 +266,7 @@ class DatabaseMigration:
         )
         if self._has_data(state):
             await self._run_data(data, state)
+            state = await self._read(connection)
         for part in parts(steps):
             # again after a data migration
             await self._give_notice(connection)
@@ -268,6 +278,8 @@ class DatabaseMigration:
             self.changed = True
             if state.has_data and not is_downgrade(part[-1]) and self.plan.command != "stamp":
                 await self._run_data(data, state)
+                state = await self._read(connection)
+        return state
 
     async def _run_data(self, data: DataRunner, state: State) -> None:
         """Run data migrations. The schema does not change in that time, which may be long; every process is told."""
@@ -307,7 +319,8 @@ class DatabaseMigration:
         await self._announce()
         if self.plan.command == "stamp":
             return
-        if await connection.fetchval(_IN_USE, tenant.placement.role, timeout=self.limits.connect):
+        others = (await self._read(connection)).has_others
+        if others and await connection.fetchval(_IN_USE, tenant.placement.role, timeout=self.limits.connect):
             await asyncio.sleep(self.limits.notice)
 
     async def _apply(self, adapted: AsyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
@@ -356,14 +369,12 @@ class DatabaseMigration:
         self.changed = self.changed or self.after != self.before
         return True
 
-    async def _check(self, connection: Connection, expected: Heads) -> State:
-        found = await self._read(connection)
+    def _check(self, found: State, expected: Heads) -> None:
         if found.heads != expected:
             raise MigrationError(
                 f"it is at {format_revision(found.heads) or 'base'} and not at {format_revision(expected) or 'base'} "
                 "although the migration reported no error; does a revision commit or roll back by itself?"
             )
-        return found
 
     def _run(self, connection: SyncConnection, state: State, steps: tuple[MigrationStep, ...]) -> None:
         self._step = None
@@ -445,64 +456,10 @@ def _preset_heads(context: EnvironmentContext, heads: Heads) -> None:
     migration_context.get_current_heads = known
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """What one SELECT reads of a database.
-
-    Its heads and extensions; whether it has a version table, invalid indexes, and unfinished data migrations.
-    """
-
-    heads: Heads
-    has_version_table: bool
-    has_invalid_indexes: bool
-    extensions: frozenset[str]
-    has_data: bool = False
-
-
-async def read_state(
-    connection: Connection, environment: Environment | None, target: Target, *, timeout: float
-) -> State:
-    """Read a database's state, and check in the same SELECT that it is the expected tenant's.
-
-    Without an ``environment`` there are no migrations, and so no heads.
-
-    Raises:
-        MarkerMismatchError: it is not.
-    """
-    exists = environment is not None
-    heads = _NO_HEADS if environment is None else _HEADS.format(environment.quoted_version_table)
-    try:
-        (row,) = await connection.fetch(_READ.format(heads, HAS_INVALID_INDEXES), timeout=timeout)
-    except asyncpg.PostgresError as exc:
-        if exc.sqlstate != UNDEFINED_TABLE:
-            raise
-        exists = False
-        (row,) = await connection.fetch(_READ.format(_NO_HEADS, HAS_INVALID_INDEXES), timeout=timeout)
-    _check_marker(target, row["database"], row["marker"])
-    return State(
-        frozenset(row["heads"]), exists, row["has_invalid_indexes"], frozenset(row["extensions"]), row["has_data"]
-    )
-
-
 _IN_USE = (
     "SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity "
     "WHERE datname = pg_catalog.current_database() AND usename = $1)"
 )
-_HEADS = "ARRAY(SELECT version_num::text FROM {})"
-_NO_HEADS = "ARRAY[]::text[]"
-_READ = (
-    "SELECT {} AS heads, d.datname AS database, pg_catalog.shobj_description(d.oid, 'pg_database') AS marker, "
-    "{} AS has_invalid_indexes, "
-    "ARRAY(SELECT extname::text FROM pg_catalog.pg_extension) AS extensions, "
-    "pg_catalog.to_regclass('tenancy_migration.data') IS NOT NULL AS has_data "  # data_checkpoints.TABLE
-    "FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()"
-)
-
-
-def _check_marker(target: Target, database: str, found: str | None) -> None:
-    if target.marker is None or target.marker == found:
-        return
-    raise MarkerMismatchError(tenant=target.label, database=database, expected=target.marker, found=found)
 
 
 async def install(wanted: WantedExtensions, names: Sequence[str]) -> None:
@@ -516,67 +473,6 @@ async def install(wanted: WantedExtensions, names: Sequence[str]) -> None:
     except Exception as exc:
         raise MigrationError(f"the extensions {', '.join(names)} could not be installed: {describe(exc)}") from exc
     logger.info("installed the extensions %s", ", ".join(names))
-
-
-async def lock(
-    connection: Connection, *, timeout: float, connect_watch: Callable[[], Awaitable[Connection]] | None = None
-) -> None:
-    """Take the database's migration lock. Closing the connection releases it.
-
-    ``connect_watch`` connects as a role that sees more of the session that has it.
-
-    Raises:
-        MigrationError: another run has held it for ``timeout`` seconds.
-    """
-    pause = 0.02
-    try:
-        async with asyncio.timeout(timeout):
-            while not await try_lock(connection):
-                await asyncio.sleep(random.uniform(0.5, 1.0) * pause)
-                pause = min(0.5, pause * 1.5)
-    except TimeoutError:
-        holder = await _holder(connection, connect_watch)
-        raise MigrationError(
-            f"another run has been migrating it for {timeout:g} s; wait for that one to end{holder}"
-        ) from None
-
-
-async def _holder(connection: Connection, connect_watch: Callable[[], Awaitable[Connection]] | None) -> str:
-    """Who has the lock, in words; empty if that cannot be seen."""
-    try:
-        if connect_watch is None:
-            found = await holders_of(connection, _LOCK)
-        else:
-            watching = await connect_watch()
-            try:
-                found = await holders_of(watching, _LOCK)
-            finally:
-                await close(watching)
-    except (TenancyError, *SERVER_FAILURES):
-        return ""
-    return f" ({found})" if found.holders else ""
-
-
-async def try_lock(connection: Connection) -> bool:
-    """Take the database's migration lock, as ``lock`` does; False if another session has it."""
-    try:
-        return bool(await connection.fetchval(f"{_TRY_LOCK}, {_DETECT_LOST_CLIENT}", _LOCK))
-    except asyncpg.PostgresError as exc:
-        if exc.sqlstate != INVALID_PARAMETER_VALUE:
-            raise
-        # the server's platform does not support the setting
-        return bool(await connection.fetchval(_TRY_LOCK, _LOCK))
-
-
-_TRY_LOCK = "SELECT pg_catalog.pg_try_advisory_lock($1)"
-# Without it, the server notices only after the running statement that the migrating process has died. That may take
-# hours, and the lock is held until then.
-_DETECT_LOST_CLIENT = "pg_catalog.set_config('client_connection_check_interval', '2s', false)"
-
-
-async def close(connection: Connection) -> None:
-    """Close a connection, also when the caller is cancelled; cut its socket where the server does not answer."""
-    await run_to_completion(connections.close(connection))
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,15 @@ from .statements import Statement, keep_schema, statements
 def may_need_care(text: str) -> bool:
     """Whether a text may hold several statements, or some for psql; quicker than to look at it closely."""
     return ";" in text or "\\" in text or "STDIN" in text.upper()
+
+
+_WITHOUT_ROWS = re.compile(r"\s*(?:CREATE|ALTER|DROP|COMMENT|GRANT|REVOKE|INSERT|UPDATE|DELETE)\b", re.IGNORECASE)
+_ROWS_CHANGED = re.compile(r"(?:SELECT|UPDATE|DELETE|INSERT \d+) (\d+)")
+
+
+def returns_no_rows(text: str) -> bool:
+    """Whether a statement surely returns no rows, as those do that a revision consists of."""
+    return _WITHOUT_ROWS.match(text) is not None and "RETURNING" not in text.upper()
 
 
 def refuse_input_for_psql(found: Sequence[Statement]) -> None:
@@ -64,14 +74,26 @@ def run_script(cursor: Any, text: str, found: Sequence[Statement]) -> None:
     await_(_execute(cursor, adapted, parts))
 
 
-async def _execute(cursor: Any, adapted: Any, parts: list[str]) -> None:
+def run_alone(cursor: Any, text: str) -> None:
+    """Execute one statement without parameters and rows, as psycopg and psql do: in one round trip.
+
+    SQLAlchemy would have it prepared first, which takes another one.
+    """
+    status = await_(_execute(cursor, cursor._adapt_connection, [text]))
+    changed = _ROWS_CHANGED.match(status)
+    cursor._rowcount = int(changed[1]) if changed else -1
+
+
+async def _execute(cursor: Any, adapted: Any, parts: list[str]) -> str:
+    """Execute texts in turn, and return the status of the last one."""
+    status = ""
     async with adapted._execute_mutex:
         if not has_begun(adapted):
             await adapted._start_transaction()
         driver = adapted._connection
         try:
             for part in parts:
-                await driver.execute(part)
+                status = await driver.execute(part)
         except Exception as exc:  # noqa: BLE001 - SQLAlchemy translates it
             if adapted.autocommit and not driver.is_closed() and driver.is_in_transaction():
                 await driver.execute("ROLLBACK")
@@ -79,6 +101,7 @@ async def _execute(cursor: Any, adapted: Any, parts: list[str]) -> None:
         if adapted.autocommit and driver.is_in_transaction():
             await driver.execute("ROLLBACK")
             raise MigrationError("a script leaves its transaction open; nothing of that was committed")
+    return status
 
 
 @contextmanager

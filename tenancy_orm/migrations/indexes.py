@@ -38,6 +38,9 @@ _FROM_INDEXES = (
 HAS_INVALID_INDEXES = f"EXISTS (SELECT {_FROM_INDEXES} WHERE {_IS_INVALID})"
 """Whether there are any, as an expression for a SELECT."""
 
+MAY_HAVE_INVALID_INDEXES = "EXISTS (SELECT FROM pg_catalog.pg_index WHERE NOT indisvalid)"
+"""False where there are none of any kind: of one table, so that it costs a new session little to ask."""
+
 # A session that builds or drops an index concurrently has locked its table for all that time. So has autovacuum, which
 # is no user's, and which gives way.
 _INVALID = f"""

@@ -23,6 +23,8 @@ _TOKEN = re.compile(
 )
 _COMMENT_END = re.compile(r"/\*|\*/")
 
+_SHORT = 2_000
+
 _ENDS_TRANSACTION = frozenset({"BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT"})
 # these change nothing that a failure leaves behind
 _READS = frozenset(
@@ -78,9 +80,13 @@ class Statement:
         return self.words[:1] != [] and self.words[0] in _WRITES | _RUNS_CODE
 
 
-@functools.lru_cache(maxsize=8)  # every tenant of a fleet gets the same texts, and some are large
 def statements(text: str) -> tuple[Statement, ...]:
     """Return the statements of ``text``, which semicolons separate. Comments alone are none."""
+    # every tenant of a fleet gets the same texts, and some are large
+    return (_remembered if len(text) <= _SHORT else _remembered_large)(text)
+
+
+def _find_statements(text: str) -> tuple[Statement, ...]:
     found: list[Statement] = []
     current: Statement | None = None
     parentheses = blocks = 0
@@ -112,6 +118,10 @@ def statements(text: str) -> tuple[Statement, ...]:
             elif (word == "ATOMIC" and _begins_body(current.words)) or (word == "CASE" and blocks):
                 blocks += 1
     return tuple(found)
+
+
+_remembered = functools.lru_cache(maxsize=256)(_find_statements)
+_remembered_large = functools.lru_cache(maxsize=8)(_find_statements)
 
 
 def _begins_body(words: list[str]) -> bool:

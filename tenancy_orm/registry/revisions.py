@@ -58,10 +58,11 @@ RECORD_FINISHED: Final = (
     "WHERE u.tenant_id = f.tenant_id AND t.id = f.tenant_id AND f.has_read "
     "AND t.schema_revision IS DISTINCT FROM f.after AND coalesce(u.claimed_until < clock_timestamp(), true))"
 )
-# For one tenant, within the statement of ``ControlDatabase.fetch`` that has begun its migration: the row of ``begun``.
+# For many as well, within the statement of ``ControlDatabase.fetch`` that has begun their migrations: the rows of
+# ``begun`` have tenant_id, target and seconds.
 MARK_BEGUN: Final = (
-    "marked AS (UPDATE tenancy.tenants n SET migrating_to = {target}, "
-    "migrating_until = clock_timestamp() + make_interval(secs => {seconds}) FROM begun b WHERE n.id = b.tenant_id)"
+    "marked AS (UPDATE tenancy.tenants n SET migrating_to = b.target, "
+    "migrating_until = clock_timestamp() + make_interval(secs => b.seconds) FROM begun b WHERE n.id = b.tenant_id)"
 )
 
 

@@ -20,12 +20,13 @@ from ..audit.actor import SYSTEM, Actor
 from ..audit.entries import insert_entry
 from ..control.database import ControlDatabase
 from ..control.models import migration_run_tenants, tenants
-from ..control.notifications import CHANNEL, SCHEMA_CHANGED, SCHEMA_CHANGING
+from ..control.notifications import CHANNEL, SCHEMA_CHANGED
 from ..errors import JobLostError
 from ..jobs import CLAIM_SECONDS, Claimant
-from ..registry.revisions import BASE, MARK_BEGUN, RECORD_FINISHED
+from ..registry.revisions import RECORD_FINISHED
 from ..registry.rows import TENANT_COLUMNS, tenant_from_row
 from ..tenant import Tenant
+from .beginnings import Beginning, Beginnings
 from .records import RELEASE_LOST, RunState, lock_run, set_state
 from .starts import LIVE
 
@@ -97,7 +98,10 @@ _RENEW = text(
 )
 _MARK_STARTED = text(
     "UPDATE tenancy.migration_run_tenants SET state = 'running', started_at = clock_timestamp() "
-    "WHERE run = :run AND tenant_id = ANY(CAST(:ids AS uuid[])) AND claim = :me AND state = 'waiting'"
+    # in the order in which beginnings are written
+    "WHERE run = :run AND tenant_id IN (SELECT tenant_id FROM tenancy.migration_run_tenants WHERE run = :run "
+    "AND tenant_id = ANY(CAST(:ids AS uuid[])) AND claim = :me AND state = 'waiting' "
+    "ORDER BY tenant_id FOR NO KEY UPDATE)"
 )
 # The registry's revision with the outcome, and the notification that every process waits for: all or nothing.
 _FINISH = text(
@@ -176,21 +180,9 @@ _ADD_MISSING = text(
     "AND n.sealed_password IS NOT NULL AND NOT EXISTS "
     "(SELECT FROM tenancy.migration_run_tenants t WHERE t.run = :run AND t.tenant_id = n.id) RETURNING tenant_id"
 )
-# one statement: what it had before is recorded by the time when anybody may see the change
 _NOTE = text(
     "UPDATE tenancy.migration_run_tenants SET detail = detail || CAST(:detail AS jsonb) "
     "WHERE run = :run AND tenant_id = :tenant AND claim = :me"
-)
-_BEGIN = (
-    "WITH begun AS (UPDATE tenancy.migration_run_tenants SET state = 'running', "  # noqa: S608 - a constant
-    "started_at = coalesce(started_at, clock_timestamp()), "
-    "revision_before = CASE WHEN is_read THEN revision_before ELSE $4::text END, is_read = true "
-    "WHERE run = $1::bigint AND tenant_id = $2::uuid AND claim = $3::uuid "
-    "AND ($9::boolean OR EXISTS "
-    "(SELECT FROM tenancy.migration_runs r WHERE r.id = $1::bigint AND r.state = 'running')) "
-    "RETURNING tenant_id), "
-    + MARK_BEGUN.format(target="$7::text", seconds="$8::double precision")
-    + " SELECT pg_notify($5::text, $6::text) FROM begun"
 )
 
 
@@ -210,6 +202,7 @@ class RunClaims:
         self.run = run
         self.claimant = claimant
         self._names: dict[str, Any] = {"run": run, "me": claimant.id}
+        self._beginnings = Beginnings(control, run, claimant)
 
     async def servers(self) -> list[str]:
         """Return the servers that have tenants of the run."""
@@ -249,10 +242,7 @@ class RunClaims:
             JobLostError: another process may migrate it by now, or the run goes on no more.
             ControlUnavailableError: the control database does not answer.
         """
-        payload = json.dumps({"t": str(tenant_id), "k": None, "c": SCHEMA_CHANGING})
-        args = (self.run, tenant_id, self.claimant.id, before, CHANNEL, payload, target or BASE, seconds, again)
-        if not await self._control.fetch(_BEGIN, *args):
-            raise JobLostError
+        await self._beginnings.record(Beginning(tenant_id, before, target, seconds, again))
 
     async def note(self, tenant_id: UUID, detail: Mapping[str, Any]) -> None:
         """Add ``detail`` to a tenant's record, unless others have it by now.
@@ -448,6 +438,7 @@ class RunClaims:
 
     async def leave(self, finished: Sequence[Finished] = ()) -> None:
         """Write what has ended, and give back everything else that this process has claimed."""
+        await self._beginnings.settle()
         async with self._control.transaction() as connection:
             run = await lock_run(connection, self.run)
             if finished:

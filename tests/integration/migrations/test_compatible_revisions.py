@@ -16,7 +16,7 @@ from tenancy_orm import TenancyConfig
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.errors import ConfigurationError, SettingError, TaskRefusedError, TenantRevisionError
 from tenancy_orm.events import TenantRevisionRefused
-from tenancy_orm.migrations.database import _LOCK
+from tenancy_orm.migrations.state import _LOCK
 from tenancy_orm.runs import NoticeReport
 from tenancy_orm.tasks import ArrivalPolicy
 from tenancy_orm.tasks.gate import Message, TaskGate

@@ -68,6 +68,45 @@ async def test_a_tenant_at_head_costs_one_connection_and_one_select(
     assert [len(asked) for asked in queries.values()] == [1, 1, 1]
 
 
+async def test_a_migrated_tenant_is_asked_for_its_state_by_one_statement(
+    fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the lock, under it, after the notice, and at the end: prepared once. DDL is not prepared at all."""
+    add_rating(project)
+    await fleet.provisioner.template("default")
+    queries = count_queries(fleet.services.servers["default"], monkeypatch)
+    assert len((await fleet.migrations.upgrade()).changed) == 3
+    assert len(queries) == 3
+    for asked in queries.values():
+        states = [query for query in asked if " AS heads" in query]
+        assert len(states) == 4
+        assert len(set(states)) == 1
+        assert "pg_try_advisory_lock" in states[0]
+        assert asked[-5:-1] == [
+            "BEGIN;",
+            "ALTER TABLE notes ADD COLUMN rating INTEGER",
+            "UPDATE alembic_version SET version_num='0002' WHERE alembic_version.version_num = '0001'",
+            "COMMIT;",
+        ]
+
+
+async def test_a_tenant_that_the_registry_has_elsewhere_is_migrated_all_the_same(
+    fleet: Fleet, project: Project
+) -> None:
+    """Its first SELECT takes no lock, or one for nothing."""
+    add_rating(project)
+    await fleet.registry.set_revision(fleet.tenants["acme"].id, "0002")
+    await fleet.registry.set_revision(fleet.tenants["globex"].id, "0009")
+    await fleet.execute(
+        "initech", "ALTER TABLE notes ADD rating integer; UPDATE alembic_version SET version_num = '0002'"
+    )
+    assert results(await fleet.migrations.upgrade()) == {
+        "acme": ("0001", "0002", True),
+        "globex": ("0001", "0002", True),
+        "initech": ("0002", "0002", False),
+    }
+
+
 async def test_tenants_can_be_chosen(fleet: Fleet, project: Project) -> None:
     add_rating(project)
     acme, globex = fleet.tenants["acme"], fleet.tenants["globex"]

@@ -51,6 +51,23 @@ async def test_a_text_may_hold_several_statements(fleet: Fleet, project: Project
     assert await fleet.fetch("acme", "SELECT to_regclass('a')::text, to_regclass('lines')::text") == [(None, None)]
 
 
+async def test_a_statement_that_is_not_prepared_says_what_it_has_changed(fleet: Fleet, project: Project) -> None:
+    """What has rows to return is prepared; a name may look like it."""
+    body = """
+    bind = op.get_bind()
+    assert bind.exec_driver_sql("INSERT INTO notes (id, body) VALUES (1, 'a'), (2, '100%')").rowcount == 2
+    assert bind.execute(sa.text("UPDATE notes SET body = 'b' WHERE id = 1")).rowcount == 1
+    assert {*bind.execute(sa.text("UPDATE notes SET body = 'c' returning id")).scalars()} == {1, 2}
+    assert bind.execute(sa.text("DELETE FROM notes WHERE id = :id"), {"id": 3}).rowcount == 0
+    assert bind.execute(sa.text("DELETE FROM notes")).rowcount == 2
+    assert not bind.execute(sa.text('CREATE TABLE returning_ ("returning" text)')).returns_rows
+    assert not bind.execute(sa.text("DROP TABLE returning_")).returns_rows
+    """
+    project.add("0002", body, down="0001")
+    report = await fleet.migrations.upgrade()
+    assert report.ok, report.reasons
+
+
 async def test_a_script_is_part_of_the_migrations_transaction(fleet: Fleet, project: Project) -> None:
     tenant = 'op.get_context().opts["tenant"]'
     fail = f"op.execute('SELECT 1/0; SELECT 2' if {tenant} else 'SELECT 1; SELECT 2')"

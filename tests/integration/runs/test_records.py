@@ -12,10 +12,20 @@ import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tenancy_orm import Actor, TenancyConfig
 from tenancy_orm.drift import detection
-from tenancy_orm.errors import RunMismatchError, RunNotFoundError, RunStateError, SchemaDriftError
+from tenancy_orm.errors import (
+    ControlUnavailableError,
+    JobLostError,
+    RunMismatchError,
+    RunNotFoundError,
+    RunStateError,
+    SchemaDriftError,
+)
+from tenancy_orm.jobs import Claimant
+from tenancy_orm.runs.claims import RunClaims
 from tests.support.fleet import Fleet, activity, open_fleet, until
 from tests.support.projects import Project
 
@@ -86,6 +96,70 @@ async def test_failed_tenants_alone_are_retried(fleet: Fleet, project: Project) 
         assert (await again(run)).ok
     assert await fleet.migrations.get_run(run) == done, "what is done stays as it is"
     assert len(await fleet.migrations.run_processes(run)) == 2
+
+
+async def test_beginnings_are_recorded_together(
+    fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What begins while others are being recorded is recorded with the next statement; one that is lost fails alone."""
+    project.add("0002", RATING, NO_RATING, down="0001")
+    report = await fleet.migrations.upgrade()
+    assert report.run is not None
+    control, claimant = fleet.services.control, Claimant()
+    async with control.transaction() as connection:
+        await connection.execute(text("UPDATE tenancy.migration_runs SET state = 'running'"))
+        await connection.execute(
+            text("UPDATE tenancy.migration_run_tenants SET claim = :me, is_read = false, revision_before = NULL"),
+            {"me": claimant.id},
+        )
+    asked: list[list[Any]] = []
+    fetch = control.fetch
+
+    async def counting(query: str, *args: Any) -> Any:
+        asked.append(args[3])
+        return await fetch(query, *args)
+
+    monkeypatch.setattr(control, "fetch", counting)
+    claims = RunClaims(control, report.run, claimant, held=False)
+    ids = {slug: tenant.id for slug, tenant in fleet.tenants.items()}
+
+    def begin(slug: str) -> asyncio.Task[None]:
+        return asyncio.create_task(claims.begin(ids[slug], slug, target="0002", seconds=60.0))
+
+    async with control.transaction() as connection:
+        await connection.execute(
+            text("SELECT FROM tenancy.migration_run_tenants WHERE tenant_id = :id FOR UPDATE"), {"id": ids["acme"]}
+        )
+        first = begin("acme")
+        await until(lambda: waits_for_a_lock(connection))
+        others = [begin("globex"), begin("initech")]
+        cancelled = begin("acme")
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await connection.execute(
+            text("UPDATE tenancy.migration_run_tenants SET claim = NULL WHERE tenant_id = :id"), {"id": ids["globex"]}
+        )
+    ended = await asyncio.gather(first, *others, cancelled, return_exceptions=True)
+    assert [type(one) for one in ended] == [type(None), JobLostError, type(None), asyncio.CancelledError]
+    assert asked == [[ids["acme"]], [ids["globex"], ids["initech"]]]
+    before = {one.slug: one.revision_before for one in await fleet.migrations.run_tenants(report.run) if one.is_read}
+    assert before == {"acme": "acme", "initech": "initech"}
+    monkeypatch.undo()
+    async with control.connect() as connection:
+        rows = await connection.execute(text("SELECT slug, migrating_to FROM tenancy.tenants"))
+        assert dict(rows.all()) == {"acme": "0002", "globex": None, "initech": "0002"}
+    monkeypatch.setattr(control, "fetch", refuse)
+    for failed in await asyncio.gather(begin("acme"), begin("initech"), return_exceptions=True):
+        assert isinstance(failed, ControlUnavailableError)
+
+
+async def refuse(query: str, *args: Any) -> Any:
+    raise ControlUnavailableError("the control database is not available")
+
+
+async def waits_for_a_lock(connection: AsyncConnection) -> bool:
+    found = await connection.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+    return bool(found)
 
 
 async def test_another_machine_takes_part(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
