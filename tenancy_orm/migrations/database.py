@@ -58,8 +58,8 @@ class DatabaseMigration:
     before the first one, with the revision that the database has during that; the change is announced again before the
     next revision.
 
-    ``checks`` are the revisions with a ``preflight()`` that is asked right before they run; None means all, as without
-    a preflight of the fleet.
+    ``asks`` says of a revision with a ``preflight()`` whether that is asked right before it runs; all are where it is
+    None, as without a preflight of the fleet.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class DatabaseMigration:
         adapter: ConnectionAdapter,
         limits: Limits,
         announce: Callable[[], Awaitable[None]] | None = None,
-        checks: frozenset[str] | None = None,
+        asks: Callable[[str], bool] | None = None,
         observe_data: DataObserver | None = None,
         reached: Callable[[str | None], Awaitable[None]] | None = None,
     ) -> None:
@@ -85,7 +85,7 @@ class DatabaseMigration:
         self.announced = False
         self.attempts = 0
         self._announce = announce
-        self._checks = checks
+        self._asks = asks
         self._observe_data = observe_data
         self._reached = reached
         self._deadline = asyncio.timeout(None)
@@ -406,7 +406,7 @@ class DatabaseMigration:
     def _checked(self, step: MigrationStep, connection: SyncConnection) -> MigrationStep:
         """The step, with its revision's checks before it where they have not been asked yet."""
         script = script_of(step)
-        if script is None or (self._checks is not None and script.revision not in self._checks):
+        if script is None or (self._asks is not None and not self._asks(script.revision)):
             return step
         tenant, timeout = self.target.tenant, self.limits.preflight
         return preceded(step, lambda: ask_in_place(connection, script, tenant, timeout))

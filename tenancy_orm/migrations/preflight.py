@@ -42,8 +42,9 @@ class PreflightOutcome:
     """The result for one tenant.
 
     ``revision`` is the one that the tenant is at, ``checks`` how many of its pending revisions' checks were asked, and
-    ``findings`` those that did not pass. ``deferred`` are the revisions with checks that can be asked only when earlier
-    ones have run. ``error`` is set if the tenant could not be asked at all.
+    ``findings`` those that did not pass. ``answered`` are the revisions with checks that were all asked, ``deferred``
+    those with checks that can be asked only when earlier ones have run. ``error`` is set if the tenant could not be
+    asked at all.
     """
 
     tenant_id: UUID
@@ -52,6 +53,7 @@ class PreflightOutcome:
     revision: str | None
     checks: int = 0
     findings: tuple[Finding, ...] = ()
+    answered: tuple[str, ...] = ()
     deferred: tuple[str, ...] = ()
     error: str | None = None
     seconds: float = 0.0
@@ -131,7 +133,7 @@ class Preflight:
         self._health = health
 
     async def before_run(self, tenants: Sequence[Tenant]) -> Mapping[UUID, frozenset[str]]:
-        """Ask ``tenants``, and return for each the revisions with checks that were deferred.
+        """Ask ``tenants``, and return for each the revisions with checks that have passed.
 
         If, according to the registry, no tenant has a check ahead, none is asked, and nothing is returned: a run with
         nothing to do must cost no more. ``DatabaseMigration`` asks checks that it meets all the same.
@@ -144,7 +146,7 @@ class Preflight:
         report = await self.ask(tenants)
         logger.info("%s", report.summary())
         report.raise_for_failures()
-        return {outcome.tenant_id: frozenset(outcome.deferred) for outcome in report.outcomes}
+        return {outcome.tenant_id: frozenset(outcome.answered) for outcome in report.outcomes}
 
     async def ask(self, tenants: Sequence[Tenant]) -> PreflightReport:
         """Ask ``tenants``, and return the report. A tenant that was purged since it was listed is not in it."""
@@ -189,6 +191,7 @@ class Preflight:
             revision=None if question.state is None else format_revision(question.state.heads),
             checks=question.asked,
             findings=tuple(question.findings),
+            answered=tuple(question.answered),
             deferred=tuple(question.deferred),
             error=error,
             seconds=time.monotonic() - started,
@@ -211,6 +214,7 @@ class _Question:
     def _forget(self) -> None:
         self.asked = 0
         self.findings: list[Finding] = []
+        self.answered: list[str] = []
         self.deferred: list[str] = []
 
     async def ask(self) -> None:
@@ -265,8 +269,7 @@ class _Question:
                     )
                     self.asked += result.asked
                     self.findings += result.findings
-                    if result.deferred:
-                        self.deferred.append(script.revision)
+                    (self.deferred if result.deferred else self.answered).append(script.revision)
             if transaction.is_active:
                 transaction.rollback()
 

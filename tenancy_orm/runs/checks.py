@@ -34,7 +34,6 @@ from ..migrations.logs import logger
 from ..secrets.keyring import Keyring
 from .waves import Wave, Waves
 
-_ASSOCIATED = b"migration-run-checks"
 _KILL_SECONDS = 5.0  # between SIGTERM and SIGKILL
 
 
@@ -96,25 +95,32 @@ def require_checks(waves: Waves) -> None:
                 raise ConfigurationError(f"wave {wave.name!r}: {exc}") from exc
 
 
-def seal_checks(keyring: Keyring, waves: Waves) -> str | None:
-    """Return a seal of the commands and functions of ``waves``; None if there are none."""
+def seal_checks(keyring: Keyring, waves: Waves, run: int) -> str | None:
+    """Return a seal of the commands and functions of a run's ``waves``; None if there are none.
+
+    It fits this run alone: who can write rows of the control database cannot have the checks of another run repeated.
+    """
     found = _checks_of(waves)
     if not found:
         return None
-    return base64.b64encode(keyring.seal(_digest(found), associated=_ASSOCIATED)).decode()
+    return base64.b64encode(keyring.seal(_digest(found), associated=_associated(run))).decode()
 
 
-def is_sealed(keyring: Keyring, waves: Waves, seal: str | None) -> bool:
-    """Whether ``seal`` was made for these commands and functions by a process of this installation."""
+def is_sealed(keyring: Keyring, waves: Waves, run: int, seal: str | None) -> bool:
+    """Whether ``seal`` was made for these commands and functions of this run by a process of this installation."""
     found = _checks_of(waves)
     if not found:
         return True
     try:
-        opened = keyring.open(base64.b64decode(seal or "", validate=True), associated=_ASSOCIATED)
+        opened = keyring.open(base64.b64decode(seal or "", validate=True), associated=_associated(run))
     except (SecretError, binascii.Error) as exc:
         logger.error("the checks between waves are refused: %s", exc)
         return False
     return opened == _digest(found)
+
+
+def _associated(run: int) -> bytes:
+    return f"migration-run-checks:{run}".encode()
 
 
 def _checks_of(waves: Waves) -> list[Any]:

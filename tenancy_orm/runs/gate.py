@@ -94,7 +94,7 @@ class WaveGate:
             await self._wait(number, wave)
         if not wave.commands and not wave.functions:
             return None
-        if not is_sealed(self._keyring, self._waves, self._record.plan.get("seal")):
+        if not is_sealed(self._keyring, self._waves, self._record.id, self._record.plan.get("seal")):
             return "its checks were not recorded by a process of this installation, and none was run"
         return await run_checks(wave, report)
 

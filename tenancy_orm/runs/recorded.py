@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any, Final
 from uuid import UUID
@@ -111,8 +112,6 @@ class RecordedRuns:
         waves.check(tiers=self._services.config.tiers, servers=tuple(self._services.servers))
         require_checks(waves)
         plan = options.as_plan(everyone=tenants is None)
-        if seal := seal_checks(self._services.keyring, waves):
-            plan["seal"] = seal
         new = NewRun(
             command=command,
             target=target,
@@ -121,6 +120,7 @@ class RecordedRuns:
             actor=actor,
             code_version=code_version(self._services.config),
             undoes=undoes,
+            seal=partial(seal_checks, self._services.keyring, waves),
         )
         numbers = waves.assign(chosen)
         for number in sorted(set(range(waves.last)) - set(numbers)):

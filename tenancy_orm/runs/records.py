@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -113,7 +113,7 @@ class ProcessRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRun:
-    """What is recorded of a run before it starts."""
+    """What is recorded of a run before it starts. ``seal`` returns what its plan gets as ``seal``, by its number."""
 
     command: str
     target: str
@@ -122,6 +122,7 @@ class NewRun:
     actor: Actor = SYSTEM
     code_version: str | None = None
     undoes: int | None = None
+    seal: Callable[[int], str | None] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +169,9 @@ _INSERT = text(
     "(command, target, undoes, actor_kind, actor_id, host, package_version, code_version, fingerprint, plan, gate) "
     "VALUES (:command, :target, :undoes, :actor_kind, :actor_id, :host, :package_version, :code_version, "
     ":fingerprint, CAST(:plan AS jsonb), :gate) RETURNING id"
+)
+_SEAL = text(
+    "UPDATE tenancy.migration_runs SET plan = plan || jsonb_build_object('seal', CAST(:seal AS text)) WHERE id = :run"
 )
 _ADD_TENANTS = text(
     "INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, wave, target, position) "
@@ -280,6 +284,8 @@ class RunRecords:
             if not beside:
                 await _refuse_to_pass(connection, new.command, [one.tenant_id for one in tenants], new.undoes)
             run = int(await connection.scalar(_INSERT, {**_new_values(new), "gate": claimant.id}) or 0)
+            if new.seal is not None and (seal := new.seal(run)) is not None:
+                await connection.execute(_SEAL, {"run": run, "seal": seal})
             await add_tenants(connection, run, tenants)
             await _refuse_conflicts(connection, run, new.actor)
             await add_process(connection, run, claimant)

@@ -64,13 +64,13 @@ class TenantMigration:
         tenant: Tenant,
         begin: Begin,
         *,
-        checks: frozenset[str] | None = None,
+        asks: Callable[[str], bool] | None = None,
         observe_data: DataObserver | None = None,
     ) -> MigrationResult:
         """Apply ``plan`` to ``tenant``; an error is its outcome, and a cancellation is in the result.
 
-        ``checks`` are the revisions with checks that are asked right before they run; all where None. ``observe_data``
-        is called after each batch of a data migration.
+        ``asks`` says of a revision with checks whether they are asked right before it runs; all are where it is None.
+        ``observe_data`` is called after each batch of a data migration.
         """
         started = time.monotonic()
         if tenant.placement is None:
@@ -82,7 +82,7 @@ class TenantMigration:
         error: Exception | None = None
         migration: DatabaseMigration
         try:
-            migration = self._migration(plan, tenant, announce, checks, observe_data)
+            migration = self._migration(plan, tenant, announce, asks, observe_data)
         except Exception as exc:  # noqa: BLE001 - its server may not be configured
             return MigrationResult(outcome=self._failure(tenant, exc, started))
         try:
@@ -120,7 +120,7 @@ class TenantMigration:
         plan: Plan,
         tenant: Tenant,
         announce: Callable[[], Awaitable[None]],
-        checks: frozenset[str] | None,
+        asks: Callable[[str], bool] | None,
         observe_data: DataObserver | None,
     ) -> DatabaseMigration:
         async def reached(revision: str | None) -> None:
@@ -140,7 +140,7 @@ class TenantMigration:
             adapter=self._connections.adapter(placement_of(tenant).server),
             limits=self._connections.limits,
             announce=announce,
-            checks=checks,
+            asks=asks,
             observe_data=observe_data,
             reached=reached,
         )

@@ -49,7 +49,7 @@ class MigrationWork:
         self._connections = connections
         self._checks = checks
         self._concurrency = concurrency
-        self._deferred: Mapping[UUID, frozenset[str]] = {}  # by tenant: the revisions with checks that are still to ask
+        self._answered: Mapping[UUID, frozenset[str]] = {}  # by tenant: the revisions with checks that have passed
         self._health = Health()
         self._migration = TenantMigration(services, connections, self._health)
 
@@ -82,7 +82,7 @@ class MigrationWork:
             preflight = Preflight(
                 self.plan, self._connections, selection, concurrency=self._concurrency, health=self._health
             )
-            self._deferred = await preflight.before_run(await tenants())
+            self._answered = await preflight.before_run(await tenants())
         if record.plan["all"] and self.plan.command != "upgrade":
             # until the run has ended nobody knows where the fleet is, and no tenant may be upgraded by itself
             await self.services.registry.set_fleet_revision(None)
@@ -95,9 +95,14 @@ class MigrationWork:
         self, tenant: Tenant, begin: Begin, observe_data: DataObserver | None = None
     ) -> MigrationResult:
         """Migrate a tenant that no run has claimed."""
-        # by a process that did not ask ahead, all are asked right before they run
-        checks = frozenset[str]() if self._checks == "never" else self._deferred.get(tenant.id)
-        return await self._migration.run(self.plan, tenant, begin, checks=checks, observe_data=observe_data)
+        # Asked right before their revision: what the preflight could not ask, or did not; that is so for all in a
+        # process that did not ask ahead, and where the tenant is at another revision than it was then.
+        answered = self._answered.get(tenant.id, frozenset())
+
+        def asks(revision: str) -> bool:
+            return self._checks != "never" and revision not in answered
+
+        return await self._migration.run(self.plan, tenant, begin, asks=asks, observe_data=observe_data)
 
     def emit(self, outcome: TenantOutcome) -> None:
         """Log a failure, and emit the event of a migration."""

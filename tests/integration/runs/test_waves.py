@@ -267,9 +267,44 @@ async def test_a_check_that_somebody_has_written_into_the_records_is_not_run(
     assert (refused.state, (tmp_path / "written").exists()) == ("paused", False)
     assert "not recorded by a process of this installation" in (refused.reason or "")
 
+    # nor what an earlier run was started with, by somebody who copies it with its seal
+    other = await fleet.migrations.upgrade(waves=canary(commands=f"touch {tmp_path}/copied"), beside=True)
+    assert (other.state, (tmp_path / "copied").exists()) == ("done", True)
+    (tmp_path / "copied").unlink()
+    async with fleet.services.control.transaction() as connection:
+        await connection.exec_driver_sql(
+            "UPDATE tenancy.migration_runs r SET plan = r.plan || jsonb_build_object("
+            "'waves', o.plan -> 'waves', 'seal', o.plan -> 'seal') "
+            f"FROM tenancy.migration_runs o WHERE r.id = {paused.run} AND o.id = {other.run}"
+        )
+    refused = await fleet.migrations.resume(paused.run)
+    assert (refused.state, (tmp_path / "copied").exists()) == ("paused", False)
+
     monkeypatch.setattr(gate, "is_sealed", lambda *_: True)
     await fleet.migrations.resume(paused.run)
-    assert (tmp_path / "written").exists()
+    assert (tmp_path / "copied").exists()
+
+
+async def test_a_check_that_becomes_pending_after_the_preflight_is_asked_all_the_same(
+    fleet: Fleet, project: Project, checks: Checks
+) -> None:
+    """Before its revision runs: the preflight has not asked it where the tenant had that revision already."""
+    project.add(
+        "0002", *COLUMN, down="0001", preflight='yield Check("no empty notes", "SELECT FROM notes WHERE body = \'\'")'
+    )
+    (await fleet.migrations.upgrade(tenants=["globex"])).raise_for_failures()
+    project.add("0003", down="0002")
+    running = asyncio.create_task(fleet.migrations.upgrade(waves=canary(functions="run_checks:slow")))
+    async with asyncio.timeout(60):
+        await checks.entered.wait()
+    # somebody restores a backup
+    await fleet.execute("globex", "ALTER TABLE notes DROP title; INSERT INTO notes VALUES (1, '')")
+    await fleet.execute("globex", "UPDATE alembic_version SET version_num = '0001'")
+    checks.may_end.set()
+    report = await running
+    assert report.reasons == {"globex": "upgrade 0001 -> 0002: preflight: no empty notes: 1 row"}
+    assert [await fleet.revision(slug) for slug in SLUGS] == ["0003", "0001", "0003", "0003"]
+    assert "title" not in await fleet.columns("globex")
 
 
 async def test_a_preview_touches_nothing(fleet: Fleet, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,11 +153,12 @@ def test_checks_are_sealed() -> None:
     """What somebody without the installation's key has written is not run."""
     keyring = Keyring({"1": b"1" * 32})
     waves = parse_waves(["5% command=true function=os.path:exists"])
-    seal = seal_checks(keyring, waves)
-    assert is_sealed(keyring, waves, seal)
+    seal = seal_checks(keyring, waves, 7)
+    assert is_sealed(keyring, waves, 7, seal)
+    assert not is_sealed(keyring, waves, 8, seal), "of another run"
     changed = parse_waves(["5% command='rm -r /' function=os.path:exists"])
     other = Keyring({"1": b"2" * 32})
-    for forged in (None, "", "no base64!", base64.b64encode(b"short").decode(), seal_checks(other, changed), seal):
-        assert not is_sealed(keyring, changed, forged)
-    assert seal_checks(keyring, parse_waves(["5%"])) is None
-    assert is_sealed(keyring, parse_waves(["5%"]), None)
+    for forged in (None, "", "no base64!", base64.b64encode(b"short").decode(), seal_checks(other, changed, 7), seal):
+        assert not is_sealed(keyring, changed, 7, forged)
+    assert seal_checks(keyring, parse_waves(["5%"]), 7) is None
+    assert is_sealed(keyring, parse_waves(["5%"]), 7, None)
