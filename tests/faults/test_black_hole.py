@@ -109,12 +109,12 @@ async def each_answer(tenancy: Tenancy, slug: str) -> AsyncGenerator[None, None]
 
 async def in_a_thread(tenancy: Tenancy, slug: str) -> AsyncGenerator[None, None]:
     goes_on = asyncio.Event()
-    ready, loop = asyncio.Event(), asyncio.get_running_loop()
+    ready, loop = asyncio.Semaphore(0), asyncio.get_running_loop()
 
     def work(step: str) -> None:
         with tenancy.sync.session(slug) as session:
             session.execute(INSERT)
-            loop.call_soon_threadsafe(ready.set)
+            loop.call_soon_threadsafe(ready.release)
             asyncio.run_coroutine_threadsafe(goes_on.wait(), loop).result()
             if step == "statement":
                 session.execute(SELECT)
@@ -122,8 +122,8 @@ async def in_a_thread(tenancy: Tenancy, slug: str) -> AsyncGenerator[None, None]
                 session.commit()
 
     threads = [asyncio.create_task(asyncio.to_thread(work, step)) for step in ("statement", "commit", "rollback")]
-    await ready.wait()
-    await asyncio.sleep(0.3)
+    for _ in threads:
+        await ready.acquire()
     yield
     goes_on.set()
     ended = await asyncio.gather(*threads, return_exceptions=True)

@@ -248,11 +248,17 @@ async def test_an_interruption_between_two_attempts_leaves_what_the_first_has_co
     await old.fleet.create("acme")
     await old.fleet.execute("acme", "INSERT INTO notes (body) VALUES ('busy')")
     newer = config.replace(migrations=following.migrations, compatible_revisions="0003:")
-    monkeypatch.setattr("tenancy_orm.migrations.limits.random", SimpleNamespace(uniform=lambda *_: 100.0))
+    pauses: list[float] = []
+
+    def pause(*_: float) -> float:
+        pauses.append(100.0)
+        return pauses[-1]
+
+    monkeypatch.setattr("tenancy_orm.migrations.limits.random", SimpleNamespace(uniform=pause))
     async with released(newer, "id") as new:
         run = asyncio.create_task(new.fleet.migrations.upgrade(tenants=["acme"]))
         await until(lambda: old.fleet.revision("acme"), "0003")
-        await asyncio.sleep(0.2)  # the attempt ends
+        await until(lambda: asyncio.sleep(0, len(pauses)), 1)  # the attempt has ended
         run.cancel()
         await asyncio.gather(run, return_exceptions=True)
     assert await old.fleet.recorded("acme") == "0003"

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager
@@ -303,7 +302,10 @@ tenancy = Tenancy()
 tenancy.sync.open()
 print("open", flush=True)
 if sys.argv[1] == "wait":
-    tenancy.sync.call(__import__("asyncio").sleep, 60)
+    async def wait():
+        print("waits", flush=True)
+        await __import__("asyncio").sleep(60)
+    tenancy.sync.call(wait)
 elif sys.argv[1] == "thread":
     def work():
         time.sleep(0.3)
@@ -348,8 +350,7 @@ def test_ctrl_c_ends_a_call(tenancy_config: TenancyConfig) -> None:
     """The main thread raises KeyboardInterrupt at once, and the process ends."""
     process = _run(tenancy_config, "wait")
     assert process.stdout is not None
-    assert process.stdout.readline() == "open\n"
-    time.sleep(0.2)
+    assert [process.stdout.readline() for _ in range(2)] == ["open\n", "waits\n"]
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in stderr
