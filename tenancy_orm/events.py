@@ -92,7 +92,7 @@ class TenantRestored(TenantEvent):
     Attributes:
         operation: The number of the operation.
         undone: Whether a restore was undone.
-        seconds: How long the tenant's requests were refused.
+        seconds: How long the tenant's sessions waited.
     """
 
     operation: int

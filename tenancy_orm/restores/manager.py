@@ -64,7 +64,7 @@ class RestoreManager:
     Args:
         config: The configuration.
         operations: The records of operations.
-        tenants: Creates tenants, and puts them into maintenance.
+        tenants: Creates tenants.
         migrations: Loads the migrations.
         events: Receives ``TenantRestored``.
     """
@@ -87,7 +87,7 @@ class RestoreManager:
         self._provisioner = services.provisioner
         self._events = events
         self._connections = Connections(services)
-        self._switching = Switching(config, services.registry, tenants, services.provisioner, self._connections)
+        self._switching = Switching(config, services.registry, services.provisioner, self._connections)
 
     # --- restoring --------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class RestoreManager:
         tell: Tell = _silent,
         actor: Actor = SYSTEM,
     ) -> RestoreReport:
-        """Restore a tenant's database beside the one in use, and swap the two in a moment of maintenance.
+        """Restore a tenant's database beside the one in use, and swap the two while the tenant's sessions wait.
 
         The replaced database is kept for ``backup.keep_replaced`` seconds; until then ``undo`` swaps back. Usage, keys
         and the audit log are not turned back. Missing revisions run before the swap.
@@ -147,7 +147,7 @@ class RestoreManager:
             },
             actor=actor,
         )
-        async with self._working(operation, claimant, actor):
+        async with self._working(operation, claimant):
             await self._registry.record_database(
                 TenantDatabase(
                     server=place.server,
@@ -381,7 +381,7 @@ class RestoreManager:
             detail={"server": kept.server, "database": kept.name, "from": place.database, "action": _UNDO},
             actor=actor,
         )
-        async with self._working(operation, claimant, actor):
+        async with self._working(operation, claimant):
             tell("running missing revisions")
             operation = await self._upgrade_kept(operation, claimant, found)
             tell("swapping")
@@ -434,7 +434,7 @@ class RestoreManager:
         started = time.monotonic()
         operation, claimant = await self._claim(number)
         swapped: Swapped | None = None
-        async with self._working(operation, claimant, actor):
+        async with self._working(operation, claimant):
             tenant = await self._registry.get(operation.tenant_id)
             if operation.step == "making":
                 raise OperationStateError(
@@ -454,7 +454,7 @@ class RestoreManager:
             await self._operations.finish(operation, claimant, "done", detail={"kept_until": swapped.kept_until})
         return self._report(operation, swapped.tenant, started, swapped)
 
-    async def discard(self, number: int, *, actor: Actor = SYSTEM) -> None:
+    async def discard(self, number: int) -> None:
         """End a restore that waits for its swap, or that a process has left behind, and drop what it has made.
 
         Raises:
@@ -465,7 +465,7 @@ class RestoreManager:
         refuse_while_bound("restoring a tenant")
         operation, claimant = await self._claim(number)
         async with self._operations.keep(operation, claimant):
-            await self._take_back(operation, actor)
+            await self._take_back(operation)
             await self._operations.finish(operation, claimant, "undone")
 
     async def _claim(self, number: int) -> tuple[Operation, Claimant]:
@@ -475,7 +475,7 @@ class RestoreManager:
         return await self._operations.claim(number, claimant), claimant
 
     @asynccontextmanager
-    async def _working(self, operation: Operation, claimant: Claimant, actor: Actor) -> AsyncIterator[None]:
+    async def _working(self, operation: Operation, claimant: Claimant) -> AsyncIterator[None]:
         """Keep the claim while the body works; where it fails, take the operation back and record why."""
         try:
             async with self._operations.keep(operation, claimant):
@@ -483,22 +483,22 @@ class RestoreManager:
         except JobLostError:
             raise  # another process has it by now
         except BaseException as exc:
-            await run_to_completion(self._fail(operation.id, claimant, exc, actor))
+            await run_to_completion(self._fail(operation.id, claimant, exc))
             raise
 
-    async def _fail(self, number: int, claimant: Claimant, error: BaseException, actor: Actor) -> None:
+    async def _fail(self, number: int, claimant: Claimant, error: BaseException) -> None:
         try:
             operation = await self._operations.get(number)
             if operation.state != "running":
                 return
             async with self._operations.keep(operation, claimant):
-                await self._take_back(operation, actor)
+                await self._take_back(operation)
                 reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
                 await self._operations.finish(operation, claimant, "failed", error=reason)
         except _FAILURES as exc:
             logger.error("operation %d could not be taken back, housekeeping will do it: %s", number, exc)
 
-    async def _take_back(self, operation: Operation, actor: Actor) -> None:
+    async def _take_back(self, operation: Operation) -> None:
         """Let the tenant use what it used before, and drop what was made.
 
         Raises:
@@ -508,7 +508,7 @@ class RestoreManager:
         if tenant.placement is None:
             return  # purged, with all its databases
         if operation.step == "switching":
-            await self._switching.go_back(operation, operation.detail["database"], actor=actor)
+            await self._switching.go_back(operation, operation.detail["database"])
         beside = await self._beside(operation)
         if beside is not None and beside.state == "making":
             await self._provisioner.new_databases.drop(beside)
@@ -558,7 +558,7 @@ class RestoreManager:
                 if (await self._operations.get(operation.id)).state == "running":
                     raise
             return  # finished, or failed and taken back
-        await self.discard(operation.id, actor=actor)
+        await self.discard(operation.id)
 
     async def _is_needed(self, beside: TenantDatabase) -> bool:
         """Whether an operation that is not over may go back to a database."""
@@ -583,7 +583,7 @@ class RestoreManager:
             differences=tuple(detail.get("differences", ())),
             left_out=tuple(detail.get("left_out", ())),
             seconds=time.monotonic() - started,
-            maintenance_seconds=0.0 if swapped is None else swapped.seconds,
+            pause_seconds=0.0 if swapped is None else swapped.seconds,
         )
 
 

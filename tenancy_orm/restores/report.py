@@ -30,7 +30,7 @@ class RestoreReport:
         left_out: What was not restored, as ``pg_restore`` lists it.
         api_key: The key of another tenant that was made; it is shown once.
         seconds: How long it took.
-        maintenance_seconds: How long the tenant's requests were refused.
+        pause_seconds: How long the tenant's sessions waited.
     """
 
     operation: int | None
@@ -46,7 +46,7 @@ class RestoreReport:
     left_out: Sequence[str] = ()
     api_key: str | None = field(default=None, repr=False)
     seconds: float = 0.0
-    maintenance_seconds: float = 0.0
+    pause_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

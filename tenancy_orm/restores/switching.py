@@ -1,8 +1,8 @@
-"""``Swap``: makes a database beside the one in use the one in use, in a moment of maintenance.
+"""``Switching``: makes a database beside the one in use the one in use, while the tenant's sessions wait.
 
-The order leaves one writable copy at any time: the old database is closed, its sessions end, and only then does the
-tenant's role get into the new one. Until the tenant's row names the new one, whoever takes the operation over can go on
-or go back; from then on, it goes on.
+The order leaves one writable copy at any time, see ``operations.switch``. Until the tenant's row names the new
+database, whoever takes the operation over can go on or go back; from then on, it goes on. The old one is sealed: not
+even the owner connects to it before an undo opens it again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -20,9 +20,9 @@ from ..audit.actor import Actor
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..errors import (
-    InvalidTransitionError,
     OperationError,
     OperationStateError,
+    ProvisioningError,
     TenancyError,
     TenantDeletedError,
     TenantNotFoundError,
@@ -30,17 +30,14 @@ from ..errors import (
 from ..migrations.connections import Connections, Health
 from ..migrations.database import close, lock
 from ..operations import Operation
+from ..operations.switch import PAUSE_SECONDS, Paused, Switch
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
-from ..registry.databases import TenantDatabase
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..tenant import Placement, Status, Tenant
-from ..tenants.manager import TenantManager
 
 logger = logging.getLogger("tenancy_orm.restores")
-
-_RUNNING = (Status.ACTIVE, Status.TRIAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +56,6 @@ class Switching:
     Args:
         config: ``backup.keep_replaced`` is read from it.
         registry: The tenants.
-        tenants: Puts a tenant into maintenance.
         provisioner: Opens and closes databases.
         connections: Connects to databases, to wait for a migration.
     """
@@ -68,15 +64,14 @@ class Switching:
         self,
         config: TenancyConfig,
         registry: Registry,
-        tenants: TenantManager,
         provisioner: Provisioner,
         connections: Connections,
     ) -> None:
         self._config = config
         self._registry = registry
-        self._tenants = tenants
         self._provisioner = provisioner
         self._new = provisioner.new_databases
+        self._switch = Switch(provisioner.services)
         self._connections = connections
 
     async def swap(
@@ -85,8 +80,7 @@ class Switching:
         """Make a database the one in use. To go on after an interruption, repeat it.
 
         Args:
-            operation: The operation, in the step of the swap. Its detail has ``in_maintenance``, whether the tenant
-                was in maintenance before.
+            operation: The operation, in the step of the swap; its detail has the database in use as ``from``.
             database: The database's name; its server is the tenant's.
             action: The action for the audit log.
             revision: The revision of its schema.
@@ -101,44 +95,35 @@ class Switching:
         before = await self._registry.get(operation.tenant_id)
         place = _placement(before)
         if place.database == database:
-            await self._finish(operation, before, actor)
+            await self._registry.end_pause(before.id)
+            await self._finish(replace(place, database=operation.detail["from"]), before)
             return await self._done(before, str(operation.detail["from"]), started)
         if place.database != operation.detail["from"]:
             raise OperationStateError(f"tenant {before.slug!r} has another database by now: {place.database}")
-        await self._begin_maintenance(operation, before, actor)
+        check_swappable(before)
         try:
-            async with self._new.locked(before) as current, self._between_migrations(current):
-                after = await self._switch(operation, current, database, action, revision, actor)
+            async with self._between_migrations(before), self._switch.pause(before, seconds=PAUSE_SECONDS) as paused:
+                after = await self._exchange(paused, operation, database, action, revision, actor)
         except BaseException as exc:
-            switched = await run_to_completion(self._go_back(operation, database, actor))
+            switched = await run_to_completion(self._go_back(operation, database))
             if switched is None or not isinstance(exc, Exception):
                 raise
-            after = switched  # the commit was in doubt, or only the lock's connection was lost after it
-        await self._finish(operation, after, actor)
+            after = switched  # the commit was in doubt, or only the end of the pause has failed
+        await self._finish(place, after)
         return await self._done(after, place.database, started)
 
-    async def _switch(
-        self, operation: Operation, current: Tenant, database: str, action: str, revision: str | None, actor: Actor
+    async def _exchange(
+        self, paused: Paused, operation: Operation, database: str, action: str, revision: str | None, actor: Actor
     ) -> Tenant:
-        old = _placement(current)
-        check_swappable(current)
+        old = _placement(paused.tenant)
+        check_swappable(paused.tenant)
         new = replace(old, database=database)
-        may_login = current.status not in LOGIN_BLOCKED
-        await self._new.set_connect(old, False)
-        if may_login:
+        if paused.tenant.status not in LOGIN_BLOCKED:
             await self._new.set_connect(new, True)
-            await self._new.prove(current, new)
+            await self._new.prove(paused.tenant, new)
         kept_until = datetime.now(UTC) + timedelta(seconds=self._config.backup.keep_replaced)
-        return await run_to_completion(
-            self._registry.switch_database(
-                current,
-                new,
-                action=action,
-                revision=revision,
-                kept_until=kept_until,
-                operation=operation.id,
-                actor=actor,
-            )
+        return await paused.to(
+            new, action=action, revision=revision, kept_until=kept_until, operation=operation.id, actor=actor
         )
 
     @asynccontextmanager
@@ -159,26 +144,13 @@ class Switching:
             # closing the database has ended it
             await run_to_completion(close(connection))
 
-    # --- maintenance ------------------------------------------------------------------------------------------------
-
-    async def _begin_maintenance(self, operation: Operation, tenant: Tenant, actor: Actor) -> None:
-        check_swappable(tenant)
-        if tenant.status in _RUNNING:
-            await self._tenants.start_maintenance(
-                tenant.id, reason=f"operation {operation.id} swaps its database", actor=actor
-            )
-
-    async def _end_maintenance(self, operation: Operation, actor: Actor) -> None:
-        """End what this operation has begun, unless somebody else has changed the status since."""
-        current = await self._registry.get(operation.tenant_id)
-        began = current.reason == f"operation {operation.id} swaps its database"
-        if current.status is Status.MAINTENANCE and began:
-            with suppress(InvalidTransitionError, TenantNotFoundError):
-                await self._tenants.end_maintenance(current.id, actor=actor)
-
-    async def _finish(self, operation: Operation, tenant: Tenant, actor: Actor) -> None:
-        await self._end_maintenance(operation, actor)
-        # what a status changed in the meantime asks for, in the database that is in use now
+    async def _finish(self, old: Placement, tenant: Tenant) -> None:
+        """Seal the old database, and let the role be as the tenant's status says, which may have changed."""
+        try:
+            await self._new.set_connect(old, False)
+        except ProvisioningError as exc:
+            # it has no CONNECT: what is left is an administrator's
+            logger.warning("tenant %s: the replaced database is not sealed yet: %s", tenant.slug, exc)
         await self._provisioner.align(await self._registry.get(tenant.id))
 
     async def _done(self, tenant: Tenant, replaced: str, started: float) -> Swapped:
@@ -188,21 +160,22 @@ class Switching:
 
     # --- back -------------------------------------------------------------------------------------------------------
 
-    async def _go_back(self, operation: Operation, database: str, actor: Actor) -> Tenant | None:
+    async def _go_back(self, operation: Operation, database: str) -> Tenant | None:
         """Go back after a failure, unless the tenant uses the new database already: then return it."""
         try:
             current = await self._registry.get(operation.tenant_id)
             if current.placement is not None and current.placement.database == database:
                 return current
-            await self.go_back(operation, database, actor=actor)
+            await self.go_back(operation, database)
         except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
             logger.error("operation %d could not be taken back, housekeeping will do it: %s", operation.id, exc)
         return None
 
-    async def go_back(self, operation: Operation, database: str, *, actor: Actor) -> None:
+    async def go_back(self, operation: Operation, database: str) -> None:
         """Let the tenant use the database that its row names, and close the other one. To go on, repeat it.
 
         Raises:
+            OperationStateError: its row names the other one.
             TenancyError: a server does not answer, or refuses.
         """
         current = await self._registry.get(operation.tenant_id)
@@ -214,14 +187,10 @@ class Switching:
                 raise OperationStateError(f"tenant {locked.slug!r} uses database {database!r} already")
             if await self._exists(locked, database):
                 await self._new.set_connect(replace(place, database=database), False)
-            if locked.status in LOGIN_BLOCKED:
-                beside = TenantDatabase(
-                    server=place.server, name=place.database, tenant_id=locked.id, role=place.role, state="kept"
-                )
-                await self._new.open_to_administrators(beside)
-            else:
+            if locked.status not in LOGIN_BLOCKED:
                 await self._new.set_connect(place, True)
-        await self._end_maintenance(operation, actor)
+        # a pause of a process that was killed
+        await self._registry.end_pause(operation.tenant_id)
 
     async def _exists(self, tenant: Tenant, database: str) -> bool:
         return any(one.name == database for one in await self._registry.databases_of(tenant.id))

@@ -1,4 +1,4 @@
-"""A restore: beside the database in use, swapped in a moment of maintenance, undone while the old one is kept."""
+"""A restore: beside the database in use, swapped while sessions wait, undone while the old one is kept."""
 
 from __future__ import annotations
 
