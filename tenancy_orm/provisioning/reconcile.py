@@ -436,8 +436,9 @@ class Reconciler:
 
     async def _drop_leftover_role(self, server: str, connection: Connection, name: str) -> None:
         async with self._try_locked(connection, locks.lock_key(name)) as free:
-            if not free or not await roles.exists(connection, name):
-                return
+            state = (await roles.states(connection, name)).get(name) if free else None
+            if state is None or state.connect_granted_on & await self._services.registry.database_names(server):
+                return  # it is used, or goes with a database that an operation has begun, see ``new_databases``
             if not self._check:
                 await end_login(connection, self._blockers(server), name)
                 await removal.drop_retired(connection, self._blockers(server), self._services.names, name)

@@ -1,0 +1,81 @@
+"""A process that restores a tenant and is killed: ``python -m tests.support.restores_process``.
+
+It reads what to do as JSON from stdin. At the point that is named there, it kills itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenancy_orm import Tenancy
+from tenancy_orm.operations import Operations
+from tenancy_orm.provisioning import access, grants, new_databases
+from tenancy_orm.provisioning.new_databases import NewDatabase, NewDatabases
+from tenancy_orm.registry.registry import Registry
+from tenancy_orm.restores import DumpSource, manager
+from tests.support.runs_process import config_of
+
+# by the name of a point: what is wrapped, at which call, and whether it dies after it
+POINTS: dict[str, tuple[Any, str, int, bool]] = {
+    "before the row": (Registry, "record_database", 1, False),
+    "after the row": (Registry, "record_database", 1, True),
+    "after the empty database": (new_databases, "create_for_login", 1, True),
+    "after the contents": (manager, "restore_archive", 1, True),
+    "after the rights": (grants, "grant_and_mark", 1, True),
+    "after all is handed over": (NewDatabase, "hand_over", 1, True),
+    "before the upgrade": (Operations, "advance", 1, True),
+    "before the swap": (Operations, "advance", 2, True),
+    "once the old one is closed": (access, "close_database", 1, True),
+    "before the proof": (NewDatabases, "prove", 1, False),
+    "before the row changes": (Registry, "switch_database", 1, False),
+    "after the row has changed": (Registry, "switch_database", 1, True),
+    "before the old one is sealed": (NewDatabases, "set_connect", 2, False),
+    "before the end": (Operations, "finish", 1, False),
+}
+UNDONE = tuple(POINTS)[: tuple(POINTS).index("before the swap")]
+FINISHED = tuple(POINTS)[len(UNDONE) :]
+
+
+def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
+    """Have this process kill itself when it comes to the point."""
+    owner, name, which, after = POINTS[point]
+    original: Callable[..., Awaitable[Any]] = getattr(owner, name)
+    calls = 0
+
+    async def wrapped(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = await original(*args, **options) if after else None
+        if calls == which:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result if after else await original(*args, **options)
+
+    patch.setattr(owner, name, wrapped)
+
+
+async def main(task: dict[str, Any]) -> None:
+    """Restore, or undo a restore."""
+    async with Tenancy(config_of(task)) as tenancy:
+        if task["what"] == "undo":
+            await tenancy.restores.undo("acme")
+        elif task["what"] == "as":
+            acme = await tenancy.tenants.get("acme")
+            await tenancy.restores.restore_as("copy", DumpSource(Path(task["archive"]), acme.id))
+        else:
+            await tenancy.restores.restore("acme", DumpSource(Path(task["archive"])))
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.stdin.read())
+    with pytest.MonkeyPatch.context() as patching:
+        arrange(patching, given["at"])
+        asyncio.run(main(given))
