@@ -33,6 +33,7 @@ from . import (
     migrate_preflight,
     migrate_runs,
     migrate_undo,  # noqa: F401 - its commands are those of migrate
+    operations,
     quotas,
     revocations,
     schedule,
@@ -71,6 +72,7 @@ app.add_typer(warm_pool.app, name="warm-pool")
 app.add_typer(servers.app, name="servers")
 app.add_typer(domains.app, name="domains")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(operations.app, name="operations")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
 app.add_typer(secrets.app, name="secrets")

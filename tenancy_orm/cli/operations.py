@@ -1,0 +1,161 @@
+"""``tenancy operations``: restores, clones, adoptions, moves, exports and erasures, and how far they have come."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, is_dataclass
+from typing import Annotated, Any, cast, get_args
+
+import typer
+
+from ..operations import Operation, OperationKind, OperationState
+from ..tenancy import Tenancy
+from .output import Column, note, print_fields, print_json, print_table
+from .runtime import Json, Yes, confirm, fail, operator, run
+
+app = typer.Typer(
+    name="operations", help="Restores, moves and other operations on single tenants.", no_args_is_help=True
+)
+
+Number = Annotated[int, typer.Argument(help="The operation's number.", metavar="OPERATION")]
+
+# by kind: what of a ``Tenancy`` goes on with it
+_MANAGERS = {
+    "restore": "restores",
+    "clone": "clones",
+    "adopt": "adoption",
+    "move": "moves",
+    "export": "exports",
+}
+
+
+@app.command("list")
+def list_operations(
+    tenant: Annotated[str | None, typer.Argument(help="A slug or an id.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Only this kind; repeatable.")] = None,
+    state: Annotated[list[str] | None, typer.Option(help="Only in this state; repeatable.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="How many.")] = 20,
+    before: Annotated[int | None, typer.Option(help="Only operations before this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List operations, the newest first."""
+    _check("kind", kind, get_args(OperationKind))
+    _check("state", state, get_args(OperationState))
+
+    async def command(tenancy: Tenancy) -> tuple[Operation, ...]:
+        return await tenancy.operations.list(
+            tenant_id=None if tenant is None else (await tenancy.tenants.get(tenant)).id,
+            kinds=cast("list[OperationKind] | None", kind),
+            states=cast("list[OperationState] | None", state),
+            limit=limit,
+            before=before,
+        )
+
+    found = run(command)
+    if as_json:
+        print_json({"items": [_fields(one) for one in found]})
+        return
+    columns = (
+        Column("operation", keep=True),
+        "kind",
+        "tenant",
+        "state",
+        "step",
+        Column("begun", drop=2),
+        Column("by", drop=3),
+        Column("error", drop=1),
+    )
+    rows = [
+        (one.id, one.kind, one.slug, _state(one), one.step, one.created_at, one.actor.id or one.actor.kind, one.error)
+        for one in found
+    ]
+    print_table("operations", columns, rows)
+
+
+@app.command()
+def show(number: Number, as_json: Json = False) -> None:
+    """Show an operation: what it has found, how far it has come, and who does it."""
+    found = run(lambda tenancy: tenancy.operations.get(number))
+    if as_json:
+        print_json(_fields(found))
+        return
+    fields = {**_fields(found), "state": _state(found), "detail": None}
+    values = {name: value for name, value in fields.items() if value is not None}
+    print_fields(f"operation {found.id}", {**values, **{f"detail.{name}": x for name, x in found.detail.items()}})
+    if found.state == "waiting" or found.is_abandoned:
+        note(f"go on with: tenancy operations resume {number}; or end it with: tenancy operations undo {number}")
+
+
+@app.command()
+def resume(number: Number, as_json: Json = False) -> None:
+    """Go on with an operation that waits, or that no process does any more."""
+
+    async def command(tenancy: Tenancy) -> Any:
+        manager = await _manager(tenancy, number)
+        return await _method(manager, "resume", number)(number, actor=operator())
+
+    _print(run(command), number, as_json)
+
+
+@app.command()
+def undo(number: Number, yes: Yes = False, as_json: Json = False) -> None:
+    """End an operation that waits, or that no process does any more, and remove what it has made."""
+    if not yes and not confirm(f"Remove what operation {number} has made?"):
+        fail("nothing was changed")
+
+    async def command(tenancy: Tenancy) -> Any:
+        manager = await _manager(tenancy, number)
+        return await _method(manager, "discard", number)(number)
+
+    _print(run(command), number, as_json)
+
+
+async def _manager(tenancy: Tenancy, number: int) -> Any:
+    kind = (await tenancy.operations.get(number)).kind
+    manager = getattr(tenancy, _MANAGERS.get(kind, ""), None)
+    if manager is None:
+        fail(f"operation {number} ({kind}) cannot be steered; housekeeping goes on with it")
+    return manager
+
+
+def _method(manager: Any, name: str, number: int) -> Callable[..., Awaitable[Any]]:
+    method = getattr(manager, name, None)
+    if method is None:
+        fail(f"operation {number} has commands of its own for that; see its kind's page")
+    return cast("Callable[..., Awaitable[Any]]", method)
+
+
+def _print(report: Any, number: int, as_json: bool) -> None:
+    fields = asdict(report) if is_dataclass(report) and not isinstance(report, type) else {"operation": number}
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields(f"operation {number}", {name: value for name, value in fields.items() if value not in (None, ())})
+
+
+def _check(name: str, given: list[str] | None, known: tuple[str, ...]) -> None:
+    if wrong := [one for one in given or () if one not in known]:
+        fail(f"there is no {name} {wrong[0]!r}: give {', '.join(known)}", kind="ConfigurationError")
+
+
+def _state(operation: Operation) -> str:
+    return "interrupted" if operation.is_abandoned else operation.state
+
+
+def _fields(operation: Operation) -> dict[str, Any]:
+    return {
+        "operation": operation.id,
+        "kind": operation.kind,
+        "tenant": operation.slug,
+        "tenant_id": str(operation.tenant_id),
+        "state": operation.state,
+        "step": operation.step,
+        "detail": dict(operation.detail),
+        "actor": operation.actor.id or operation.actor.kind,
+        "host": operation.host,
+        "pid": operation.pid,
+        "claimed": operation.is_claimed,
+        "error": operation.error,
+        "created_at": operation.created_at,
+        "ended_at": operation.ended_at,
+    }
