@@ -38,7 +38,7 @@ from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetServices, MetadataSchema
-from .operations import Operations
+from .operations import OperationManager, Operations
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
@@ -136,7 +136,7 @@ class Assembly:
     tenants: TenantManager
     domains: DomainManager
     housekeeping: Housekeeping
-    operations: Operations
+    operations: OperationManager
     restores: RestoreManager
     jobs: Jobs
     built_in_jobs: Sequence[Job]
@@ -323,8 +323,9 @@ class Assembly:
         records = ConfiguredTextRecords(config.domains)
         self.domains = DomainManager(self.control, self.audit, records, config.domains)
         self._build_billing()
-        self.operations = Operations(self.control)
-        self.restores = RestoreManager(config, self.operations, self.tenants, self.migrations, events)
+        operations = Operations(self.control)
+        self.operations = OperationManager(operations, self.registry)
+        self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events)
         self.housekeeping = Housekeeping(
             config=config,
             registry=self.registry,

@@ -27,7 +27,7 @@ from .internals import Internals
 from .jobs import Job, JobResult, Jobs
 from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
-from .operations import Operations
+from .operations import OperationManager
 from .provisioning import TemplateManager, WarmPool
 from .provisioning.rotation import SecretManager
 from .provisioning.server_manager import ServerManager
@@ -487,7 +487,7 @@ class Tenancy:
         return self._lifetime.parts.schedules
 
     @property
-    def operations(self) -> Operations:
+    def operations(self) -> OperationManager:
         """Restores, clones, adoptions, moves, exports and erasures: which there are, and how far they have come."""
         return self._lifetime.parts.operations
 

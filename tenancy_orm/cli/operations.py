@@ -44,7 +44,7 @@ def list_operations(
 
     async def command(tenancy: Tenancy) -> tuple[Operation, ...]:
         return await tenancy.operations.list(
-            tenant_id=None if tenant is None else (await tenancy.tenants.get(tenant)).id,
+            tenant,
             kinds=cast("list[OperationKind] | None", kind),
             states=cast("list[OperationState] | None", state),
             limit=limit,

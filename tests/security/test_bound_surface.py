@@ -15,6 +15,7 @@ from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -33,6 +34,7 @@ from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning import TemplateManager
 from tenancy_orm.provisioning.copies import Copies
 from tenancy_orm.provisioning.extensions import Extensions
+from tenancy_orm.provisioning.new_databases import NewDatabases
 from tenancy_orm.provisioning.temporary_logins import TemporaryLogins
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
@@ -40,6 +42,7 @@ from tenancy_orm.quotas.holds import HoldManager
 from tenancy_orm.quotas.leases import BlockManager
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.registry.rows import TenantDraft, uuid7
+from tenancy_orm.restores import DumpSource
 from tenancy_orm.tenant import Placement, Tenant
 from tests.support.models import Base
 from tests.support.postgres import Postgres
@@ -91,6 +94,7 @@ EXCUSED = {
     "internals.directory.revalidate": "looks up again",
     "internals.provisioner.close": "closes connections",
     "internals.provisioner.watchdog.close": "closes connections",
+    "internals.provisioner.new_databases.new_name": "returns a random name",
     "internals.rates.rate": "computes from the Tenant that it is given",
     "internals.router.close": "closes connections",
     "internals.router.retire": "closes idle connections, which are opened again",
@@ -133,6 +137,7 @@ TAKE_NO_SLUG = {
     "internals.provisioner",
     "internals.provisioner.copies",
     "internals.provisioner.logins",
+    "internals.provisioner.new_databases",
     "internals.rates",
 }
 
@@ -193,6 +198,7 @@ def parts() -> dict[str, type]:
         "copies": Copies,
         "extensions": Extensions,
         "logins": TemporaryLogins,
+        "new_databases": NewDatabases,
         "templates": TemplateManager,
         "watchdog": Watchdog,
     }
@@ -306,6 +312,10 @@ def others(plane: Plane) -> dict[str, Any]:
         "func": print,
         "to": Placement("default", "x", "x", b""),
         "kept_until": None,
+        "placement": Placement("default", "x", "x", b""),
+        "allowed": False,
+        "number": 1,
+        "source": DumpSource(Path("dump")),
         "sql": "SELECT 1",
         "statement": "SELECT 1",
     }

@@ -25,6 +25,7 @@ ASYNCHRONOUS_ALONE = {
             *("tenants", "domains", "keys", "members", "revocations", "tiers", "quotas", "metrics", "audit"),
             *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
             *("jobs", "warm_pool"),
+            *("operations", "restores"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),
