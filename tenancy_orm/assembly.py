@@ -39,6 +39,8 @@ from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetServices, MetadataSchema
 from .operations import OperationManager, Operations
+from .moves import MoveManager
+from .operations import Operations
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
@@ -146,6 +148,7 @@ class Assembly:
     tiers: TierRegistry
     tier_policies: TierPolicies
     usage_exporter: UsageExporter | None
+    moves: MoveManager
     internals: Internals
 
     def __init__(
@@ -326,6 +329,15 @@ class Assembly:
         operations = Operations(self.control)
         self.operations = OperationManager(operations, self.registry)
         self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events)
+        self.moves = MoveManager(
+            config=config,
+            registry=self.registry,
+            provisioner=self.provisioner,
+            operations=Operations(self.control),
+            tenants=self.tenants,
+            placer=placer,
+            control=self.control,
+        )
         self.housekeeping = Housekeeping(
             config=config,
             registry=self.registry,
@@ -339,6 +351,7 @@ class Assembly:
             quotas=self.quotas,
             catch_up=self.catch_up,
             runs=RunRecords(self.control),
+            moves=self.moves,
             sampler=self.sampler,
             metrics=self.metrics,
             tier_policies=self.tier_policies,

@@ -644,6 +644,18 @@ class MigrationRunEnded(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantMoved(TenantEvent):
+    """A tenant's database is on another server; its sessions waited for ``pause_seconds``, None where that is unknown.
+
+    The former database is kept until the move is confirmed.
+    """
+
+    moved_from: str
+    moved_to: str
+    pause_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TenantSeeded(TenantEvent):
     """An existing tenant got the seeds and reference data of these ``names``. Creations do not emit it."""
 

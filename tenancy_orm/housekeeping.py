@@ -25,6 +25,7 @@ from .errors import InvalidTransitionError, TenancyError, TenantNotFoundError
 from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
+from .moves import MoveManager
 from .postgres.failures import SERVER_FAILURES
 from .postgres.login import reason_of
 from .provisioning import Provisioner
@@ -77,6 +78,7 @@ class Housekeeping:
     quotas: QuotaManager
     catch_up: CatchUp
     runs: RunRecords
+    moves: MoveManager
     sampler: StorageSampler
     metrics: TenantMetrics
     tier_policies: TierPolicies
@@ -100,6 +102,8 @@ class Housekeeping:
         await run.do("settle_notices", self.catch_up.migrations.settle_notices())
         # after reconcile, which may have completed creations of older code
         await run.do("catch_up", self.catch_up.run(actor=actor))
+        # after reconcile, which lets tenants connect again that a killed switch has left closed
+        await run.do("tidy_moves", self.moves.tidy(actor=actor))
         if self.config.retention.template_seconds:
             await run.do("prune_templates", self.provisioner.templates.prune(actor=actor))
         if self.config.retention.run_seconds:

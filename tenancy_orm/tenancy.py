@@ -27,6 +27,7 @@ from .internals import Internals
 from .jobs import Job, JobResult, Jobs
 from .lifetime import Lifetime
 from .metering.metrics import TenantMetrics
+from .moves import MoveManager
 from .operations import OperationManager
 from .provisioning import TemplateManager, WarmPool
 from .provisioning.rotation import SecretManager
@@ -480,6 +481,11 @@ class Tenancy:
     def metrics(self) -> TenantMetrics:
         """What was sampled of the tenants' databases, and sums over the registry."""
         return self._lifetime.parts.metrics
+
+    @property
+    def moves(self) -> MoveManager:
+        """Moves tenants to other servers while they are used, and says which should be."""
+        return self._lifetime.parts.moves
 
     @property
     def schedules(self) -> ScheduleManager:

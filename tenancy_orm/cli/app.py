@@ -34,6 +34,7 @@ from . import (
     migrate_runs,
     migrate_undo,  # noqa: F401 - its commands are those of migrate
     operations,
+    move,
     quotas,
     revocations,
     schedule,
@@ -86,6 +87,8 @@ app.command("url")(each.url)
 app.command("run")(call.call)
 app.command("seed")(seed.seed)
 app.command("worker")(jobs.worker)
+app.command("move")(move.move)
+app.command("rebalance")(move.rebalance)
 
 # at 80 columns: slug, status, tier and id
 _LISTED = (

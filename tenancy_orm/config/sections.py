@@ -492,6 +492,26 @@ class RehearsalConfig(Section, frozen=True):
     """How long copying one tenant may take, and again all that is done on the clone, in seconds."""
 
 
+class MoveConfig(Section, frozen=True):
+    """Moves of tenants to other servers."""
+
+    drain_seconds: SecondsOrZero = 1.0
+    """For how long open transactions go on once the pause of a move has begun, before their sessions are ended."""
+    pause_seconds: Seconds = 10.0
+    """How long the pause may take, in seconds; after that it is given up, and the tenant stays where it is."""
+    pause_bytes: AtLeastZero = 64 * 1024**2
+    """How large unlogged tables and large objects may be together, in bytes: they are copied within the pause."""
+    timeout: Seconds = 86_400.0
+    """How long the first copy may take, and again to catch up with what is written since, in seconds."""
+    keep_seconds: Seconds = 86_400.0
+    """How long the former database follows the new one, so that a move can be rolled back, unless it is confirmed
+    before."""
+    max_slot_bytes: Count = 10 * 1024**3
+    """How much of its log a server may keep for a move that cannot go on, in bytes, before its slot is dropped."""
+    concurrency: Count = 2
+    """How many tenants are moved at once from one server, by ``tenancy move --all-from`` and ``tenancy rebalance``."""
+
+
 class WatchdogConfig(Section, frozen=True):
     """Bounds at which the watchdog ends a tenant's sessions; 0 means no bound."""
 

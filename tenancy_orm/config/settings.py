@@ -27,6 +27,7 @@ from .sections import (
     MembersConfig,
     MeteringConfig,
     MigrationConfig,
+    MoveConfig,
     PoolConfig,
     ProvisioningConfig,
     QuotaConfig,
@@ -136,6 +137,7 @@ class TenancyConfig(_Checked, BaseSettings):
     migration: MigrationConfig = Field(default_factory=MigrationConfig)
     """Migrations of the tenants' databases."""
     rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig)
+    move: MoveConfig = Field(default_factory=MoveConfig)
     """Clones of tenants that a migration is tried on."""
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     """What the watchdog ends of the tenants' sessions."""

@@ -6,7 +6,7 @@ import re
 from uuid import UUID
 
 _ANY_INSTALLATION = re.compile(
-    r".+_[0-9a-f]{8}_(t_[0-9a-f]{32}(_[a-z2-7]{6})?|[rx]_[0-9a-f]{1,16}|owner|viewer)", re.DOTALL
+    r".+_[0-9a-f]{8}_(t_[0-9a-f]{32}(_[a-z2-7]{6})?|[rx]_[0-9a-f]{1,16}|v_[0-9]{1,19}[fr]|owner|viewer)", re.DOTALL
 )
 _SCRATCH = re.compile(r".+_[0-9a-f]{8}_x_[0-9a-f]{1,16}", re.DOTALL)
 
@@ -78,6 +78,24 @@ class Names:
     def retired(self, token: str) -> str:
         """The name of a purged tenant's role that cannot be dropped yet; ``token`` is hexadecimal digits."""
         return f"{self.stem}_r_{token[:16]}"
+
+    def replicator(self, operation: int, direction: str) -> str:
+        """The name of the login that replicates a tenant's database while it is moved.
+
+        Args:
+            operation: The number of the operation.
+            direction: "f" for forward, "r" for back.
+        """
+        return f"{self.stem}_v_{operation}{direction}"
+
+    def stream(self, operation: int, direction: str) -> str:
+        """The name of such a replication: of its slot, its publication and its subscription."""
+        return f"{self.stream_stem}{operation}{direction}"
+
+    @property
+    def stream_stem(self) -> str:
+        """The prefix of those names. Those of slots have no capital letters."""
+        return f"tenancy_{self.installation.hex[-8:]}_"
 
     def parse(self, name: str) -> UUID | None:
         """The number in the name of one of this installation's tenants' databases or roles, or None.

@@ -266,6 +266,16 @@ class Provisioner:
             await self.prepare_server(name)
         return self._services.servers[name]
 
+    async def settings_of(self, name: str) -> RoleSettings:
+        """Return the settings that tenants' roles have on a server, which is prepared.
+
+        Raises:
+            TenancyError: as ``prepare_server``.
+        """
+        refuse_while_bound("preparing a server")
+        self._home.check()
+        return await self._settings_of(name)
+
     async def _settings_of(self, name: str) -> RoleSettings:
         # its row may have changed since it was prepared
         while (settings := self._prepared.get(name)) is None:

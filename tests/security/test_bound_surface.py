@@ -316,6 +316,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "allowed": False,
         "number": 1,
         "source": DumpSource(Path("dump")),
+        "operation": 1,
         "sql": "SELECT 1",
         "statement": "SELECT 1",
     }

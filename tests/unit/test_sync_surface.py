@@ -23,7 +23,7 @@ ASYNCHRONOUS_ALONE = {
     **dict.fromkeys(
         (
             *("tenants", "domains", "keys", "members", "revocations", "tiers", "quotas", "metrics", "audit"),
-            *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
+            *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers", "moves"),
             *("jobs", "warm_pool"),
             *("operations", "restores"),
         ),

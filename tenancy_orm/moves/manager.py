@@ -1,0 +1,543 @@
+"""``MoveManager``: moves tenants to other servers while they are used (``tenancy.moves``)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol, TypeAlias
+
+from ..audit.actor import SYSTEM, Actor
+from ..cancellation import run_to_completion
+from ..config import TenancyConfig
+from ..config.placement import PlacementRequest
+from ..context import refuse_while_bound, run_unbound
+from ..control.database import ControlDatabase
+from ..errors import (
+    JobLostError,
+    OperationError,
+    OperationStateError,
+    PlacementError,
+    TenancyError,
+)
+from ..jobs.claims import Claimant
+from ..operations import Operation, Operations, Switch
+from ..postgres import connections
+from ..postgres.connections import Connection
+from ..postgres.failures import SERVER_FAILURES
+from ..provisioning import Provisioner, roles
+from ..provisioning.pipeline import describe
+from ..registry.databases import TenantDatabase
+from ..registry.reading import TenantFilter
+from ..registry.registry import Registry
+from ..servers.placement import Placer
+from ..tenant import Placement, Status, Tenant, TenantRef
+from ..tenants.manager import TenantManager
+from .leftovers import Leftovers
+from .rebalance import MovePlan, PlannedMove, Planner
+from .steps import LEAST_VERSION, Move, MoveServices, check_way_back
+
+logger = logging.getLogger("tenancy_orm.moves")
+
+_PAGE = 500
+
+# ``list`` is a method in the class
+Numbers: TypeAlias = list[int]
+Texts: TypeAlias = list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveOutcome:
+    """How the move of one tenant ended.
+
+    Attributes:
+        slug: The tenant's.
+        operation: The move's number; None where it was not begun.
+        moved_from: The server that it was on.
+        moved_to: The server that it is on, or was to be.
+        error: Why it was not moved.
+    """
+
+    slug: str
+    operation: int | None
+    moved_from: str
+    moved_to: str | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveReport:
+    """What ``move_all`` or ``rebalance`` has done."""
+
+    outcomes: tuple[MoveOutcome, ...] = ()
+
+    @property
+    def failures(self) -> tuple[MoveOutcome, ...]:
+        """The tenants that were not moved."""
+        return tuple(one for one in self.outcomes if one.error is not None)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every tenant was moved."""
+        return not self.failures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TidyReport:
+    """What housekeeping has done about moves, by the numbers of their operations; ``removed`` are things left over."""
+
+    resumed: tuple[int, ...] = ()
+    confirmed: tuple[int, ...] = ()
+    given_up: tuple[int, ...] = ()
+    removed: tuple[str, ...] = ()
+    errors: tuple[str, ...] = field(default=())
+
+
+class MoveManager:
+    """Moves tenants to other servers.
+
+    A move copies the tenant's database while it is used, and has the copy follow it. Then it pauses the tenant for a
+    moment, in which sessions wait, and makes the copy the database in use. The former database follows the new one
+    until the move is confirmed, so that ``rollback`` loses nothing.
+
+    Args:
+        config: ``move`` is read from it.
+        registry: The rows of tenants.
+        provisioner: Makes and drops databases.
+        operations: The records.
+        tenants: Puts tenants into maintenance.
+        placer: Chooses servers.
+        control: The control database.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TenancyConfig,
+        registry: Registry,
+        provisioner: Provisioner,
+        operations: Operations,
+        tenants: TenantManager,
+        placer: Placer,
+        control: ControlDatabase,
+    ) -> None:
+        self._config = config.move
+        self._registry = registry
+        self._provisioner = provisioner
+        self._operations = operations
+        self._tenants = tenants
+        self._placer = placer
+        self._switch = Switch(provisioner.services)
+        self._planner = Planner(control, placer, config)
+        self._leftovers = Leftovers(provisioner.services, operations)
+
+    # --- one tenant -------------------------------------------------------------------------------------------------
+
+    async def move(
+        self, tenant: TenantRef, *, to: str | None = None, offline: bool = False, actor: Actor = SYSTEM
+    ) -> Operation:
+        """Move a tenant to another server; afterwards it can be rolled back until it is confirmed.
+
+        Args:
+            tenant: The tenant.
+            to: The server's name; the one that placement chooses where None.
+            offline: Copy it by a dump, in maintenance, instead of by logical replication.
+            actor: Who does this, for the audit log.
+
+        Returns:
+            The operation, which is "waiting" to be confirmed.
+
+        Raises:
+            PlacementError: the server does not take the tenant, for its region, state or capacity.
+            OperationConflictError: the tenant is being restored, adopted or moved.
+            OperationError: it cannot be moved in this way, or that failed; it goes on where it was.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("moving a tenant")
+        found = await self._tenants.get(tenant)
+        place = found.placement
+        if place is None or found.status is Status.PROVISIONING:
+            raise OperationError(f"tenant {found.slug!r} is {found.status.value}, and cannot be moved")
+        target = await self._target(found, place, to)
+        if not offline:
+            await self._check_servers(place.server, target)
+        await self._provisioner.prepare_server(target)
+        services = self._services(Claimant())
+        name = self._provisioner.new_databases.new_name()
+        operation = await self._operations.begin(
+            "move",
+            found.id,
+            step="begun",
+            claimant=services.claimant,
+            actor=actor,
+            detail={
+                "from": {"server": place.server, "database": place.database, "role": place.role},
+                "to": {"server": target, "database": name, "role": place.role},
+                "revision": found.schema_revision,
+                "offline": offline,
+            },
+        )
+        # read again: another operation may have ended just before this one began
+        found = await self._registry.get(found.id)
+        move = Move(services, operation, found, actor=actor)
+        try:
+            if found.placement is None or (found.placement.server, found.placement.database) != (
+                place.server,
+                place.database,
+            ):
+                raise OperationStateError(f"tenant {found.slug!r} has another database by now; try again")
+            await self._registry.record_database(
+                TenantDatabase(
+                    server=target,
+                    name=name,
+                    tenant_id=found.id,
+                    role=place.role,
+                    state="making",
+                    operation=operation.id,
+                    revision=found.schema_revision,
+                )
+            )
+        except BaseException as exc:
+            await run_to_completion(
+                self._operations.finish(operation, services.claimant, "failed", error=describe(exc))
+            )
+            raise
+        await run_unbound(move.run())
+        return await self._operations.get(operation.id)
+
+    async def rollback(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Operation:
+        """Go back to the former server. What was written on the new one since is there as well.
+
+        A move that has not switched yet is undone by ending its process, or by ``resume`` after that.
+
+        Raises:
+            OperationStateError: there is no move to go back from, or its former database does not follow any more.
+            OperationError: the schema was changed since, or the former database did not catch up.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("moving a tenant")
+        found = await self._waiting(tenant)
+        check_way_back(found)
+        move, operation = await self._claim(found, actor)
+        await run_unbound(move.roll_back())
+        return await self._operations.get(operation.id)
+
+    async def confirm(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Operation:
+        """End a move for good: the former database is dropped. Housekeeping does it after ``move.keep_seconds``.
+
+        Raises:
+            OperationStateError: there is no move to confirm.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer; try again.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("moving a tenant")
+        move, operation = await self._claim(await self._waiting(tenant), actor)
+        await run_unbound(move.confirm())
+        return await self._operations.get(operation.id)
+
+    async def resume(self, operation: int, *, actor: Actor = SYSTEM) -> Operation:
+        """Finish or undo a move that a killed process has left; housekeeping does it as well.
+
+        Before the switch it is undone, and after it is finished.
+
+        Raises:
+            OperationNotFoundError: there is no such operation.
+            OperationStateError: it has ended, waits to be confirmed, or a process does it now.
+            ServerUnavailableError, ControlUnavailableError: a server does not answer; try again.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("moving a tenant")
+        found = await self._operations.get(operation)
+        if found.kind != "move" or found.state != "running":
+            raise OperationStateError(f"operation {operation} is a {found.kind} that is {found.state}")
+        move, _ = await self._claim(found, actor)
+        await run_unbound(move.resume())
+        return await self._operations.get(operation)
+
+    async def list(self, tenant: TenantRef | None = None, *, limit: int = 100) -> tuple[Operation, ...]:
+        """Return moves, the newest first.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("listing moves")
+        tenant_id = None if tenant is None else (await self._tenants.get(tenant)).id
+        return await self._operations.list(tenant_id=tenant_id, kinds=("move",), limit=limit)
+
+    async def _waiting(self, tenant: TenantRef) -> Operation:
+        found = await self._tenants.get(tenant)
+        listed = await self._operations.list(
+            tenant_id=found.id, kinds=("move",), states=("running", "waiting"), limit=1
+        )
+        if not listed:
+            raise OperationStateError(f"tenant {found.slug!r} has no move that could be rolled back or confirmed")
+        if listed[0].state == "running":
+            one = listed[0]
+            remedy = (
+                f"run: tenancy move --resume {one.id}"
+                if one.is_abandoned
+                else "end that process to undo it, or wait until it is done"
+            )
+            raise OperationStateError(
+                f"move {one.id} of tenant {found.slug!r} is at step {one.step!r}, by process {one.pid} on {one.host}; "
+                f"{remedy}"
+            )
+        return listed[0]
+
+    async def _claim(self, operation: Operation, actor: Actor) -> tuple[Move, Operation]:
+        services = self._services(Claimant())
+        claimed = await self._operations.claim(operation.id, services.claimant)
+        return Move(services, claimed, await self._registry.get(claimed.tenant_id), actor=actor), claimed
+
+    def _services(self, claimant: Claimant) -> MoveServices:
+        return MoveServices(
+            config=self._config,
+            provisioner=self._provisioner,
+            operations=self._operations,
+            tenants=self._tenants,
+            switch=self._switch,
+            claimant=claimant,
+        )
+
+    async def _target(self, tenant: Tenant, place: Placement, to: str | None) -> str:
+        if to == place.server:
+            raise PlacementError(f"tenant {tenant.slug!r} is on server {to!r} already", {to: "is where it is"})
+        request = PlacementRequest(tier=tenant.tier, region=tenant.region, metadata=tenant.metadata)
+        if to is not None:
+            # a name that nobody knows is another error
+            self._provisioner.services.servers[to]
+        explained = await self._placer.explain(request, server=to)
+        takers = [one for one in explained.servers if one.refused is None and one.server != place.server]
+        if takers:
+            return min(takers, key=lambda one: (one.score or (0.0,), one.server)).server
+        reasons = {one.server: one.refused or "is where it is" for one in explained.servers}
+        listed = "; ".join(f"{name} {reason}" for name, reason in reasons.items() if to is None or name == to)
+        remedy = "" if to is not None else "; name its server: --to"
+        raise PlacementError(f"tenant {tenant.slug!r} cannot be moved: {listed}{remedy}", reasons)
+
+    async def _check_servers(self, source: str, target: str) -> None:
+        """Refuse logical replication where it cannot work, before anything is made.
+
+        Raises:
+            OperationError: it cannot.
+        """
+        for name in (source, target):
+            connection = await self._connect(name)
+            try:
+                version = connections.version(connection)
+                level = await connection.fetchval("SELECT current_setting('wal_level')")
+                superuser = await roles.is_superuser(connection)
+                able = superuser or await connection.fetchval(
+                    "SELECT count(*) = 0 FROM pg_roles WHERE rolname = 'pg_create_subscription' "
+                    "AND NOT pg_has_role(current_user, oid, 'USAGE')"
+                )
+            finally:
+                await run_to_completion(connections.close(connection))
+            if version < LEAST_VERSION:
+                raise OperationError(
+                    f"server {name!r} has PostgreSQL {version}: moves by replication need {LEAST_VERSION}, since a "
+                    "subscription of an older one has the rights of a superuser; use --offline"
+                )
+            if name == source and level != "logical":
+                raise OperationError(
+                    f"server {name!r} has wal_level = {level}; set it to logical, which needs a restart, or use "
+                    "--offline"
+                )
+            if name == target and not able:
+                raise OperationError(
+                    f"the administrator of server {name!r} may not create subscriptions; run there as a superuser: "
+                    "GRANT pg_create_subscription TO it; or use --offline"
+                )
+
+    async def _connect(self, server: str) -> Connection:
+        return await self._provisioner.connect_admin(server, purpose="tenancy-move")
+
+    # --- many tenants -----------------------------------------------------------------------------------------------
+
+    async def move_all(
+        self,
+        server: str,
+        *,
+        to: str | None = None,
+        offline: bool = False,
+        concurrency: int | None = None,
+        progress: MoveProgress | None = None,
+        actor: Actor = SYSTEM,
+    ) -> MoveReport:
+        """Move every tenant of a server that is in drain, several at once; one that fails does not stop the others.
+
+        Args:
+            server: The server to empty.
+            to: Where they go; where None, placement chooses for each.
+            offline: As in ``move``.
+            concurrency: How many are moved at once; ``move.concurrency`` where None.
+            progress: Called as the moves proceed.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            OperationError: the server is not in drain, so that it would get new tenants.
+            UnknownServerError: there is no such server.
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("moving tenants")
+        row = self._provisioner.services.servers[server].row
+        if row is None or row.state != "drain":
+            raise OperationError(f"server {server!r} takes new tenants; first run: tenancy servers drain {server}")
+        which = TenantFilter(server=server)
+        planned = [
+            PlannedMove(tenant=found, moved_from=server, moved_to=to, size_bytes=None, reason=f"{server} is in drain")
+            async for found in self._registry.iterate(which)
+        ]
+        return await self._move_planned(planned, offline, concurrency, progress, actor)
+
+    async def plan(self, *, limit: int = 100) -> MovePlan:
+        """Return which tenants should be on other servers, and why; nothing is moved.
+
+        Servers in drain are emptied, those above their capacity relieved, and the rest shared out by weight. Regions
+        and the placement policy are obeyed.
+
+        Args:
+            limit: How many moves at most.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("planning moves")
+        return await self._planner.plan(limit=limit)
+
+    async def apply(
+        self,
+        plan: MovePlan,
+        *,
+        offline: bool = False,
+        concurrency: int | None = None,
+        progress: MoveProgress | None = None,
+        actor: Actor = SYSTEM,
+    ) -> MoveReport:
+        """Do what a plan says; one move that fails does not stop the others.
+
+        Args:
+            plan: What ``plan`` returned.
+            offline: As in ``move``.
+            concurrency: How many tenants are moved at once; ``move.concurrency`` where None.
+            progress: Called as the moves proceed.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("moving tenants")
+        return await self._move_planned(plan.moves, offline, concurrency, progress, actor)
+
+    async def _move_planned(
+        self,
+        planned: Sequence[PlannedMove],
+        offline: bool,
+        concurrency: int | None,
+        progress: MoveProgress | None,
+        actor: Actor,
+    ) -> MoveReport:
+        slots = asyncio.Semaphore(self._config.concurrency if concurrency is None else concurrency)
+        if progress is not None:
+            progress.total(len(planned))
+
+        async def one(move: PlannedMove) -> MoveOutcome:
+            async with slots:
+                outcome = await self._move_one(move, offline, actor)
+            if progress is not None:
+                progress.done(outcome)
+            return outcome
+
+        return MoveReport(outcomes=tuple(await asyncio.gather(*map(one, planned))))
+
+    async def _move_one(self, planned: PlannedMove, offline: bool, actor: Actor) -> MoveOutcome:
+        tenant, operation, error = planned.tenant, None, None
+        moved_to = planned.moved_to
+        try:
+            done = await self.move(tenant, to=moved_to, offline=offline, actor=actor)
+            operation, moved_to = done.id, str(done.detail["to"]["server"])
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            logger.error("tenant %s is not moved: %s", tenant.slug, describe(exc))
+            error = str(exc) or type(exc).__name__
+        return MoveOutcome(
+            slug=tenant.slug, operation=operation, moved_from=planned.moved_from, moved_to=moved_to, error=error
+        )
+
+    # --- housekeeping -----------------------------------------------------------------------------------------------
+
+    async def tidy(self, *, actor: Actor = SYSTEM) -> TidyReport:
+        """Finish or undo moves that killed processes have left, confirm those that are due, and drop what is left over.
+
+        A slot that nobody reads from keeps a server's log until its disk is full. So the way back of a move is given up
+        once it keeps more than ``move.max_slot_bytes``, and a slot without a move is dropped.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("tidying moves")
+        resumed: Numbers = []
+        confirmed: Numbers = []
+        given_up: Numbers = []
+        errors: Texts = []
+        unfinished = await self._operations.list(kinds=("move",), states=("running", "waiting"), limit=_PAGE)
+        for found in unfinished:
+            try:
+                if found.is_abandoned:
+                    await self.resume(found.id, actor=actor)
+                    resumed.append(found.id)
+                elif found.state == "waiting" and await self._is_due(found):
+                    move, _ = await self._claim(found, actor)
+                    await run_unbound(move.confirm())
+                    confirmed.append(found.id)
+                elif found.state == "waiting" and found.detail.get("reverse") == "following":
+                    given_up += await self._give_up_return(found, actor)
+            except (OperationStateError, JobLostError):
+                continue  # another process is faster
+            except (TenancyError, *SERVER_FAILURES) as exc:
+                errors.append(f"move {found.id} of tenant {found.slug}: {describe(exc)}")
+        removed, failed = await self._leftovers.remove()
+        return TidyReport(
+            resumed=tuple(resumed),
+            confirmed=tuple(confirmed),
+            given_up=tuple(given_up),
+            removed=removed,
+            errors=(*errors, *failed),
+        )
+
+    async def _is_due(self, operation: Operation) -> bool:
+        by = operation.detail.get("confirm_by")
+        if by is not None and datetime.fromisoformat(str(by)) <= datetime.now(UTC):
+            return True
+        # a purge drops what is in use, and the former database with it
+        return (await self._registry.get(operation.tenant_id)).status is Status.DELETED
+
+    async def _give_up_return(self, operation: Operation, actor: Actor) -> Numbers:
+        move = Move(self._services(Claimant()), operation, await self._registry.get(operation.tenant_id), actor=actor)
+        kept = await move.kept_bytes()
+        if kept is not None and kept <= self._config.max_slot_bytes:
+            return []
+        reason = "its slot is gone" if kept is None else f"it kept {kept:,} bytes of the log, so housekeeping ended it"
+        claimed, _ = await self._claim(operation, actor)
+        await run_unbound(claimed.give_up_return(reason))
+        logger.error("move %d of tenant %s has no way back any more: %s", operation.id, operation.slug, reason)
+        return [operation.id]
+
+
+class MoveProgress(Protocol):
+    """Receives the progress of many moves, in the event loop that runs them."""
+
+    def total(self, count: int) -> None:
+        """Receive the number of tenants."""
+
+    def done(self, outcome: MoveOutcome) -> None:
+        """Receive the result of one tenant."""
+
+
+__all__ = ["MoveManager", "MoveOutcome", "MoveProgress", "MoveReport", "TidyReport"]

@@ -1,0 +1,392 @@
+"""``Stream``: PostgreSQL's logical replication of one tenant's database to another server.
+
+A slot and a publication in the source, a subscription in the target, and a login that the subscription uses. All four
+have names that the operation's number gives, so that whoever takes the operation over finds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import asyncpg
+
+from ..cancellation import run_to_completion
+from ..errors import OperationError
+from ..postgres import connections
+from ..postgres.connections import Connection
+from ..postgres.errors import sqlstate_of
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.quoting import quote_identifier, quote_literal
+from ..provisioning import databases, removal, roles
+from ..provisioning.blockers import Blockers
+from ..provisioning.copy_logins import CopyLogin, create_login, end_login
+from ..provisioning.pipeline import ProvisioningServices, describe
+from ..servers import Server
+from ..tenant import Placement
+
+POLL_SECONDS = 0.01
+
+_REMEDY = "; or move it with --offline"
+_SLOT = """
+SELECT active, active_pid, confirmed_flush_lsn >= $2::text::pg_lsn AS reached,
+       pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint AS kept_bytes, wal_status = 'lost' AS lost
+  FROM pg_replication_slots WHERE slot_name = $1
+"""
+_SUBSCRIPTION = """
+SELECT s.subenabled FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid
+ WHERE s.subname = $1 AND d.datname = current_database()
+"""
+_FAILURES = """
+SELECT apply_error_count FROM pg_stat_subscription_stats WHERE subname = $1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a slot was made at: the name of the exported snapshot, which others can read by until it is closed."""
+
+    name: str
+
+
+class Stream:
+    """One direction of replication.
+
+    Args:
+        services: Of provisioning.
+        operation: The number of the move.
+        direction: "f" for forward, "r" for back.
+        source: The database that is replicated.
+        target: The database that follows it.
+    """
+
+    def __init__(
+        self, services: ProvisioningServices, operation: int, direction: str, source: Placement, target: Placement
+    ) -> None:
+        self._services = services
+        self.name = services.names.stream(operation, direction)
+        self.login_name = services.names.replicator(operation, direction)
+        self.source = source
+        self.target = target
+
+    # --- the source -------------------------------------------------------------------------------------------------
+
+    async def publish(self, connection: Connection, tables: Sequence[str]) -> None:
+        """Create the publication of these tables, which are quoted.
+
+        Args:
+            connection: To the source database, as the owner of the tables.
+            tables: The tables, without partitioned ones: their partitions are.
+        """
+        name = quote_identifier(self.name)
+        listed = f" FOR TABLE {', '.join(f'ONLY {table}' for table in tables)}" if tables else ""
+        await connection.execute(f"DROP PUBLICATION IF EXISTS {name}; CREATE PUBLICATION {name}{listed}")
+
+    async def create_login(self, *, seconds: float, replicates: bool = True) -> CopyLogin:
+        """Create the login that reads the source and replicates it.
+
+        Args:
+            seconds: For how long it is valid.
+            replicates: Whether it may replicate.
+
+        Raises:
+            OperationError: the administrator may not let a login replicate.
+        """
+        server, blockers = self._server(self.source)
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            await self._drop_login(connection, blockers)
+            login = await create_login(
+                connection,
+                server.dsn,
+                self.login_name,
+                self.source.database,
+                seconds=seconds,
+                member_of=[self._services.names.owner],
+            )
+            if replicates:
+                await self._let_replicate(connection, server)
+            return login
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def _let_replicate(self, connection: Connection, server: Server) -> None:
+        quoted = quote_identifier(self.login_name)
+        try:
+            await connection.execute(f"ALTER ROLE {quoted} REPLICATION")
+        except asyncpg.InsufficientPrivilegeError as exc:
+            # Amazon RDS has a role for it
+            if not await roles.exists(connection, "rds_replication"):
+                raise OperationError(
+                    f"the administrator of server {server.name!r} may not let a login replicate; it needs REPLICATION "
+                    f"itself{_REMEDY}"
+                ) from exc
+            try:
+                await connection.execute(f"GRANT rds_replication TO {quoted}")
+            except asyncpg.InsufficientPrivilegeError:
+                raise OperationError(
+                    f"the administrator of server {server.name!r} may not grant rds_replication{_REMEDY}"
+                ) from exc
+
+    @asynccontextmanager
+    async def begin(self, login: CopyLogin, *, timeout: float) -> AsyncIterator[Snapshot]:
+        """Make the slot, and a snapshot of exactly the rows that it does not replicate, for the body to read by.
+
+        Raises:
+            OperationError: the server refuses, or did not make it in time: it waits for open transactions.
+        """
+        connection = await self._replicating(login)
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    await connection.execute("BEGIN READ ONLY ISOLATION LEVEL REPEATABLE READ")
+                    await connection.execute(
+                        f"CREATE_REPLICATION_SLOT {quote_identifier(self.name)} LOGICAL pgoutput (SNAPSHOT 'use')"
+                    )
+                    # the protocol of replication returns no rows to this driver; the server reports this setting
+                    await connection.execute("SELECT set_config('application_name', pg_export_snapshot(), false)")
+            except TimeoutError as exc:
+                raise OperationError(
+                    f"server {self.source.server!r} made no replication slot within {timeout:g} s: it waits for the "
+                    "end of every transaction that is open there"
+                ) from exc
+            except asyncpg.PostgresError as exc:
+                raise self._refused("makes no replication slot", self.source.server, exc) from exc
+            yield Snapshot(str(connection.get_settings().application_name))
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def _replicating(self, login: CopyLogin) -> Connection:
+        timeout = self._services.config.pool.connect_timeout
+        try:
+            return await login.connect(
+                timeout=timeout, settings={"replication": "database", "statement_timeout": "0"}, purpose="tenancy-move"
+            )
+        except asyncpg.PostgresError as exc:
+            raise self._refused("refuses to replicate", self.source.server, exc) from exc
+
+    async def create_slot(self, *, timeout: float) -> None:
+        """Make the slot, which replicates what is written from now on.
+
+        Raises:
+            OperationError: the administrator may not, or the server did not make it in time.
+        """
+        connection = await self.connect(self.source)
+        try:
+            async with asyncio.timeout(timeout):
+                await connection.execute("SELECT pg_create_logical_replication_slot($1, 'pgoutput')", self.name)
+        except TimeoutError as exc:
+            raise OperationError(
+                f"server {self.source.server!r} made no replication slot within {timeout:g} s: it waits for the end of "
+                "every transaction that is open there"
+            ) from exc
+        except asyncpg.PostgresError as exc:
+            raise self._refused("makes no replication slot", self.source.server, exc) from exc
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def skip(self, connection: Connection) -> None:
+        """Have the slot replicate nothing of what was written until now.
+
+        Args:
+            connection: An administrative one to the source database.
+        """
+        await connection.execute(
+            "SELECT pg_replication_slot_advance(slot_name, pg_current_wal_lsn()) FROM pg_replication_slots "
+            "WHERE slot_name = $1 AND confirmed_flush_lsn < pg_current_wal_lsn()",
+            self.name,
+        )
+
+    # --- the target -------------------------------------------------------------------------------------------------
+
+    async def subscribe(self, login: CopyLogin) -> None:
+        """Have the target follow the source from where the slot is. Rows that it has are not copied again.
+
+        Raises:
+            OperationError: the administrator of the target may not, or the target does not reach the source.
+        """
+        uri = login.dsn.uri(user=login.role, password=login.password, database=login.database, purpose="tenancy-move")
+        name = quote_identifier(self.name)
+        connection = await self.connect(self.target)
+        try:
+            if await roles.is_superuser(connection):
+                # the statement has a password
+                await connection.execute("SET log_statement = 'none'; SET log_min_error_statement = 'panic'")
+                await connection.execute("SET log_min_duration_statement = -1")
+            await connection.execute(
+                f"CREATE SUBSCRIPTION {name} CONNECTION {quote_literal(uri)} PUBLICATION {name} WITH ("
+                f"create_slot = false, slot_name = {quote_literal(self.name)}, copy_data = false, "
+                "synchronous_commit = 'local')"
+            )
+        except asyncpg.PostgresError as exc:
+            # the statement that it may quote has a password
+            raise self._refused(f"cannot follow server {self.source.server!r}", self.target.server, exc) from None
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def wait(self, connection: Connection, lsn: str | None = None, *, timeout: float) -> None:
+        """Wait until the target has all that was written to the source until now.
+
+        Args:
+            connection: An administrative one to any database of the source's server.
+            lsn: Until this position instead.
+            timeout: For how many seconds.
+
+        Raises:
+            OperationError: it has not in time, or fails to apply something.
+        """
+        if lsn is None:
+            lsn = str(await connection.fetchval("SELECT pg_current_wal_insert_lsn()::text"))
+        deadline, looked = time.monotonic() + timeout, time.monotonic()
+        while True:
+            row = await connection.fetchrow(_SLOT, self.name, lsn)
+            if row is None or row["lost"]:
+                raise OperationError(f"the replication slot {self.name!r} of server {self.source.server!r} is lost")
+            if row["reached"]:
+                return
+            now = time.monotonic()
+            if now >= deadline:
+                raise OperationError(
+                    f"server {self.target.server!r} did not catch up with {self.source.server!r} within {timeout:g} s"
+                    f"{await self._failure()}"
+                )
+            if now - looked > 1.0:
+                looked = now
+                if failure := await self._failure():
+                    raise OperationError(f"server {self.target.server!r} cannot follow{failure}")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _failure(self) -> str:
+        connection = await self.connect(self.target)
+        try:
+            failures = await connection.fetchval(_FAILURES, self.name)
+        finally:
+            await run_to_completion(connections.close(connection))
+        if not failures:
+            return ""
+        return f": applying changes failed {failures} times, see its log; the schema may have been changed"
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    async def kept_bytes(self) -> int | None:
+        """How much of its log the source's server keeps for the slot, in bytes; None where there is no slot."""
+        _, blockers = self._server(self.source)
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            row = await connection.fetchrow(_SLOT, self.name, "0/0")
+            return None if row is None else int(row["kept_bytes"] or 0)
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def drop(self) -> None:
+        """Drop the subscription, the slot, the publication and the login, as far as they exist.
+
+        Raises:
+            OperationError: one of them could not be dropped.
+            ServerUnavailableError: a server does not answer.
+        """
+        await self.drop_subscription()
+        await self.drop_source()
+
+    async def drop_subscription(self) -> None:
+        """Drop the subscription, if there is one; what the source has of it stays."""
+        _, blockers = self._server(self.target)
+        if not await self._exists(blockers, self.target.database):
+            return
+        connection = await self.connect(self.target)
+        try:
+            enabled = await connection.fetchval(_SUBSCRIPTION, self.name)
+            if enabled is None:
+                return
+            name = quote_identifier(self.name)
+            if enabled:
+                await connection.execute(f"ALTER SUBSCRIPTION {name} DISABLE")
+            # the slot is dropped on the source, which need not answer now
+            await connection.execute(f"ALTER SUBSCRIPTION {name} SET (slot_name = NONE)")
+            await connection.execute(f"DROP SUBSCRIPTION {name}")
+        except SERVER_FAILURES as exc:
+            raise OperationError(
+                f"subscription {self.name!r} on server {self.target.server!r} could not be dropped ({describe(exc)})"
+            ) from exc
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def drop_source(self) -> None:
+        """Drop the slot, the publication and the login."""
+        _, blockers = self._server(self.source)
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            if await roles.exists(connection, self.login_name):
+                # ends what still replicates
+                await end_login(connection, blockers, self.login_name)
+            await drop_slot(connection, self.name)
+            if await databases.state(connection, self.source.database) is not None:
+                inside = await self.connect(self.source)
+                try:
+                    await inside.execute(f"DROP PUBLICATION IF EXISTS {quote_identifier(self.name)}")
+                finally:
+                    await run_to_completion(connections.close(inside))
+            await self._drop_login(connection, blockers)
+        except SERVER_FAILURES as exc:
+            raise OperationError(
+                f"replication {self.name!r} could not be ended on server {self.source.server!r} ({describe(exc)})"
+            ) from exc
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def _drop_login(self, connection: Connection, blockers: Blockers) -> None:
+        if await roles.exists(connection, self.login_name):
+            await end_login(connection, blockers, self.login_name)
+            await removal.drop_retired(connection, blockers, self._services.names, self.login_name)
+
+    async def _exists(self, blockers: Blockers, database: str) -> bool:
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            return await databases.state(connection, database) is not None
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def connect(self, place: Placement, *, role: str | None = None) -> Connection:
+        """Open an administrative connection to one of the databases; the caller closes it."""
+        _, blockers = self._server(place)
+        return await blockers.connect(
+            place.database, role=role, settings={"search_path": "pg_catalog, pg_temp"}, purpose="tenancy-move"
+        )
+
+    def _server(self, place: Placement) -> tuple[Server, Blockers]:
+        server = self._services.servers[place.server]
+        return server, self._services.blockers(server)
+
+    def _refused(self, what: str, server: str, error: asyncpg.PostgresError) -> OperationError:
+        remedy = {
+            "42501": "; its administrator needs pg_create_subscription (PostgreSQL 16 and later) or REPLICATION, or "
+            "must be a superuser",
+            "53400": "; raise max_replication_slots there",
+            "55000": "; it needs wal_level = logical",
+        }.get(sqlstate_of(error) or "", "")
+        return OperationError(f"server {server!r} {what} ({describe(error)}){remedy}{_REMEDY}")
+
+
+async def drop_slot(connection: Connection, name: str) -> None:
+    """Drop a replication slot, and end who uses it. Does nothing if there is none.
+
+    Raises:
+        TimeoutError: it is still in use after some seconds.
+    """
+    async with asyncio.timeout(connections.CLOSE_SECONDS):
+        while (row := await connection.fetchrow(_SLOT, name, "0/0")) is not None:
+            if row["active"]:
+                await connection.execute(
+                    "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = $1 AND active",
+                    name,
+                )
+                await asyncio.sleep(POLL_SECONDS)
+                continue
+            with suppress(asyncpg.ObjectInUseError, asyncpg.UndefinedObjectError):
+                await connection.execute("SELECT pg_drop_replication_slot($1)", name)
+
+
+__all__ = ["Snapshot", "Stream", "drop_slot"]
