@@ -59,7 +59,7 @@ class BackgroundUpgrades:
             return await self._migrations.resume(run.id, concurrency=self._settings.background_concurrency, actor=actor)
         except RunMismatchError as exc:
             logger.info("run %d was begun by other code, and is cancelled: %s", run.id, exc)
-            await self._migrations.cancel(run.id, actor=actor)
+            await self._migrations.cancel(run.id, hold=False, actor=actor)
             return None
 
     async def _unfinished(self) -> list[RunRecord] | None:

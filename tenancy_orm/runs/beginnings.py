@@ -20,9 +20,10 @@ _BEGIN: Final = (
     "WITH given AS (SELECT * FROM unnest($4::uuid[], $5::text[], $6::text[], $7::double precision[], $8::boolean[]) "  # noqa: S608 - constants
     "AS g (tenant_id, before, target, seconds, again)), "
     "claimed AS MATERIALIZED (SELECT t.tenant_id FROM tenancy.migration_run_tenants t JOIN given g USING (tenant_id) "
+    "JOIN tenancy.tenants n ON n.id = t.tenant_id "
     "WHERE t.run = $1::bigint AND t.claim = $2::uuid AND (g.again OR EXISTS "
     "(SELECT FROM tenancy.migration_runs r WHERE r.id = $1::bigint AND r.state = 'running')) "
-    "ORDER BY t.tenant_id FOR NO KEY UPDATE OF t), "
+    "ORDER BY t.tenant_id FOR NO KEY UPDATE OF t, n), "
     "begun AS (UPDATE tenancy.migration_run_tenants t SET state = 'running', "
     "started_at = coalesce(t.started_at, clock_timestamp()), "
     "revision_before = CASE WHEN t.is_read THEN t.revision_before ELSE g.before END, is_read = true "

@@ -186,7 +186,7 @@ class RunCommands:
         local.install()
         given = record.plan
         if record.command == "undo":
-            how = {name: given[name] for name in ("stamps", "stamp_irreversible", "everyone", "holds")}
+            how = {name: given[name] for name in ("stamps", "stamp_irreversible", "everyone", "holds", "whole")}
             return UndoWork(await self.environment(x), self.services, self._connections, **how)
         plan = Plan.of(await self.environment(x), record.command, given["revision"], purge=given["purge"])
         return MigrationWork(

@@ -19,6 +19,7 @@ from ..audit.entries import insert_entry
 from ..control.database import ControlDatabase
 from ..errors import RunConflictError, RunNotFoundError, RunStateError, counted
 from ..jobs import CLAIM_SECONDS, Claimant
+from .holds import hold_unreached
 from .starts import LIVE, contradicting, find_to_join, lock_starts
 
 RunState = Literal["running", "paused", "done", "failed", "cancelled"]
@@ -373,10 +374,11 @@ class RunRecords:
 
     # --- operators' commands ----------------------------------------------------------------------------------------
 
-    async def cancel(self, run: int, *, to_undo: bool = False, actor: Actor = SYSTEM) -> RunRecord:
+    async def cancel(self, run: int, *, to_undo: bool = False, hold: bool = False, actor: Actor = SYSTEM) -> RunRecord:
         """Skip the tenants of a run that wait; those that are being migrated are finished.
 
-        With ``to_undo``, only a run in which no process takes part.
+        With ``to_undo``, only a run in which no process takes part. With ``hold``, no process upgrades by itself what
+        the run has not reached.
 
         Raises:
             RunNotFoundError: there is none of that number.
@@ -390,6 +392,8 @@ class RunRecords:
             if to_undo and found.state == "running" and await connection.scalar(_ANY_LIVE, {"run": run}):
                 raise RunStateError(run, "running", "undone; cancel it first")
             await _cancel(connection, run, f"cancelled by {actor.id or actor.kind}", actor)
+            if hold:
+                await hold_unreached(connection, run)
         return await self.get(run)
 
     async def pause(self, run: int, *, actor: Actor = SYSTEM) -> RunRecord:

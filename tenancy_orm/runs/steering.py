@@ -106,17 +106,23 @@ class Steering(RunCommands):
         refuse_while_bound("migrating tenants")
         return await self._recorded.records.pause(run, actor=actor)
 
-    async def cancel(self, run: int, *, actor: Actor = SYSTEM) -> RunRecord:
+    async def cancel(self, run: int, *, hold: bool = True, actor: Actor = SYSTEM) -> RunRecord:
         """Skip the tenants of a run that wait. Every process finishes those that it is migrating, and claims no others.
 
         Those that a killed process has begun stay at the revision that they have, see ``settle_notices``.
+
+        Args:
+            run: Its number.
+            hold: Whether the tenants that an upgrade has not reached are upgraded by operators alone from now on, and
+                by no process before their use or in the background; until the next upgrade of an operator.
+            actor: Who does this, for the records.
 
         Raises:
             RunNotFoundError: there is no run of that number.
             RunStateError: it has ended.
         """
         refuse_while_bound("migrating tenants")
-        record = await self._recorded.records.cancel(run, actor=actor)
+        record = await self._recorded.records.cancel(run, hold=hold, actor=actor)
         try:
             await self.settle_notices()
         except Exception as exc:  # noqa: BLE001 - env.py may raise anything, and the run is cancelled
@@ -221,6 +227,7 @@ class Steering(RunCommands):
             "stamp_irreversible": stamp_irreversible,
             "everyone": everyone,
             "holds": undo.holds,
+            "whole": tenants is None,
         }
         # what cannot be is known before the run is cancelled
         await self._waves_of(targets, waves)

@@ -17,6 +17,7 @@ from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant
 from .claims import Claimed
+from .holds import hold_unreached
 from .records import RunRecord, TenantRecord
 from .report import TenantOutcome
 from .reversal import return_to
@@ -135,6 +136,7 @@ class UndoWork:
         stamp_irreversible: Whether those without a downgrade are left out.
         everyone: Whether it is the undo of a run over all tenants.
         holds: Whether it moves them back, so that none of them is upgraded by itself afterwards.
+        whole: Whether it undoes the run for all of its tenants: those that the run has not reached are held as well.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class UndoWork:
         stamp_irreversible: bool,
         everyone: bool,
         holds: bool,
+        whole: bool,
     ) -> None:
         self._environment = environment
         self._services = services
@@ -155,6 +158,7 @@ class UndoWork:
         self._stamp_irreversible = stamp_irreversible
         self._everyone = everyone
         self._holds = holds
+        self._whole = whole
         self._plans: dict[str, Plan] = {}
         self._health = Health()
         self._migration = TenantMigration(services, connections, self._health)
@@ -175,6 +179,9 @@ class UndoWork:
         """Forget where the fleet is: no tenant may be upgraded by itself now, and none that is undone later."""
         if self._everyone:
             await self._services.registry.set_fleet_revision(None)
+        if self._whole and self._holds and record.undoes is not None:
+            async with self._services.control.transaction() as connection:
+                await hold_unreached(connection, record.undoes)
 
     async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
         """Bring one tenant back."""

@@ -12,6 +12,7 @@ from sqlalchemy import text
 from tenancy_orm import TenancyConfig
 from tenancy_orm.errors import ConfigurationError
 from tenancy_orm.events import TenantMigrated
+from tenancy_orm.runs import Wave, Waves
 from tenancy_orm.servers.activity import read_activity
 from tests.support.fleet import until
 from tests.support.projects import Project
@@ -48,6 +49,57 @@ async def work(release: Release) -> tuple[Any, str | None]:
 
 async def revisions(release: Release) -> list[str | None]:
     return [await release.fleet.recorded(slug) for slug in ("acme", "globex", "hooli")]
+
+
+def canary(slug: str) -> Waves:
+    return Waves((Wave(tenants=[slug], pause=True),))
+
+
+async def held(release: Release) -> list[str]:
+    async with release.fleet.services.control.connect() as connection:
+        query = "SELECT slug FROM tenancy.tenants WHERE held_at IS NOT NULL ORDER BY slug"
+        return list(await connection.scalars(text(query)))
+
+
+async def test_what_a_cancelled_run_has_not_reached_is_left_to_operators(old: Release, new: Release) -> None:
+    """As what was moved back; until an operator upgrades it. A run that a worker cancels by itself holds nothing."""
+    migrations = new.fleet.migrations
+    paused = await migrations.upgrade(waves=canary("acme"))
+    assert paused.run is not None
+    await migrations.cancel(paused.run)
+    assert await held(new) == ["globex", "hooli"]
+    assert await work(new) == ({}, None)
+    assert await revisions(new) == ["0003", "0002", "0002"]
+    (await migrations.resume(paused.run)).raise_for_failures()
+    assert await held(new) == []
+    assert await revisions(new) == ["0003", "0003", "0003"]
+
+    await old.fleet.create("late", "later")
+    again = await migrations.upgrade(waves=canary("late"))
+    assert again.run is not None
+    await migrations.cancel(again.run, hold=False)
+    assert await held(new) == []
+
+
+async def test_what_an_undone_run_has_not_reached_is_left_to_operators(old: Release, new: Release) -> None:
+    """Only where the run is undone as a whole, and not what is at its target."""
+    migrations = new.fleet.migrations
+    paused = await migrations.upgrade(waves=canary("acme"))
+    assert paused.run is not None
+    assert await revisions(new) == ["0003", "0002", "0002"]
+    (await migrations.undo(paused.run)).raise_for_failures()
+    assert await held(new) == ["acme", "globex", "hooli"]
+    assert await work(new) == ({}, None)
+    assert await revisions(new) == ["0002", "0002", "0002"]
+    (await migrations.upgrade()).raise_for_failures()
+    assert await held(new) == []
+
+    await old.fleet.create("late", "later")
+    for tenants, expected in ((["late"], ["late"]), (None, ["late", "later"])):
+        paused = await migrations.upgrade(waves=canary("late"))
+        assert paused.run is not None
+        (await migrations.undo(paused.run, tenants=tenants)).raise_for_failures()
+        assert await held(new) == expected
 
 
 async def test_the_busiest_come_first(old: Release, new: Release) -> None:
