@@ -19,6 +19,7 @@ from .authentication.invitation_text import InvitationSigner
 from .authentication.keys import KeyManager
 from .authentication.members import MemberManager
 from .authentication.revocations import RevocationManager
+from .backups import BackupKeys, BackupManager, BackupServices
 from .config import TenancyConfig
 from .connections import ConnectionLeases
 from .control.database import ControlDatabase, head
@@ -116,6 +117,7 @@ class Assembly:
     control: ControlDatabase
     keyring: Keyring
     names: Names
+    signer: Signer
     audit: AuditLog
     registry: Registry
     directory: Directory
@@ -126,6 +128,7 @@ class Assembly:
     metrics: TenantMetrics
     schedules: ScheduleManager
     sampler: StorageSampler
+    backups: BackupManager
     servers: Servers
     server_manager: ServerManager
     router: Router
@@ -254,7 +257,8 @@ class Assembly:
         await report_unknown_keys(self.control, config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
         self.control.check_names(self.names)
-        self.audit = AuditLog(self.control, Signer(config.sealing_keys))
+        self.signer = Signer(config.sealing_keys)
+        self.audit = AuditLog(self.control, self.signer)
         self._follow_servers()
         await self.servers.refresh(bootstrapping=True)
         await self.audit.vouch_for_keys()
@@ -338,6 +342,9 @@ class Assembly:
             placer=placer,
             control=self.control,
         )
+        self.operations = Operations(self.control)
+        self.restores = RestoreManager(config, self.operations, self.tenants, self.migrations, events)
+        self._build_backups()
         self.housekeeping = Housekeeping(
             config=config,
             registry=self.registry,
@@ -542,6 +549,20 @@ class Assembly:
         if self.compatibility is not None:
             gate = RevisionGate(self.compatibility, self.registry, self.events, start=self._start)
             self.directory.judge_by(gate.judge)
+
+    def _build_backups(self) -> None:
+        services = BackupServices(
+            config=self.config,
+            control=self.control,
+            audit=self.audit,
+            signer=self.signer,
+            registry=self.registry,
+            provisioner=self.provisioner,
+            names=self.names,
+            keys=BackupKeys(self.control, self.audit, self.keyring, self._data_keys),
+            events=self.events,
+        )
+        self.backups = BackupManager(services)
 
     def _build_members(self) -> None:
         read = None if self._data_keys is None else self._data_keys.open

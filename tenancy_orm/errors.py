@@ -83,7 +83,13 @@
     │   ├── OperationNotFoundError (LookupError)   no operation has that number
     │   ├── ContentsRefusedError             contents from elsewhere would raise rights
     │   ├── OperationStateError              an operation's state does not allow it
-    │   └── OperationConflictError           another operation moves the tenant's data now
+    │   ├── OperationConflictError           another operation moves the tenant's data now
+    │   └── BackupError                      a backup cannot be made, read or removed
+    │       ├── BackupNotFoundError (LookupError)   there is no such backup, or its store does not have it
+    │       ├── BackupUnderWayError          another process backs the tenant up now, or has done so since
+    │       ├── BackupDamagedError           it is not what was written: its signature, checksum or encryption is wrong
+    │       ├── BackupKeyDestroyedError      its key was destroyed: nobody can read it
+    │       └── FleetBackupError             some tenants failed in a run over the fleet
     ├── JobLostError                         another process does by now what this one had claimed
     ├── MigrationError
     │   ├── FleetMigrationError
@@ -1286,6 +1292,49 @@ class OperationConflictError(OperationError):
         self.kind = kind
         self.operation = operation
         self.state = state
+
+
+class BackupError(OperationError):
+    """A backup cannot be made, read or removed."""
+
+
+class BackupNotFoundError(BackupError, LookupError):
+    """There is no such backup, or its store does not have it any more."""
+
+
+class BackupUnderWayError(BackupError):
+    """Another process backs the tenant up now, or has done so since it was found to be due."""
+
+    def __init__(self) -> None:
+        """Use the standard message."""
+        super().__init__("it is being backed up now by another process, or is not due any more")
+
+
+class BackupDamagedError(BackupError):
+    """A backup is not what was written: its signature, a checksum or its encryption is wrong.
+
+    Remedy: take an older backup, and find out who can write to the store.
+    """
+
+
+class BackupKeyDestroyedError(BackupError):
+    """The key of a backup was destroyed, with the tenant's erasure: nobody can read it."""
+
+
+class FleetBackupError(BackupError):
+    """Some tenants could not be backed up; the others were.
+
+    Attributes:
+        reasons: Why, by slug.
+    """
+
+    def __init__(self, reasons: Mapping[str, str], done: int) -> None:
+        """Give the reasons by slug, and how many were backed up."""
+        first, reason = next(iter(reasons.items()))
+        more = f", and {counted(len(reasons) - 1)} more" if len(reasons) > 1 else ""
+        super().__init__(f"{first}: {reason}{more}; {counted(done)} backed up")
+        self.reasons = dict(reasons)
+        self.done = done
 
 
 class JobLostError(TenancyError):

@@ -669,6 +669,50 @@ class TenantSeedingFailed(TenantEvent):
     error: str
 
 
+# --- backups --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupEvent(Event):
+    """Base of the events about backups; ``tenant_id`` and ``slug`` are None for the control database."""
+
+    tenant_id: UUID | None
+    slug: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupCompleted(BackupEvent):
+    """A backup is in the store: ``bytes`` of it, encrypted, after ``seconds``."""
+
+    backup_id: UUID
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupFailed(BackupEvent):
+    """A backup could not be made. ``error`` is the message."""
+
+    error: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupVerified(BackupEvent):
+    """A backup was verified; ``error`` is what was wrong with it."""
+
+    backup_id: UUID
+    error: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupPruned(BackupEvent):
+    """A backup was removed from the store."""
+
+    backup_id: UUID
+
+
 E = TypeVar("E", bound=Event)
 Callback = Callable[[E], Awaitable[None] | None]
 

@@ -18,6 +18,7 @@ from .audit.log import AuditLog
 from .authentication.keys import KeyManager
 from .authentication.members import MemberManager
 from .authentication.revocations import RevocationManager
+from .backups import BackupManager
 from .config import TenancyConfig
 from .context import bind, refuse_while_bound
 from .errors import ConfigurationError
@@ -521,6 +522,11 @@ class Tenancy:
     def seeds(self) -> SeedManager:
         """Bring seeds and reference data to existing tenants, and see which tenants lack some."""
         return self._lifetime.parts.seeds
+
+    @property
+    def backups(self) -> BackupManager:
+        """Back tenants up, and list, verify and remove backups."""
+        return self._lifetime.parts.backups
 
     @property
     def servers(self) -> ServerManager:

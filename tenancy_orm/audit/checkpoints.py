@@ -135,6 +135,58 @@ class Voucher:
         return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedStatement:
+    """A signed statement of another kind than these two: a backup's manifest, or a certificate.
+
+    Args:
+        format: The name of its kind, which is signed too, so that none passes for another: ``tenancy-backup-1``.
+        fields: What it states, as JSON values.
+        key_id: The id of the key that signed it.
+        signature: Ed25519 over ``payload``.
+    """
+
+    format: str
+    fields: Mapping[str, Any]
+    key_id: str
+    signature: bytes = field(default=b"", repr=False)
+
+    @property
+    def payload(self) -> bytes:
+        """The signed bytes: everything but the signature, as JSON with sorted keys and no spaces."""
+        return _canonical({"format": self.format, "key_id": self.key_id, "statement": self.fields})
+
+    def to_bytes(self) -> bytes:
+        """Return one JSON object, which ``from_bytes`` reads."""
+        signature = base64.b64encode(self.signature).decode()
+        values = {"format": self.format, "key_id": self.key_id, "statement": self.fields, "signature": signature}
+        return _canonical(values) + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, kind: str) -> SignedStatement:
+        """Parse what ``to_bytes`` wrote, byte for byte. The signature is not verified.
+
+        Raises:
+            AuditError: it is not a statement of this format.
+        """
+        try:
+            values = json.loads(data)
+            if values["format"] != kind:
+                raise ValueError("another format")
+            found = cls(
+                format=kind,
+                fields=dict(values["statement"]),
+                key_id=str(values["key_id"]),
+                signature=base64.b64decode(values["signature"], validate=True),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+            raise AuditError(f"this is not a signed statement ({kind}): {exc}") from exc
+        # one way to write it, so that no byte of it can be changed
+        if found.to_bytes() != data:
+            raise AuditError(f"this signed statement ({kind}) was changed")
+        return found
+
+
 class Verifier:
     """Verifies signatures with public keys alone, for an auditor without secrets.
 
@@ -172,6 +224,19 @@ class Verifier:
             )
         if not self._signed(checkpoint.key_id, checkpoint.signature, checkpoint.payload):
             raise AuditError(f"the signature of the {checkpoint.kind} is not valid")
+
+    def verify_statement(self, statement: SignedStatement) -> None:
+        """Verify the signature of a statement.
+
+        Raises:
+            AuditError: the key is unknown, or the signature is not valid.
+        """
+        if statement.key_id not in self._keys:
+            raise AuditError(
+                f"it was signed with key {statement.key_id!r}, which is not known; give a Verifier with its public key"
+            )
+        if not self._signed(statement.key_id, statement.signature, statement.payload):
+            raise AuditError("its signature is not valid")
 
     def including(self, vouchers: Iterable[Voucher]) -> Verifier:
         """Return a verifier that also knows the keys that this one's keys vouch for."""
@@ -235,6 +300,19 @@ class Signer(Verifier):
         }
         return Checkpoint(**values, signature=self._sign(Checkpoint(**values).payload))
 
+    def sign_statement(self, kind: str, fields: Mapping[str, Any]) -> SignedStatement:
+        """Return a signed statement.
+
+        Args:
+            kind: The name of its format; another one than those of this module.
+            fields: What it states, as JSON values.
+
+        Raises:
+            ConfigurationError: there is no key.
+        """
+        values: dict[str, Any] = {"format": kind, "fields": fields, "key_id": self._current_id()}
+        return SignedStatement(**values, signature=self._sign(SignedStatement(**values).payload))
+
     def vouch(self, *, installation: UUID, key_id: str, public_key: bytes) -> Voucher:
         """Return the newest key's statement about another one.
 
@@ -265,3 +343,7 @@ def _derive(key: bytes) -> Ed25519PrivateKey:
 
 def _time(value: datetime) -> str:
     return value.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def _canonical(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

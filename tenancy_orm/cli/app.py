@@ -20,6 +20,7 @@ from ..tenancy import Tenancy
 from ..tenant import Status, Tenant
 from . import (
     audit,
+    backup,
     call,
     config,
     dev,
@@ -76,6 +77,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(operations.app, name="operations")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
+app.add_typer(backup.app, name="backup")
 app.add_typer(secrets.app, name="secrets")
 app.command("init")(dev.init)
 app.command("dev")(dev.dev)

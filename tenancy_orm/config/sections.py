@@ -19,6 +19,7 @@ from .values import (
     AlembicFile,
     AtLeastZero,
     Count,
+    DirectoryPath,
     Fraction,
     LoadedHook,
     LoadedProvider,
@@ -593,11 +594,66 @@ class RetentionConfig(Section, frozen=True):
     ever."""
 
 
+_STORE = re.compile(r"(file:/|s3://|gs://|az://)[^@?#]+")
+
+
 class BackupConfig(Section, frozen=True):
     """Encrypted backups of the tenants' databases and of the control database."""
 
+    store: str | None = None
+    """Where backups are kept: ``file:/var/backups/tenancy``, ``s3://bucket/prefix``, ``gs://bucket/prefix`` or
+    ``az://container/prefix``, without credentials. There are no backups where it is None."""
+    store_options: Pairs = Field(default_factory=_nothing, repr=False, exclude=True)
+    """What else obstore is given for the store: ``region``, ``endpoint``, ``access_key_id``, ``secret_access_key`` and
+    so on. Where credentials are not given, they are those of the machine. As text: ``name=value``, separated by
+    semicolons."""
+    compression: str = "gzip:6"
+    """How ``pg_dump`` compresses: ``gzip`` with a level of 0 to 9; ``lz4`` or ``zstd`` (from PostgreSQL 16 on)."""
+    directory: DirectoryPath | None = None
+    """Where a dump is until it is in the store, and a backup that is restored; the system's temporary directory where
+    None."""
+    max_temporary_bytes: Count = 10 * 1024**3
+    """How much of that directory one backup or one restore may use, in bytes."""
+    concurrency: Count = 2
+    """How many tenants of one server are backed up at once, by all processes together."""
     timeout: Seconds = 6 * 3_600.0
     """How long one backup, or the verification of one, may take, in seconds."""
+    every_seconds: SecondsOrZero = 86_400.0
+    """How often ``tenancy worker`` backs each tenant up, and the control database, in seconds; 0 is never."""
+    control_recipients: Names = ()
+    """age recipients that can read the backups of the control database too, without its own key. As text: separated by
+    commas."""
+    keep_last: Count = 3
+    """How many of the newest backups of a tenant are kept; so are those of the next three settings."""
+    keep_daily: AtLeastZero = 7
+    """For how many days the newest backup of each day (UTC) is kept."""
+    keep_weekly: AtLeastZero = 4
+    """For how many weeks the newest backup of each week is kept."""
+    keep_monthly: AtLeastZero = 6
+    """For how many months the newest backup of each month is kept."""
     keep_replaced: SecondsOrZero = 7 * 86_400.0
     """How long the database that a restore has replaced is kept before housekeeping drops it, in seconds; until then
     ``tenancy backup undo-restore`` swaps back."""
+
+    @field_validator("store", mode="after")
+    @classmethod
+    def _check_store(cls, store: str | None) -> str | None:
+        if store is not None and not _STORE.fullmatch(store):
+            # it may have a password
+            raise ValueError("must be file:/directory, s3://, gs:// or az://, without credentials")
+        return store
+
+    @field_validator("compression", mode="after")
+    @classmethod
+    def _check_compression(cls, compression: str) -> str:
+        if not re.fullmatch(r"gzip(:[0-9])?|lz4(:[0-9]{1,2})?|zstd(:[0-9]{1,2})?|none", compression):
+            raise ValueError("must be none, gzip, lz4 or zstd, with a level as in gzip:6")
+        return compression
+
+    @field_validator("control_recipients", mode="after")
+    @classmethod
+    def _check_recipients(cls, recipients: tuple[str, ...]) -> tuple[str, ...]:
+        for recipient in recipients:
+            if not re.fullmatch(r"age1[0-9a-z]{20,100}", recipient):
+                raise ValueError(f"{recipient!r} is not an age recipient: age1...")
+        return recipients

@@ -782,6 +782,8 @@ backups = Table(
     Column("id", Uuid, primary_key=True),
     # None: of the control database
     Column("tenant_id", Uuid, ForeignKey("tenants.id", ondelete="CASCADE"), nullable=True),
+    # where the database was, for the cap on a server's backups at once
+    Column("server", Text, nullable=True),
     # the store, without credentials, and where it is in there
     Column("store", Text, nullable=False),
     Column("path", Text, nullable=False),
@@ -804,6 +806,14 @@ backups = Table(
     Column("pruned_at", DateTime(timezone=True), nullable=True),
     CheckConstraint("state IN ('running', 'done', 'failed', 'pruned')", name="state"),
     Index("backups_tenant_id_idx", "tenant_id", "started_at"),
+    Index("backups_running_idx", "server", postgresql_where=text("state = 'running'")),
+    # one at a time of each tenant
+    Index(
+        "backups_running_key",
+        text("COALESCE(tenant_id, '00000000-0000-0000-0000-000000000000')"),
+        unique=True,
+        postgresql_where=text("state = 'running'"),
+    ),
 )
 
 __all__ = ["SCHEMA", "api_keys", "installation", "metadata", "servers", "templates", "tenants", "tiers"]

@@ -9,8 +9,8 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +147,84 @@ async def run_piped(
         _check(arguments, process, text)
 
 
+class RunningProgram:
+    """A program that runs: ``reader`` is its standard output and ``writer`` its standard input, where asked for."""
+
+    def __init__(self, arguments: Sequence[str], process: asyncio.subprocess.Process) -> None:
+        self._arguments = arguments
+        self._process = process
+        self._errors = asyncio.ensure_future(_read_errors(process))
+        self._paused = False
+
+    @property
+    def reader(self) -> asyncio.StreamReader:
+        """Its standard output."""
+        assert self._process.stdout is not None  # noqa: S101 - it is a pipe
+        return self._process.stdout
+
+    @property
+    def writer(self) -> asyncio.StreamWriter:
+        """Its standard input."""
+        assert self._process.stdin is not None  # noqa: S101 - it is a pipe
+        return self._process.stdin
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended."""
+        return self._process.returncode is not None
+
+    def pause(self) -> None:
+        """Stop it until ``resume``; its connections stay open."""
+        self._signal(signal.SIGSTOP, paused=True)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT, paused=False)
+
+    async def finish(self) -> None:
+        """Wait until it has ended.
+
+        Raises:
+            ProvisioningError: it failed.
+        """
+        errors = await asyncio.shield(self._errors)
+        await self._process.wait()
+        _check(self._arguments, self._process, errors)
+
+    async def end(self) -> None:
+        """End it, if it has not ended."""
+        self.resume()
+        await _end(self._process)
+        await self._errors
+
+    def _signal(self, number: signal.Signals, *, paused: bool) -> None:
+        if self._paused is not paused and not self.has_ended:
+            self._paused = paused
+            with suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+
+@asynccontextmanager
+async def running(
+    arguments: Sequence[str], environment: Mapping[str, str], *, reads: bool = False, writes: bool = False
+) -> AsyncIterator[RunningProgram]:
+    """Run a program beside the body; the end of the body ends it.
+
+    Args:
+        arguments: The program, and its arguments.
+        environment: As in ``run_program``.
+        reads: Whether the body writes to its standard input.
+        writes: Whether the body reads its standard output.
+    """
+    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    process = await _start(arguments, environment, stdin=pipe if reads else null, stdout=pipe if writes else null)
+    program = RunningProgram(arguments, process)
+    try:
+        yield program
+    finally:
+        await run_to_completion(program.end())
+
+
 async def _start(
     arguments: Sequence[str], environment: Mapping[str, str], *, stdin: int, stdout: int
 ) -> asyncio.subprocess.Process:
@@ -193,4 +271,4 @@ def _check(arguments: Sequence[str], process: asyncio.subprocess.Process, errors
     raise ProvisioningError(f"{program}: {reason[:_SHOWN]}", step="copy")
 
 
-__all__ = ["Programs", "find_programs", "run_piped", "run_program"]
+__all__ = ["Programs", "RunningProgram", "find_programs", "run_piped", "run_program", "running"]

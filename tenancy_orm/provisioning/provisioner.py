@@ -44,6 +44,7 @@ from .new_databases import NewDatabases, drop_all_beside
 from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds, describe, tenant_key
 from .preparation import prepare
 from .public_access import SharedDatabases, read_control
+from .readers import Readers
 from .reconcile import Reconciler, ReconcileReport
 from .role_settings import RoleSettings
 from .standbys import end_on_replicas
@@ -104,6 +105,7 @@ class Provisioner:
         )
         self.logins = TemporaryLogins(config, registry, servers, names, blockers)
         self.copies = Copies(config, servers, names, blockers)
+        self.readers = Readers(config, servers, names, blockers)
         self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
         self._services = ProvisioningServices(
             config=config,

@@ -23,6 +23,7 @@ import pytest_asyncio
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.authentication.invitation_rows import Invitation
+from tenancy_orm.backups import BackupKeys
 from tenancy_orm.config import MeteringConfig
 from tenancy_orm.context import current_tenant_or_none
 from tenancy_orm.control.notifications import ConnectionRequest, LeaseCall
@@ -35,6 +36,7 @@ from tenancy_orm.provisioning import TemplateManager
 from tenancy_orm.provisioning.copies import Copies
 from tenancy_orm.provisioning.extensions import Extensions
 from tenancy_orm.provisioning.new_databases import NewDatabases
+from tenancy_orm.provisioning.readers import Readers
 from tenancy_orm.provisioning.temporary_logins import TemporaryLogins
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
@@ -138,6 +140,7 @@ TAKE_NO_SLUG = {
     "internals.provisioner.copies",
     "internals.provisioner.logins",
     "internals.provisioner.new_databases",
+    "internals.provisioner.readers",
     "internals.rates",
 }
 
@@ -199,10 +202,12 @@ def parts() -> dict[str, type]:
         "extensions": Extensions,
         "logins": TemporaryLogins,
         "new_databases": NewDatabases,
+        "readers": Readers,
         "templates": TemplateManager,
         "watchdog": Watchdog,
     }
     held = {f"internals.provisioner.{name}": kind for name, kind in held.items()}
+    held["backups.keys"] = BackupKeys
     return {"events": EventBus, **held, **handed_out(Tenancy), **below}
 
 
@@ -317,6 +322,9 @@ def others(plane: Plane) -> dict[str, Any]:
         "number": 1,
         "source": DumpSource(Path("dump")),
         "operation": 1,
+        "backup": uuid7(),
+        "backup_id": uuid7(),
+        "store": None,
         "sql": "SELECT 1",
         "statement": "SELECT 1",
     }

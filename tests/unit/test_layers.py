@@ -72,7 +72,8 @@ EXTRAS: dict[str, frozenset[str]] = {
     "structlog": frozenset({"integrations"}),
     "redis": frozenset({"integrations"}),
     "cashews": frozenset({"integrations"}),
-    "obstore": frozenset({"integrations"}),
+    "obstore": frozenset({"integrations", "backups"}),
+    "pyrage": frozenset({"backups"}),
     "fsspec": frozenset({"integrations"}),
     "jwt": frozenset({"authentication"}),  # tokens of identity providers
     # stores of the encryption keys

@@ -26,6 +26,8 @@ ASYNCHRONOUS_ALONE = {
             *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers", "moves"),
             *("jobs", "warm_pool"),
             *("operations", "restores"),
+            *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
+            *("jobs", "warm_pool", "backups"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),

@@ -27,6 +27,8 @@ CREATE TABLE tenancy.backups (
     id uuid CONSTRAINT backups_pkey PRIMARY KEY,
     -- NULL: of the control database
     tenant_id uuid CONSTRAINT backups_tenant_id_fkey REFERENCES tenancy.tenants (id) ON DELETE CASCADE,
+    -- where the database was, for the cap on a server's backups at once
+    server text,
     -- the store, without credentials, and where it is in there
     store text NOT NULL,
     path text NOT NULL,
@@ -50,6 +52,10 @@ CREATE TABLE tenancy.backups (
     pruned_at timestamptz
 );
 CREATE INDEX backups_tenant_id_idx ON tenancy.backups (tenant_id, started_at);
+CREATE INDEX backups_running_idx ON tenancy.backups (server) WHERE state = 'running';
+-- one at a time of each tenant
+CREATE UNIQUE INDEX backups_running_key ON tenancy.backups (COALESCE(tenant_id, '00000000-0000-0000-0000-000000000000'))
+    WHERE state = 'running';
 """
 
 PROTECTION = """

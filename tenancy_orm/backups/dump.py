@@ -1,0 +1,414 @@
+"""The dump of one database, on its way into a store: by ``pg_dump``, as files that are packed and encrypted in turn.
+
+``pg_dump`` writes a directory with a file for each table. Each file is read, encrypted and deleted once it is complete,
+so that the temporary directory has about as much as the largest table takes. When the store is slower than the server,
+``pg_dump`` is stopped for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+
+from ..cancellation import run_to_completion
+from ..errors import BackupError
+from ..postgres import connections
+from ..postgres.connections import Connection
+from ..postgres.programs import Programs, running
+from .archive import Digest, pack
+from .encryption import encrypt
+from .manifest import BackupExtension, BackupFile
+from .spool import Spool, used_bytes
+from .stores import Store
+
+T = TypeVar("T")
+
+_LOCK_WAIT = "10s"  # a migration that has a table locked is not queued behind for longer
+_POLL_SECONDS = 0.05
+_BATCH = 200  # tables that are counted in one statement
+_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0", "row_security": "on"}
+_COMPRESSION_NAMES_VERSION = 16  # from this on, --compress takes the name of a method
+
+_FACTS = """
+SELECT pg_catalog.pg_current_wal_lsn()::text AS lsn, pg_catalog.now() AS now,
+       pg_catalog.current_setting('server_version') AS version,
+       pg_catalog.pg_database_size(d.oid) AS bytes, pg_catalog.pg_encoding_to_char(d.encoding) AS encoding,
+       d.datcollate AS "collate", d.datctype AS ctype,
+       to_jsonb(d)->>'datlocprovider' AS provider,
+       COALESCE(to_jsonb(d)->>'datlocale', to_jsonb(d)->>'daticulocale') AS locale,
+       (SELECT pg_catalog.count(*) FROM pg_catalog.pg_largeobject_metadata) AS large_objects
+  FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()
+"""
+_TABLES = """
+SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name,
+       pg_catalog.pg_table_size(c.oid) AS bytes
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   AND n.nspname <> ALL ($1) AND ($2::text[] IS NULL OR n.nspname = ANY ($2))
+   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend e WHERE e.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
+                      AND e.objid = c.oid AND e.deptype = 'e')
+ ORDER BY 1
+"""
+_EXTENSIONS = """
+SELECT e.extname::text AS name, n.nspname::text AS schema, e.extversion AS version
+  FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
+ WHERE e.extname <> 'plpgsql' ORDER BY e.oid
+"""
+
+
+class Source(Protocol):
+    """What is dumped: a login to one database."""
+
+    def environment(self) -> dict[str, str]:
+        """Return libpq's variables, the password included."""
+
+    async def connect(self, *, timeout: float, settings: Mapping[str, str] = ..., purpose: str = ...) -> Connection:
+        """Open a connection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What was found in the snapshot that is dumped."""
+
+    lsn: str
+    snapshot_at: datetime
+    server_version: str
+    database_bytes: int
+    locale: Mapping[str, str | None]
+    extensions: tuple[BackupExtension, ...]
+    large_objects: int
+    largest_bytes: int
+    tables: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dumped:
+    """What is in the store."""
+
+    snapshot: Snapshot
+    found: Any
+    files: tuple[BackupFile, ...]
+    dump_version: int
+    archive_bytes: int
+    archive_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """What of a database is dumped.
+
+    Attributes:
+        left_out: Schemas that are not.
+        schemas: Only these schemas; all where None.
+        without_rows: Tables that are dumped without their rows, as quoted names.
+        arguments: Further arguments of ``pg_dump``.
+    """
+
+    left_out: tuple[str, ...] = ()
+    schemas: tuple[str, ...] | None = None
+    without_rows: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+
+    def to_arguments(self) -> Iterator[str]:
+        """Return ``pg_dump``'s arguments."""
+        yield from (f"--exclude-schema={pattern(name)}" for name in self.left_out)
+        yield from (f"--schema={pattern(name)}" for name in self.schemas or ())
+        yield from (f"--exclude-table-data={name}" for name in self.without_rows)
+        yield from self.arguments
+
+
+class Dump:
+    """Dumps one database into a store.
+
+    Args:
+        source: The login.
+        programs: Finds PostgreSQL's programs for a major version.
+        spool: Temporary space.
+        store: Where the dump goes.
+        path: The archive's path there.
+        recipients: Who can decrypt it.
+        compression: As in ``backup.compression``.
+        scope: What is dumped.
+        look: Reads what else the manifest says, in the snapshot.
+        connect_timeout: Seconds.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        programs: Callable[[int], Awaitable[Programs]],
+        spool: Spool,
+        store: Store,
+        path: str,
+        recipients: Sequence[str],
+        compression: str,
+        scope: Scope,
+        look: Callable[[Connection], Any],
+        connect_timeout: float,
+    ) -> None:
+        self._source = source
+        self._programs = programs
+        self._spool = spool
+        self._store = store
+        self._path = path
+        self._recipients = recipients
+        self._compression = compression
+        self._scope = scope
+        self._look = look
+        self._connect_timeout = connect_timeout
+
+    async def run(self) -> Dumped:
+        """Dump it. An error or a cancellation leaves nothing in the store or in the temporary space.
+
+        Raises:
+            BackupError: the store or the temporary space does not take it.
+            ProvisioningError: ``pg_dump`` failed.
+            asyncpg.PostgresError, OSError: the server refuses, or does not answer.
+        """
+        holding = await self._source.connect(
+            timeout=self._connect_timeout, settings=_UNBOUNDED, purpose="tenancy-backup"
+        )
+        try:
+            if connections.version(holding) >= 17:
+                await holding.execute("SET transaction_timeout = 0")
+            programs = await self._programs(connections.version(holding))
+            # pg_dump and the counts see this snapshot, which is there as long as its transaction
+            await holding.transaction(isolation="repeatable_read", readonly=True).start()
+            number = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
+            facts, tables = await self._facts(holding)
+            with self._spool.open(max((size for _, size in tables), default=0)) as directory:
+                return await self._transfer(
+                    programs, number, directory / "dump", lambda: self._count(holding, facts, tables)
+                )
+        finally:
+            await run_to_completion(connections.close(holding))
+
+    async def _facts(self, holding: Connection) -> tuple[Any, list[tuple[str, int]]]:
+        facts = await holding.fetchrow(_FACTS)
+        schemas = None if self._scope.schemas is None else list(self._scope.schemas)
+        rows = await holding.fetch(_TABLES, list(self._scope.left_out), schemas)
+        return facts, [(row["name"], row["bytes"]) for row in rows if row["name"] not in self._scope.without_rows]
+
+    async def _count(self, holding: Connection, facts: Any, tables: Sequence[tuple[str, int]]) -> tuple[Snapshot, Any]:
+        counts: dict[str, int] = {}
+        for first in range(0, len(tables), _BATCH):
+            names = [name for name, _ in tables[first : first + _BATCH]]
+            parts = (f"SELECT pg_catalog.count(*) FROM ONLY {name}" for name in names)  # noqa: S608 - quoted
+            found = await holding.fetchrow(f"SELECT {', '.join(f'({part})' for part in parts)}")
+            counts.update(zip(names, found or (), strict=True))
+        extensions = [BackupExtension(**dict(row)) for row in await holding.fetch(_EXTENSIONS)]
+        snapshot = Snapshot(
+            lsn=facts["lsn"],
+            snapshot_at=facts["now"],
+            server_version=facts["version"],
+            database_bytes=facts["bytes"],
+            locale={name: facts[name] for name in ("encoding", "collate", "ctype", "provider", "locale")},
+            extensions=tuple(extensions),
+            large_objects=facts["large_objects"],
+            largest_bytes=max((size for _, size in tables), default=0),
+            tables=counts,
+        )
+        return snapshot, await self._look(holding)
+
+    async def _transfer(
+        self,
+        programs: Programs,
+        snapshot: str,
+        directory: Path,
+        count: Callable[[], Awaitable[tuple[Snapshot, Any]]],
+    ) -> Dumped:
+        arguments = (
+            programs.path("pg_dump"),
+            "--format=directory",
+            f"--file={directory}",
+            "--no-sync",
+            "--no-subscriptions",
+            "--no-security-labels",
+            f"--compress={_level(self._compression, programs.version)}",
+            f"--lock-wait-timeout={_LOCK_WAIT}",
+            f"--snapshot={snapshot}",
+            *self._scope.to_arguments(),
+        )
+        feed, digest, files = _Feed(), Digest(), list[BackupFile]()
+
+        def ship() -> None:
+            chunks = encrypt(pack(feed, files.append), self._recipients)
+            self._store.write(self._path, digest.passing(chunks))
+
+        async def write() -> None:
+            await in_thread(ship, feed.stop)
+
+        async def dump() -> None:
+            try:
+                await self._dump(arguments, directory, feed)
+            finally:
+                feed.stop()
+
+        counting = asyncio.ensure_future(count())
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(write())
+                group.create_task(dump())
+                # a failure of it ends the others
+                group.create_task(_awaited(counting))
+        except BaseExceptionGroup as exc:
+            raise _first(exc) from None
+        finally:
+            counting.cancel()
+        found, extra = counting.result()
+        return Dumped(
+            snapshot=found,
+            found=extra,
+            files=tuple(files),
+            dump_version=programs.version,
+            archive_bytes=digest.bytes,
+            archive_sha256=digest.sha256,
+        )
+
+    async def _dump(self, arguments: Sequence[str], directory: Path, feed: _Feed) -> None:
+        async with running(arguments, self._source.environment()) as program:
+            ended = asyncio.ensure_future(program.finish())
+            try:
+                while not ended.done():
+                    await asyncio.wait([ended], timeout=_POLL_SECONDS)
+                    feed.add(_complete(directory))
+                    self._bound(program, directory, feed)
+                await ended
+            finally:
+                ended.cancel()
+        # the table of contents last
+        feed.add(_rest(directory))
+        feed.finish()
+
+    def _bound(self, program: Any, directory: Path, feed: _Feed) -> None:
+        used = used_bytes(directory)
+        if used <= self._spool.max_bytes // 2:
+            program.resume()
+        elif feed.waiting:
+            program.pause()
+        elif used > self._spool.max_bytes:
+            raise BackupError(
+                f"a table takes more than the {self._spool.max_bytes:,} bytes that backup.max_temporary_bytes allows "
+                f"in {directory.parent.parent}; raise it"
+            )
+        else:
+            program.resume()
+
+
+def pattern(name: str) -> str:
+    """Return a name as one of psql's patterns."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _complete(directory: Path) -> list[Path]:
+    """Return the files that ``pg_dump``, which writes one at a time, has closed: those older than the newest."""
+    try:
+        found = [(file.stat().st_mtime_ns, file) for file in directory.iterdir() if not file.name.endswith(".toc")]
+    except FileNotFoundError:
+        return []  # there is none yet, or one was shipped in this moment
+    newest = max((moment for moment, _ in found), default=0)
+    return [file for moment, file in sorted(found) if moment < newest and file.name != "toc.dat"]
+
+
+def _rest(directory: Path) -> list[Path]:
+    """Return what there is at the end, the tables of contents last."""
+    return sorted(directory.iterdir(), key=lambda file: (file.name.endswith(".toc"), file.name == "toc.dat", file.name))
+
+
+def _level(compression: str, version: int) -> str:
+    method, _, level = compression.partition(":")
+    if method == "none":
+        return "0"
+    if version >= _COMPRESSION_NAMES_VERSION:
+        return compression
+    if method != "gzip":
+        raise BackupError(f"backup.compression is {compression}, and pg_dump of version {version} knows gzip alone")
+    return level or "6"
+
+
+class _Feed:
+    """The complete files, from the event loop to a thread."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Path | None] = SimpleQueue()
+        self._added: set[Path] = set()
+        self._finished = False
+        self._stopped = threading.Event()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether files wait to be read, or one is being read: it exists until it was."""
+        return any(file.exists() for file in self._added)
+
+    def add(self, files: Sequence[Path]) -> None:
+        for file in files:
+            if file not in self._added:
+                self._added.add(file)
+                self._queue.put(file)
+
+    def finish(self) -> None:
+        """No further file comes."""
+        self._finished = True
+        self._queue.put(None)
+
+    def stop(self) -> None:
+        """Let the thread fail, unless it has all files."""
+        if not self._finished:
+            self._stopped.set()
+            self._queue.put(None)
+
+    def __iter__(self) -> Iterator[Path]:
+        while (file := self._queue.get()) is not None:
+            yield file
+        if self._stopped.is_set():
+            raise BackupError("the dump was stopped")
+
+
+async def in_thread(work: Callable[[], T], stop: Callable[[], None]) -> T:
+    """Run blocking work in a thread of its own. A cancellation calls ``stop``, and waits until it has ended."""
+    loop = asyncio.get_running_loop()
+    with_thread = ThreadPoolExecutor(1, thread_name_prefix="tenancy-backup")
+    try:
+        future = loop.run_in_executor(with_thread, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            stop()
+            await run_to_completion(_settled(future))
+            raise
+    finally:
+        with_thread.shutdown(wait=False)
+
+
+async def _settled(future: asyncio.Future[Any]) -> None:
+    await asyncio.wait([future])
+    future.exception()  # it is known
+
+
+async def _awaited(future: asyncio.Future[T]) -> T:
+    return await future
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that was the cause: what was stopped because of it follows."""
+    errors = [error for error in _flat(group) if not isinstance(error, asyncio.CancelledError)]
+    return next((error for error in errors if str(error) != "the dump was stopped"), errors[0])
+
+
+def _flat(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _flat(one)
+    else:
+        yield error
+
+
+__all__ = ["Dump", "Dumped", "Scope", "Snapshot", "Source", "in_thread", "pattern"]

@@ -1,0 +1,415 @@
+"""The rows of backups in the control database: begun, claimed, ended, listed and pruned.
+
+A backup that is made has a claim, which its process renews. One that is not renewed has been abandoned, and counts as
+failed from then on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from sqlalchemy import Row, bindparam, text
+from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.types import Text, Uuid
+
+from ..audit.actor import Actor
+from ..audit.log import AuditLog
+from ..context import refuse_other_tenant, refuse_while_bound
+from ..control.database import ControlDatabase
+from ..errors import BackupNotFoundError, BackupUnderWayError, JobLostError
+from ..jobs import CLAIM_SECONDS, Claimant
+from .manifest import Manifest
+
+BackupState = Literal["running", "done", "failed", "pruned"]
+
+_LONGEST_ERROR = 2_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backup:
+    """A backup's row.
+
+    Attributes:
+        id: Its id.
+        tenant_id: The tenant; None: the control database.
+        slug: The tenant's slug now; None: the control database.
+        server: The name of the tenant's server then.
+        state: "running", "done", "failed" or "pruned".
+        store: The store.
+        path: Where it is in there, a directory.
+        key_id: The key that it is encrypted with.
+        started_at: When it was begun.
+        ended_at: When it ended.
+        bytes: Its size in the store.
+        manifest: What it has; None unless it is done.
+        error: Why it failed.
+        verified_at: When it was verified last.
+        verify_error: What was wrong then.
+        kept_until: Until when it is kept whatever the retention policy says.
+        pruned_at: When the last of it was removed from the store.
+        host: The machine that makes it, or has made it.
+    """
+
+    id: UUID
+    tenant_id: UUID | None
+    slug: str | None
+    server: str | None
+    state: BackupState
+    store: str
+    path: str
+    key_id: str
+    started_at: datetime
+    ended_at: datetime | None
+    bytes: int | None
+    manifest: Manifest | None
+    error: str | None
+    verified_at: datetime | None
+    verify_error: str | None
+    kept_until: datetime | None
+    pruned_at: datetime | None
+    host: str | None
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is done, and nothing wrong was found in it."""
+        return self.state == "done" and self.verify_error is None
+
+    @property
+    def archive_path(self) -> str:
+        """Where the encrypted dump is in the store."""
+        return f"{self.path}/dump.tar.age"
+
+    @property
+    def manifest_path(self) -> str:
+        """Where the signed manifest is in the store."""
+        return f"{self.path}/manifest.json"
+
+
+class BackupRecords:
+    """Reads and writes the rows.
+
+    Args:
+        control: The control database.
+        audit: Where changes are recorded.
+    """
+
+    def __init__(self, control: ControlDatabase, audit: AuditLog) -> None:
+        self._control = control
+        self._audit = audit
+
+    async def begin(
+        self,
+        backup_id: UUID,
+        tenant_id: UUID | None,
+        claimant: Claimant,
+        *,
+        server: str | None,
+        at_most: int,
+        store: str,
+        path: str,
+        key_id: str,
+        kept_until: datetime | None,
+        due: float | None,
+    ) -> bool:
+        """Write the row of a backup that begins; False while a server has its number of them under way.
+
+        Args:
+            backup_id: Its id.
+            tenant_id: The tenant; None: the control database.
+            claimant: Who makes it.
+            server: The tenant's server.
+            at_most: How many backups of one server are made at once.
+            store: The store.
+            path: Where it will be in there.
+            key_id: The key that encrypts it.
+            kept_until: Until when it is kept.
+            due: Only if the last one was begun so many seconds ago; None: in any case.
+
+        Raises:
+            BackupUnderWayError: the tenant is being backed up, or was so recently.
+        """
+        values: dict[str, Any] = {"id": backup_id, "tenant": tenant_id, "server": server, "store": store, "path": path}
+        values |= {"key": key_id, "kept_until": kept_until, "seconds": CLAIM_SECONDS}
+        values |= {"claim": claimant.id, "host": claimant.host}
+        try:
+            async with self._control.transaction() as connection:
+                await connection.execute(_LOCK, {"name": f"tenancy backups on {server}"})
+                await connection.execute(_ABANDON)
+                if (
+                    due is not None
+                    and (
+                        await connection.execute(
+                            _RECENT, {"tenant": tenant_id, "due": due, "retry": min(due, RETRY_SECONDS)}
+                        )
+                    ).first()
+                ):
+                    raise BackupUnderWayError
+                running = await connection.scalar(_COUNT, {"server": server})
+                if running is not None and running >= at_most and server is not None:
+                    return False
+                await connection.execute(_INSERT, values)
+        except IntegrityError as exc:
+            raise BackupUnderWayError from exc
+        return True
+
+    async def renew(self, backup_id: UUID, claimant: Claimant) -> bool:
+        """Extend a claim; False if it counts as abandoned by now."""
+        values = {"id": backup_id, "claim": claimant.id, "seconds": CLAIM_SECONDS}
+        async with self._control.transaction() as connection:
+            return bool((await connection.execute(_RENEW, values)).rowcount)
+
+    async def finish(self, manifest: Manifest, claimant: Claimant, *, stored_bytes: int, actor: Actor) -> Backup:
+        """Record that a backup is done.
+
+        Raises:
+            JobLostError: it counts as abandoned by now.
+        """
+        values = {
+            "id": manifest.id,
+            "claim": claimant.id,
+            "bytes": stored_bytes,
+            "manifest": json.dumps(manifest.to_fields(), allow_nan=False),
+        }
+        async with self._control.transaction() as connection:
+            if not (await connection.execute(_DONE, values)).rowcount:
+                raise JobLostError
+            await self._write_audit(
+                connection,
+                "backup.run",
+                manifest.tenant_id,
+                manifest.slug,
+                actor,
+                {"backup": manifest.id, "bytes": stored_bytes, "lsn": manifest.lsn, "key": manifest.key_id},
+            )
+        return await self.get(manifest.id)
+
+    async def fail(self, backup_id: UUID, claimant: Claimant, error: str) -> None:
+        """Record that a backup has failed."""
+        values = {"id": backup_id, "claim": claimant.id, "error": _text(error)}
+        async with self._control.transaction() as connection:
+            await connection.execute(_FAILED, values)
+
+    async def get(self, backup_id: UUID) -> Backup:
+        """Return a backup.
+
+        Raises:
+            BackupNotFoundError: there is none of this id.
+            CrossTenantError: another tenant is bound.
+        """
+        async with self._control.connect() as connection:
+            row = (await connection.execute(_GET, {"id": backup_id})).one_or_none()
+        if row is None:
+            raise BackupNotFoundError(f"there is no backup {backup_id}; list them with: tenancy backup list")
+        if row.tenant_id is None:
+            refuse_while_bound("backups of the control database")
+        else:
+            refuse_other_tenant(row.tenant_id)
+        return _backup(row)
+
+    async def list(
+        self,
+        *,
+        tenant_id: UUID | None = None,
+        control: bool = False,
+        states: Iterable[BackupState] | None = None,
+        limit: int | None = None,
+    ) -> tuple[Backup, ...]:
+        """Return backups, the newest first.
+
+        Args:
+            tenant_id: Of this tenant.
+            control: Those of the control database instead; with neither, those of all tenants.
+            states: Of these states alone.
+            limit: At most so many.
+        """
+        if tenant_id is None:
+            refuse_while_bound("listing backups")
+        else:
+            refuse_other_tenant(tenant_id)
+        values = {
+            "tenant": tenant_id,
+            "control": control,
+            "states": None if states is None else list(states),
+            "limit": limit,
+        }
+        async with self._control.connect() as connection:
+            return tuple(_backup(row) for row in await connection.execute(_LIST, values))
+
+    async def note_verified(self, backup: Backup, error: str | None, actor: Actor) -> None:
+        """Record the result of a verification."""
+        async with self._control.transaction() as connection:
+            await connection.execute(_VERIFIED, {"id": backup.id, "error": None if error is None else _text(error)})
+            await self._write_audit(
+                connection,
+                "backup.verify",
+                backup.tenant_id,
+                backup.slug,
+                actor,
+                {"backup": backup.id, "good": error is None},
+            )
+
+    async def keep(self, backup: Backup, until: datetime | None, actor: Actor) -> Backup:
+        """Set until when a backup is kept whatever the policy says."""
+        async with self._control.transaction() as connection:
+            await connection.execute(_KEEP, {"id": backup.id, "until": until})
+            detail = {"backup": backup.id, "kept_until": until}
+            await self._write_audit(connection, "backup.keep", backup.tenant_id, backup.slug, actor, detail)
+        return await self.get(backup.id)
+
+    async def begin_pruning(self, backup: Backup, actor: Actor) -> bool:
+        """Mark a backup as pruned, before anything of it is removed; False if it is kept by now."""
+        async with self._control.transaction() as connection:
+            if not (await connection.execute(_PRUNE, {"id": backup.id})).rowcount:
+                return False
+            detail = {"backup": backup.id, "bytes": backup.bytes, "started_at": backup.started_at}
+            await self._write_audit(connection, "backup.prune", backup.tenant_id, backup.slug, actor, detail)
+        return True
+
+    async def finish_pruning(self, backup: Backup) -> None:
+        """Record that nothing of a pruned or failed backup is left in the store."""
+        async with self._control.transaction() as connection:
+            await connection.execute(_PRUNED, {"id": backup.id})
+
+    async def to_remove(self) -> tuple[Backup, ...]:
+        """Return the backups that are pruned or failed, of which something may be left in the store."""
+        refuse_while_bound("pruning backups")
+        async with self._control.transaction() as connection:
+            await connection.execute(_ABANDON)
+            return tuple(_backup(row) for row in await connection.execute(_TO_REMOVE))
+
+    async def due(self, *, every: float, limit: int) -> tuple[UUID, ...]:
+        """Return the tenants that are due: those with the oldest backup first."""
+        refuse_while_bound("listing tenants that are due")
+        values = {"every": every, "retry": min(every, RETRY_SECONDS), "limit": limit}
+        async with self._control.connect() as connection:
+            return tuple(await connection.scalars(_DUE, values))
+
+    async def destroyed_keys(self) -> frozenset[str]:
+        """Return the ids of the keys that were destroyed."""
+        async with self._control.connect() as connection:
+            return frozenset(await connection.scalars(_DESTROYED))
+
+    async def _write_audit(
+        self,
+        connection: AsyncConnection,
+        action: str,
+        tenant_id: UUID | None,
+        slug: str | None,
+        actor: Actor,
+        detail: dict[str, Any],
+    ) -> None:
+        await self._audit.append(connection, action=action, tenant_id=tenant_id, slug=slug, actor=actor, detail=detail)
+
+
+RETRY_SECONDS = 900.0
+"""How long after a failure a tenant is due again."""
+
+
+def _text(error: str) -> str:
+    return error[:_LONGEST_ERROR].replace("\x00", "") or "unknown"
+
+
+_IS_OF = "b.tenant_id IS NOT DISTINCT FROM CAST(:tenant AS uuid)"
+_TENANT = bindparam("tenant", type_=Uuid)
+_COLUMNS = (
+    "b.id, b.tenant_id, t.slug, b.server, b.state, b.store, b.path, b.key_id, b.started_at, b.ended_at, b.bytes, "
+    "b.manifest, b.error, b.verified_at, b.verify_error, b.kept_until, b.pruned_at, b.host"
+)
+_FROM = "FROM tenancy.backups b LEFT JOIN tenancy.tenants t ON t.id = b.tenant_id"
+
+_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
+_ABANDON = text(
+    "UPDATE tenancy.backups SET state = 'failed', ended_at = clock_timestamp(), claim = NULL, "
+    "error = 'the process that made it has died' "
+    "WHERE state = 'running' AND claimed_until <= clock_timestamp()"
+)
+_COUNT = text("SELECT count(*) FROM tenancy.backups WHERE state = 'running' AND server = :server").bindparams(
+    bindparam("server", type_=Text)
+)
+_RECENT = text(
+    f"SELECT 1 FROM tenancy.backups b WHERE {_IS_OF} AND b.state IN ('done', 'failed') "  # noqa: S608 - constants
+    "AND b.started_at > clock_timestamp() - make_interval(secs => CASE b.state WHEN 'done' THEN CAST(:due AS float8) "
+    "ELSE CAST(:retry AS float8) END)"
+).bindparams(_TENANT)
+_INSERT = text(
+    "INSERT INTO tenancy.backups (id, tenant_id, server, store, path, key_id, claim, host, claimed_until, kept_until) "
+    "VALUES (:id, :tenant, :server, :store, :path, :key, :claim, :host, "
+    "clock_timestamp() + make_interval(secs => :seconds), :kept_until)"
+).bindparams(
+    bindparam("id", type_=Uuid),
+    _TENANT,
+    bindparam("server", type_=Text),
+    bindparam("claim", type_=Uuid),
+    bindparam("kept_until", type_=TIMESTAMP(timezone=True)),
+)
+_CLAIMED = "WHERE id = :id AND claim = :claim AND state = 'running'"
+_IDS = (bindparam("id", type_=Uuid), bindparam("claim", type_=Uuid))
+_RENEW = text(
+    f"UPDATE tenancy.backups SET claimed_until = clock_timestamp() + make_interval(secs => :seconds) {_CLAIMED}"  # noqa: S608
+).bindparams(*_IDS)
+_DONE = text(
+    "UPDATE tenancy.backups SET state = 'done', ended_at = clock_timestamp(), claim = NULL, claimed_until = NULL, "  # noqa: S608
+    f"bytes = :bytes, manifest = CAST(:manifest AS jsonb) {_CLAIMED}"
+).bindparams(*_IDS)
+_FAILED = text(
+    "UPDATE tenancy.backups SET state = 'failed', ended_at = clock_timestamp(), claim = NULL, claimed_until = NULL, "  # noqa: S608
+    f"error = :error {_CLAIMED}"
+).bindparams(*_IDS)
+_GET = text(f"SELECT {_COLUMNS} {_FROM} WHERE b.id = :id").bindparams(bindparam("id", type_=Uuid))
+_LIST = text(
+    f"SELECT {_COLUMNS} {_FROM} "
+    "WHERE (CASE WHEN :control THEN b.tenant_id IS NULL ELSE b.tenant_id IS NOT NULL END) "
+    "AND (CAST(:tenant AS uuid) IS NULL OR b.tenant_id = CAST(:tenant AS uuid)) "
+    "AND (:states IS NULL OR b.state = ANY (:states)) ORDER BY b.started_at DESC, b.id LIMIT CAST(:limit AS bigint)"
+).bindparams(_TENANT, bindparam("states", type_=ARRAY(Text)))
+_VERIFIED = text(
+    "UPDATE tenancy.backups SET verified_at = clock_timestamp(), verify_error = :error WHERE id = :id"
+).bindparams(bindparam("id", type_=Uuid), bindparam("error", type_=Text))
+_KEEP = text("UPDATE tenancy.backups SET kept_until = :until WHERE id = :id").bindparams(
+    bindparam("id", type_=Uuid), bindparam("until", type_=TIMESTAMP(timezone=True))
+)
+_PRUNE = text(
+    "UPDATE tenancy.backups SET state = 'pruned' WHERE id = :id AND state = 'done' "
+    "AND (kept_until IS NULL OR kept_until <= clock_timestamp() OR EXISTS (SELECT FROM tenancy.backup_keys k "
+    "WHERE k.id = key_id AND k.destroyed_at IS NOT NULL))"
+).bindparams(bindparam("id", type_=Uuid))
+_PRUNED = text("UPDATE tenancy.backups SET pruned_at = clock_timestamp() WHERE id = :id").bindparams(
+    bindparam("id", type_=Uuid)
+)
+_TO_REMOVE = text(
+    f"SELECT {_COLUMNS} {_FROM} WHERE b.state IN ('pruned', 'failed') AND b.pruned_at IS NULL ORDER BY b.started_at"
+)
+_DUE = text("""
+SELECT t.id FROM tenancy.tenants t
+  LEFT JOIN LATERAL (
+    SELECT max(b.started_at) FILTER (WHERE b.state = 'done') AS done,
+           max(b.started_at) FILTER (WHERE b.state = 'failed') AS failed,
+           bool_or(b.state = 'running' AND b.claimed_until > clock_timestamp()) AS running
+      FROM tenancy.backups b WHERE b.tenant_id = t.id AND b.state IN ('done', 'failed', 'running')
+  ) b ON true
+ WHERE t.status IN ('trial', 'active', 'suspended', 'maintenance') AND t.database_name IS NOT NULL
+   AND (b.done IS NULL OR b.done <= clock_timestamp() - make_interval(secs => :every))
+   AND (b.failed IS NULL OR b.failed <= clock_timestamp() - make_interval(secs => :retry))
+   AND b.running IS NOT TRUE
+ ORDER BY b.done NULLS FIRST, t.id LIMIT :limit
+""")
+_DESTROYED = text("SELECT id FROM tenancy.backup_keys WHERE destroyed_at IS NOT NULL")
+
+
+def _backup(row: Row[Any]) -> Backup:
+    names = (
+        "id tenant_id slug server state store path key_id started_at ended_at bytes error verified_at verify_error "
+        "kept_until pruned_at host"
+    )
+    values: dict[str, Any] = {name: getattr(row, name) for name in names.split()}
+    return Backup(**values, manifest=None if row.manifest is None else Manifest.from_fields(row.manifest))
+
+
+__all__ = ["Backup", "BackupRecords", "BackupState"]

@@ -1,0 +1,113 @@
+"""``Readers``: logins of limited time that read one tenant's whole database, for dumps of it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from ..cancellation import run_to_completion
+from ..config import TenancyConfig
+from ..context import refuse_while_bound
+from ..control.names import Names
+from ..errors import TenantNotFoundError
+from ..loops import HomeLoop
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
+from ..servers import Server, Servers
+from ..tenant import Placement, Tenant
+from . import removal
+from .blockers import Blockers
+from .copy_logins import CopyLogin, create_login, end_login
+
+# of the session that holds the lock, idle for as long as the login is used
+HOLDING = {
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "idle_session_timeout": "0",
+}
+
+# 'o' is SHARED_DEPENDENCY_OWNER
+_OWNS = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
+  WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o' AND r.rolname = $1
+    AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = $2))
+"""
+
+
+class Readers:
+    """Makes logins that read a tenant's database (``tenancy.internals.provisioner.readers``).
+
+    Such a login is a member of the owner of tenants' databases, and of the tenant's role if that owns something. It is
+    no administrator, expires, and is dropped at the end. ``reconcile`` drops what a killed process leaves.
+
+    Args:
+        config: ``provisioning.timeout`` is read from it.
+        servers: The servers by name.
+        names: Of this installation.
+        blockers: Returns the ``Blockers`` of a server.
+    """
+
+    def __init__(
+        self, config: TenancyConfig, servers: Servers, names: Names, blockers: Callable[[Server], Blockers]
+    ) -> None:
+        self._config = config
+        self._servers = servers
+        self._names = names
+        self._blockers = blockers
+        self._home = HomeLoop()
+
+    @asynccontextmanager
+    async def open(self, tenant: Tenant, *, seconds: float) -> AsyncIterator[CopyLogin]:
+        """Make a login for the body.
+
+        Args:
+            tenant: The tenant.
+            seconds: For how long it is valid.
+
+        Raises:
+            TenantNotFoundError: the tenant has been purged.
+            ServerUnavailableError: the server does not answer.
+            asyncpg.PostgresError, OSError, TimeoutError: the server refuses.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("reading a tenant's whole database")
+        self._home.check()
+        if tenant.placement is None:
+            raise TenantNotFoundError(tenant.slug)
+        server = self._servers[tenant.placement.server]
+        blockers = self._blockers(server)
+        name = self._names.scratch(secrets.token_hex(8))
+        connection = await blockers.connect(settings=HOLDING, purpose="tenancy-reader")
+        try:
+            async with asyncio.timeout(self._config.provisioning.timeout):
+                # it tells reconcile that the login is in use
+                await locks.lock(connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
+                login = await self._create(connection, server, name, tenant.placement, seconds)
+            yield login
+        finally:
+            await run_to_completion(self._remove(connection, blockers, name))
+
+    async def _create(
+        self, connection: Connection, server: Server, name: str, place: Placement, seconds: float
+    ) -> CopyLogin:
+        owns = await connection.fetchval(_OWNS, place.role, place.database)
+        member_of = [self._names.owner, *([place.role] if owns else [])]
+        return await create_login(connection, server.dsn, name, place.database, seconds=seconds, member_of=member_of)
+
+    async def _remove(self, connection: Connection, blockers: Blockers, name: str) -> None:
+        """Drop the login, over another connection if the first one was lost."""
+        try:
+            async with asyncio.timeout(self._config.provisioning.timeout):
+                if not await connections.is_alive(connection):
+                    connection.terminate()
+                    connection = await blockers.connect(purpose="tenancy-reader")
+                await end_login(connection, blockers, name)
+                await removal.drop_retired(connection, blockers, self._names, name)
+        finally:
+            await connections.close(connection)
+
+
+__all__ = ["Readers"]
