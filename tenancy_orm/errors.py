@@ -90,6 +90,8 @@
     │       ├── BackupDamagedError           it is not what was written: its signature, checksum or encryption is wrong
     │       ├── BackupKeyDestroyedError      its key was destroyed: nobody can read it
     │       └── FleetBackupError             some tenants failed in a run over the fleet
+    │   ├── RecoveryTargetError (ValueError)   what is kept does not reach the time that was asked for
+    │   └── RecoveryError                    a server could not be recovered, or a base backup not be taken
     ├── JobLostError                         another process does by now what this one had claimed
     ├── MigrationError
     │   ├── FleetMigrationError
@@ -1335,6 +1337,12 @@ class FleetBackupError(BackupError):
         super().__init__(f"{first}: {reason}{more}; {counted(done)} backed up")
         self.reasons = dict(reasons)
         self.done = done
+class RecoveryTargetError(OperationError, ValueError):
+    """Nothing that is kept reaches the time that was asked for. Nothing was started."""
+
+
+class RecoveryError(OperationError):
+    """A server could not be recovered, or a base backup could not be taken."""
 
 
 class JobLostError(TenancyError):

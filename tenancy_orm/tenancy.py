@@ -37,6 +37,7 @@ from .queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Cho
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .restores import RestoreManager
+from .restores.recovery import RecoveryManager
 from .routing.consistency import noting_writes
 from .routing.replicas import ReplicaDemand
 from .routing.sessions import replica_demand
@@ -537,6 +538,11 @@ class Tenancy:
     def templates(self) -> TemplateManager:
         """The templates that new tenants are cloned from: list them, build them again, drop those that nobody uses."""
         return self._lifetime.parts.provisioner.templates
+
+    @property
+    def recovery(self) -> RecoveryManager:
+        """Base backups and WAL of whole servers, and one tenant's database at a point in time."""
+        return self._lifetime.parts.recovery
 
     @property
     def warm_pool(self) -> WarmPool:

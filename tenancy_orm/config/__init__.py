@@ -10,6 +10,7 @@ from .placement import (
     PlacementPolicy,
     PlacementRequest,
 )
+from .recovery import RecoveryConfig
 from .sections import (
     BackupConfig,
     BreakerConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "PoolConfig",
     "ProvisioningConfig",
     "QuotaConfig",
+    "RecoveryConfig",
     "ReferenceTable",
     "RehearsalConfig",
     "ReplicaConfig",

@@ -15,6 +15,7 @@ from ..postgres.dsn import Dsn
 from . import sources
 from .addresses import ServerAddresses, ServerUrls
 from .placement import Placement
+from .recovery import RecoveryConfig
 from .revisions import CompatibleRevisions
 from .sections import (
     BackupConfig,
@@ -151,6 +152,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """For how long things are kept that nobody uses any more."""
     backup: BackupConfig = Field(default_factory=BackupConfig)
     """Encrypted backups of the tenants' databases and of the control database."""
+    recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
+    """Servers that are recovered at a point in time."""
     worker: WorkerConfig = Field(default_factory=WorkerConfig)
     """Workers: the processes that do what is due, on any number of machines."""
 

@@ -29,6 +29,7 @@ _PLACES = (
     "/opt/homebrew/opt/postgresql@*/bin",
     "/usr/local/opt/postgresql@*/bin",
 )
+_OF_A_SERVER = ("postgres", "pg_basebackup", "pg_receivewal", "pg_verifybackup", "pg_waldump", "pg_controldata")
 # since version 17 it sets this, which older servers do not know
 _UNKNOWN_SETTING = "Command was: SET transaction_timeout = 0;"
 
@@ -93,6 +94,29 @@ def _all_versions(places: tuple[Path, ...]) -> tuple[Programs, ...]:
             if match := _VERSION.search(printed):
                 found.setdefault(int(match[1]), Programs(place, int(match[1])))
     return tuple(found.values())
+
+
+def find_server_programs(server_version: int, directory: str | Path | None = None) -> Programs:
+    """Return the programs of exactly the server's version, the server itself among them.
+
+    Args:
+        server_version: The server's major version: no other one reads its files.
+        directory: Where they are; None as in ``find_programs``.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    for place in [Path(directory)] if directory is not None else _places():
+        if all((place / name).is_file() for name in _OF_A_SERVER):
+            for programs in _all_versions((place,)):
+                if programs.version == server_version:
+                    return programs
+    where = f"in {directory}" if directory is not None else "where packages put them"
+    raise ConfigurationError(
+        f"recovering a server of PostgreSQL {server_version} needs its own programs ({', '.join(_OF_A_SERVER)}) "
+        f"of version {server_version}, and there are none {where}; install the package postgresql-{server_version}, or "
+        "name their directory in provisioning.client_programs"
+    )
 
 
 async def run_program(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -229,7 +253,7 @@ async def _start(
     arguments: Sequence[str], environment: Mapping[str, str], *, stdin: int, stdout: int
 ) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *arguments, env=_environment(environment), stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE
+        *arguments, env=environment_of(environment), stdin=stdin, stdout=stdout, stderr=asyncio.subprocess.PIPE
     )
 
 
@@ -253,7 +277,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-def _environment(given: Mapping[str, str]) -> dict[str, str]:
+def environment_of(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a program: libpq's as given, and this process's that are neither libpq's nor settings."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "TENANCY_"))}
     # no password file may add a login to what is given; messages are read by _check
     return {**own, "LC_ALL": "C", "PGPASSFILE": os.devnull, **given}
@@ -271,4 +296,13 @@ def _check(arguments: Sequence[str], process: asyncio.subprocess.Process, errors
     raise ProvisioningError(f"{program}: {reason[:_SHOWN]}", step="copy")
 
 
-__all__ = ["Programs", "RunningProgram", "find_programs", "run_piped", "run_program", "running"]
+__all__ = [
+    "Programs",
+    "RunningProgram",
+    "environment_of",
+    "find_programs",
+    "find_server_programs",
+    "run_piped",
+    "run_program",
+    "running",
+]

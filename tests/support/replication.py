@@ -67,6 +67,11 @@ class TestServer(EmbeddedServer):
         """This server as the object that the tests' fixtures take; ``template`` names run and worker."""
         return Postgres(self.url(), self.server_version, template.run, template.worker, self.bin_dir, self.data_dir)
 
+    @property
+    def programs(self) -> Path:
+        """The directory of PostgreSQL's programs, as the server's account can run them."""
+        return self._programs
+
     def _ids(self) -> tuple[int, int] | None:
         return self._account.ids if self._account else None
 

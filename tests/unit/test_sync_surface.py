@@ -28,6 +28,8 @@ ASYNCHRONOUS_ALONE = {
             *("operations", "restores"),
             *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
             *("jobs", "warm_pool", "backups"),
+            *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
+            *("jobs", "warm_pool", "recovery"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),

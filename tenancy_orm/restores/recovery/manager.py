@@ -1,0 +1,245 @@
+"""``RecoveryManager``: base backups, WAL, and one tenant's database at a point in time (``tenancy.recovery``)."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ...audit.actor import SYSTEM, Actor
+from ...audit.log import AuditLog
+from ...config import TenancyConfig
+from ...context import refuse_while_bound
+from ...control.database import ControlDatabase
+from ...control.names import Names
+from ...errors import ConfigurationError, RecoveryError, UnknownServerError
+from ...loops import HomeLoop
+from ...servers import Server, Servers
+from ...tenant import Tenant
+from .barman import BarmanRecovery
+from .base_backups import BackupDirectory, BaseBackup, BaseBackups
+from .history import check_target, database_at
+from .providers import DirectoryRecovery, Recovery, RecoveryRequest, RecoveryWindow, ScratchOptions
+from .recovered_servers import RecoveredServer
+from .scratch import RecoveredDatabase
+from .wal_receiver import WalEvent, WalReceiver
+
+_NO_DIRECTORY = (
+    "recovery.provider names no directory for base backups and WAL: set it to directory:/var/backups/recovery, for "
+    "example"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseReport:
+    """What ``RecoveryManager.take_base`` has done.
+
+    Attributes:
+        taken: The base backup that was taken.
+        pruned: Those that were deleted, since no time that is kept needs them.
+    """
+
+    taken: BaseBackup
+    pruned: tuple[BaseBackup, ...]
+
+
+class RecoveryManager:
+    """Takes base backups, receives WAL, and recovers one tenant's database at a point in time.
+
+    Args:
+        config: The sections ``recovery`` and ``provisioning`` are read from it.
+        control: The open control database.
+        servers: The servers by name.
+        names: Of this installation.
+        audit: Records base backups.
+    """
+
+    def __init__(
+        self, config: TenancyConfig, control: ControlDatabase, servers: Servers, names: Names, audit: AuditLog
+    ) -> None:
+        self._config = config
+        self._control = control
+        self._servers = servers
+        self._names = names
+        self._audit = audit
+        self._home = HomeLoop()
+
+    # --- base backups and WAL ---------------------------------------------------------------------------------------
+
+    async def take_base(self, server: str | None = None, *, actor: Actor = SYSTEM) -> BaseReport:
+        """Take a base backup of a server, verify it, and delete what no time needs that is kept.
+
+        Args:
+            server: The server's name; the only or the default one where None.
+            actor: Who does this.
+
+        Raises:
+            RecoveryError: the server refuses, or the disk is too small.
+            ConfigurationError: there is no directory for them, or there are no programs of the server's version.
+            OperationStateError: another process takes one now, or reads one.
+            ServerUnavailableError: the server does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("copying a whole server")
+        self._home.check()
+        bases = self._bases(self._server(server))
+        taken = await bases.take()
+        pruned = await bases.prune(keep_seconds=self._config.recovery.keep_seconds)
+        async with self._control.transaction() as connection:
+            await self._audit.append(
+                connection,
+                action="server.base_backup",
+                actor=actor,
+                detail={"server": taken.server, "base": taken.id, "pruned": [backup.id for backup in pruned]},
+            )
+        return BaseReport(taken=taken, pruned=tuple(pruned))
+
+    async def bases(self, server: str | None = None) -> Sequence[BaseBackup]:
+        """Return the base backups of a server, the oldest first."""
+        refuse_while_bound("listing copies of a whole server")
+        return await asyncio.to_thread(self._directory(self._server(server)).base_backups)
+
+    async def verify_base(self, server: str | None = None, *, base: str | None = None) -> BaseBackup:
+        """Compare the files of a base backup with its checksums.
+
+        Args:
+            server: The server's name; the only or the default one where None.
+            base: The base backup's id; the newest one where None.
+
+        Raises:
+            RecoveryError: there is none, or a file was changed, is missing or is in the way.
+        """
+        refuse_while_bound("reading a copy of a whole server")
+        found = self._server(server)
+        backups = await asyncio.to_thread(self._directory(found).base_backups)
+        chosen = next((backup for backup in reversed(backups) if base in (None, backup.id)), None)
+        if chosen is None:
+            raise RecoveryError(f"there is no base backup {base or ''} of server {found.name!r}".replace("  ", " "))
+        await self._bases(found).verify(chosen)
+        return chosen
+
+    async def receive_wal(self, server: str | None = None, *, tell: Callable[[WalEvent], None] | None = None) -> None:
+        """Receive the WAL of a server until this is cancelled.
+
+        Args:
+            server: The server's name; the only or the default one where None.
+            tell: Called with what happens.
+
+        Raises:
+            RecoveryError, ConfigurationError, OperationStateError: as ``take_base``.
+        """
+        refuse_while_bound("receiving the WAL of a whole server")
+        self._home.check()
+        await self._receiver(self._server(server), tell).run()
+
+    async def drop_slot(self, server: str | None = None) -> None:
+        """Let a server keep no WAL any more for a ``receive_wal`` that does not come back."""
+        refuse_while_bound("changing a server")
+        await self._receiver(self._server(server), None).drop_slot()
+
+    async def window(self, server: str | None = None) -> RecoveryWindow:
+        """Return the times that a server can be recovered at."""
+        refuse_while_bound("reading copies of a whole server")
+        return await self._provider().window(self._server(server).name)
+
+    # --- recoveries -------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def open(
+        self, tenant: Tenant, to: str | datetime | None = None, *, recovered_server: str | None = None
+    ) -> AsyncIterator[RecoveredDatabase]:
+        """Recover the database that a tenant had at a time, and let one login read it, for the body.
+
+        Args:
+            tenant: The tenant.
+            to: The time: ISO 8601 with its offset from UTC, or an aware datetime. Of a recovered server that is given
+                it only says which database the tenant had; None is now.
+            recovered_server: The URL of a server that somebody else has recovered at that time, a managed one.
+
+        Raises:
+            RecoveryTargetError: the time has no offset, is in the future, or cannot be reached. Nothing was started.
+            RecoveryError: the server could not be recovered.
+            MarkerMismatchError: the database that was found is not this tenant's.
+            ConfigurationError: there is no provider, or there are no programs.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("recovering a whole server")
+        self._home.check()
+        if recovered_server is None and to is None:
+            raise ConfigurationError("name the time that the tenant is brought back to")
+        target = datetime.now(UTC) if to is None else check_target(to)
+        server, database = await database_at(self._control, tenant, target)
+        request = RecoveryRequest(
+            server=server,
+            database=database,
+            time=target,
+            installation=self._names.installation,
+            tenant_id=tenant.id,
+            slug=tenant.slug,
+        )
+        provider: Recovery
+        if recovered_server is None:
+            provider = self._provider()
+        else:
+            provider = RecoveredServer(recovered_server, self._servers, self._names, is_timed=to is not None)
+        async with provider.recover(request) as recovered:
+            yield recovered
+
+    def _provider(self) -> Recovery:
+        config = self._config.recovery
+        options = ScratchOptions(
+            directory=Path(config.directory or tempfile.gettempdir()),
+            account=config.account,
+            settings=config.settings,
+            max_bytes=config.max_bytes,
+            client_programs=self._config.provisioning.client_programs,
+        )
+        if config.base_directory is not None:
+            return DirectoryRecovery(Path(config.base_directory), self._servers, options)
+        if config.barman_name is not None:
+            return BarmanRecovery(options, name=config.barman_name, command=config.barman_command)
+        if config.provider is None:
+            raise ConfigurationError(
+                "recovery.provider is not set: set it to directory:/var/backups/recovery or barman, or name a server "
+                "that was recovered with --recovered-server"
+            )
+        provider: Recovery = config.provider
+        return provider
+
+    # --- parts ------------------------------------------------------------------------------------------------------
+
+    def _server(self, name: str | None) -> Server:
+        if name is None:
+            if len(self._servers) == 1:
+                return next(iter(self._servers.values()))
+            name = self._config.default_server or "default"
+        if name not in self._servers:
+            raise UnknownServerError(name)
+        return self._servers[name]
+
+    def _directory(self, server: Server) -> BackupDirectory:
+        root = self._config.recovery.base_directory
+        if root is None:
+            raise ConfigurationError(_NO_DIRECTORY)
+        return BackupDirectory(Path(root), server.name)
+
+    def _bases(self, server: Server) -> BaseBackups:
+        programs = self._config.provisioning.client_programs
+        return BaseBackups(server, self._directory(server), client_programs=programs)
+
+    def _receiver(self, server: Server, tell: Callable[[WalEvent], None] | None) -> WalReceiver:
+        return WalReceiver(
+            server,
+            self._directory(server),
+            slot=f"{self._names.stem}_wal",
+            client_programs=self._config.provisioning.client_programs,
+            look_seconds=self._config.recovery.heartbeat_seconds,
+            tell=tell,
+        )
+
+
+__all__ = ["BaseReport", "RecoveryManager"]

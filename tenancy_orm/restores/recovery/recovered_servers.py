@@ -1,0 +1,123 @@
+"""``RecoveredServer``: a server that somebody else has recovered, RDS, Cloud SQL or Neon for example."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from ...cancellation import run_to_completion
+from ...control.names import Names
+from ...errors import ConfigurationError, RecoveryError, RecoveryTargetError
+from ...postgres import connections, login
+from ...postgres.connections import Connection
+from ...postgres.dsn import Dsn
+from ...postgres.errors import INVALID_CATALOG_NAME
+from ...postgres.failures import SERVER_FAILURES
+from ...postgres.quoting import quote_identifier
+from ...provisioning.copy_logins import create_login
+from ...routing import marker
+from ...servers import Servers
+from .providers import RecoveryRequest, RecoveryWindow
+from .scratch import RecoveredDatabase
+
+logger = logging.getLogger("tenancy_orm.recovery")
+
+_CONNECT_SECONDS = 30.0
+_VALID_SECONDS = 24 * 3_600.0
+
+_OWNERS = """
+SELECT DISTINCT r.rolname FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
+ WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o'
+   AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+   AND r.rolname <> current_user
+"""
+
+
+class RecoveredServer:
+    """A server that was recovered already. One database of it is opened, and a login made that reads that one.
+
+    Args:
+        url: The URL of its administrator. Its database is not opened; the tenant's is.
+        servers: The installation's own servers, none of which it may be.
+        names: Of this installation.
+        is_timed: Whether the time was given that it was recovered to.
+    """
+
+    def __init__(self, url: str, servers: Servers, names: Names, *, is_timed: bool) -> None:
+        try:
+            self._dsn = Dsn.parse(url)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"the URL of the recovered server {exc}") from exc
+        self._servers = servers
+        self._names = names
+        self._is_timed = is_timed
+
+    async def window(self, server: str) -> RecoveryWindow:
+        """Return that nothing is known of it."""
+        return RecoveryWindow(server=server, oldest=None, newest=None)
+
+    @asynccontextmanager
+    async def recover(self, request: RecoveryRequest) -> AsyncIterator[RecoveredDatabase]:
+        """Make a login that reads the tenant's database, for the body; see ``Recovery``."""
+        for server in self._servers.values():
+            if self._dsn.shares_host(server.dsn):
+                raise ConfigurationError(
+                    f"the URL of the recovered server leads to server {server.name!r} itself, at {self._dsn}"
+                )
+        try:
+            connection: Connection = await login.connect(
+                self._dsn, purpose="tenancy-recovery", timeout=_CONNECT_SECONDS, database=request.database
+            )
+        except SERVER_FAILURES as exc:
+            if getattr(exc, "sqlstate", None) == INVALID_CATALOG_NAME:
+                raise RecoveryTargetError(
+                    f"the recovered server has no database {request.database!r}, which tenant {request.slug!r} had at "
+                    f"{request.time.isoformat()}"
+                ) from exc
+            raise RecoveryError(f"the recovered server cannot be opened: {login.reason_of(exc)}") from exc
+        role = self._names.scratch(secrets.token_hex(8))
+        try:
+            await marker.verify(connection, request.installation, request.tenant_id, tenant=request.slug)
+            yield RecoveredDatabase(
+                dsn=await self._reader(connection, role, request.database),
+                database=request.database,
+                version=connections.version(connection),
+                time=request.time if self._is_timed else None,
+            )
+        finally:
+            await run_to_completion(self._close(connection, role))
+
+    async def _reader(self, connection: Connection, role: str, database: str) -> Dsn:
+        """Make the login, with the rights of those that own something in the database."""
+        if await connection.fetchval("SELECT pg_catalog.pg_is_in_recovery()"):
+            # nothing can be made there: a standby, or one that is paused at its target
+            return replace(self._dsn, database=database)
+        try:
+            owners = [row["rolname"] for row in await connection.fetch(_OWNERS)]
+            made = await create_login(connection, self._dsn, role, database, seconds=_VALID_SECONDS, member_of=owners)
+            quoted = quote_identifier(role)
+            await connection.execute(
+                f"ALTER ROLE {quoted} SET default_transaction_read_only = on; "
+                f"GRANT CONNECT ON DATABASE {quote_identifier(database)} TO {quoted}"
+            )
+        except SERVER_FAILURES as exc:
+            raise RecoveryError(f"the recovered server takes no further login: {login.reason_of(exc)}") from exc
+        return replace(made.dsn, user=made.role, password=made.password, database=database)
+
+    async def _close(self, connection: Connection, role: str) -> None:
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                if await connection.fetchval("SELECT true FROM pg_catalog.pg_roles WHERE rolname = $1", role):
+                    quoted = quote_identifier(role)
+                    await connection.execute(f"DROP OWNED BY {quoted}; DROP ROLE {quoted}")
+        except SERVER_FAILURES as exc:
+            logger.warning("role %s of the recovered server is left behind: %s", role, login.reason_of(exc))
+        finally:
+            await connections.close(connection)
+
+
+__all__ = ["RecoveredServer"]

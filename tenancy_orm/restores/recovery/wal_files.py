@@ -1,0 +1,172 @@
+"""Files of WAL in directories: which there are, what is missing between them, and the times that they have.
+
+``pg_receivewal`` writes them. Each directory is one unbroken stretch: after a gap the receiver begins another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ...cancellation import run_to_completion
+from ...postgres.programs import Programs
+
+_NAME = re.compile(r"[0-9A-F]{24}")
+_HISTORY = re.compile(r"[0-9A-F]{8}\.history")
+_PARTIAL = ".partial"
+# magic, flags, timeline, address, rest of a record, system identifier, sizes of a segment and of a page
+_LONG_HEADER = struct.Struct("=HHIQI4xQII")
+_LONG_FLAG = 0x0002
+_TIME = re.compile(rb"(?:COMMIT|ABORT)(?:_PREPARED)? .*?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+) UTC")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Segment:
+    """One file of WAL.
+
+    Attributes:
+        number: Its place among all segments, on whichever timeline.
+        timeline: Its timeline.
+        path: The file. One that is still written ends in ``.partial``.
+    """
+
+    number: int
+    timeline: int
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The name that PostgreSQL asks for it by."""
+        return self.path.name.removesuffix(_PARTIAL)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it is still written."""
+        return self.path.name.endswith(_PARTIAL)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    """What the first page of a segment says."""
+
+    system: int
+    segment_bytes: int
+
+
+def read_header(path: Path) -> SegmentHeader | None:
+    """Read the cluster and the size of segments; None where the file has no such page yet."""
+    with path.open("rb") as file:
+        page = file.read(_LONG_HEADER.size)
+    if len(page) < _LONG_HEADER.size:
+        return None
+    _, flags, _, _, _, system, segment_bytes, _ = _LONG_HEADER.unpack(page)
+    return SegmentHeader(system, segment_bytes) if flags & _LONG_FLAG and segment_bytes else None
+
+
+def segment_number(name: str, segment_bytes: int) -> int:
+    """Return the place of a segment among all, from its name: timeline, high and low part, eight digits each."""
+    return int(name[8:16], 16) * (2**32 // segment_bytes) + int(name[16:24], 16)
+
+
+def list_segments(directories: Iterable[Path], segment_bytes: int) -> list[Segment]:
+    """Return the segments in order; of one that is there whole and partial, the whole one."""
+    found: dict[str, Segment] = {}
+    for directory in directories:
+        for entry in os.scandir(directory) if directory.is_dir() else ():
+            name = entry.name.removesuffix(_PARTIAL)
+            if not _NAME.fullmatch(name):
+                continue
+            segment = Segment(segment_number(name, segment_bytes), int(name[:8], 16), Path(entry.path))
+            known = found.get(name)
+            # of two partial ones, the receiver that came later has more
+            if known is None or known.is_partial or not segment.is_partial:
+                found[name] = segment
+    return sorted(found.values())
+
+
+def list_histories(directories: Iterable[Path]) -> list[Path]:
+    """Return the files that say where timelines begin."""
+    return [
+        Path(entry.path)
+        for directory in directories
+        if directory.is_dir()
+        for entry in os.scandir(directory)
+        if _HISTORY.fullmatch(entry.name)
+    ]
+
+
+def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Divide segments where one is missing; a number that two timelines have is there."""
+    found: list[list[Segment]] = []
+    for segment in segments:
+        if found and segment.number - found[-1][-1].number <= 1:
+            found[-1].append(segment)
+        else:
+            found.append([segment])
+    return found
+
+
+async def times_in(programs: Programs, segment: Segment) -> tuple[datetime, datetime] | None:
+    """Return the times of the first and the last transaction that ended in a segment; None where none did."""
+    with tempfile.TemporaryDirectory(prefix="tenancy-wal-") as directory:
+        path = segment.path
+        if segment.is_partial:
+            # by its own name alone can it be read
+            path = Path(directory) / segment.name
+            await asyncio.to_thread(shutil.copyfile, segment.path, path)
+        process = await asyncio.create_subprocess_exec(
+            programs.path("pg_waldump"),
+            "--rmgr=Transaction",
+            str(path),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={"TZ": "UTC", "LC_ALL": "C"},
+        )
+        first = last = None
+        try:
+            assert process.stdout is not None  # noqa: S101 - it is a pipe
+            async for line in process.stdout:
+                if match := _TIME.search(line):
+                    last = match[1]
+                    first = first or last
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            # where the segment is not full, it ends with an error
+            await run_to_completion(process.wait())
+    return None if first is None or last is None else (_time(first), _time(last))
+
+
+def _time(text: bytes) -> datetime:
+    return datetime.fromisoformat(text.decode()).replace(tzinfo=UTC)
+
+
+async def last_time(programs: Programs, segments: Sequence[Segment]) -> datetime | None:
+    """Return the time of the last transaction that ended in these segments; None where none did."""
+    for segment in reversed(segments):
+        if (found := await times_in(programs, segment)) is not None:
+            return found[1]
+    return None
+
+
+__all__ = [
+    "Segment",
+    "SegmentHeader",
+    "last_time",
+    "list_histories",
+    "list_segments",
+    "read_header",
+    "segment_number",
+    "stretches",
+    "times_in",
+]

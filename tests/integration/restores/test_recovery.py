@@ -1,0 +1,185 @@
+"""One tenant's database at a point in time, out of a base backup and WAL of a whole server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.errors import (
+    OperationStateError,
+    RecoveryTargetError,
+)
+from tenancy_orm.postgres import login
+from tenancy_orm.postgres.connections import Connection
+from tenancy_orm.restores.recovery import RecoveredDatabase
+from tenancy_orm.tenant import Tenant
+from tests.support.recovery import backup_directory, left_in, now, receiving, recovery_settings
+from tests.support.replication import TestServer, primary_server
+
+SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def primary() -> Iterator[TestServer]:
+    """The server of this module's tenants."""
+    # what a recovered server must not do: archive, load libraries, use the network, encrypt
+    further = {"archive_mode": "on", "archive_command": "false", "max_prepared_transactions": "7"}
+    with primary_server(settings=further) as server:
+        yield server
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """For base backups, WAL and recovered servers."""
+    with backup_directory() as made:
+        yield made
+
+
+@pytest.fixture
+async def tenancy(tenancy_config: TenancyConfig, primary: TestServer, directory: Path) -> AsyncIterator[Tenancy]:
+    """A ``Tenancy`` on that server; its slot is dropped at the end."""
+    config = tenancy_config.replace(**recovery_settings(primary, directory))
+    opened = Tenancy(config)
+    await opened.open(initialise=True)
+    try:
+        yield opened
+        await opened.recovery.drop_slot()
+    finally:
+        await opened.close()
+
+
+async def create(tenancy: Tenancy, slug: str) -> Tenant:
+    """Make a tenant."""
+    return (await tenancy.tenants.create(slug)).tenant
+
+
+async def write(tenancy: Tenancy, slug: str, *bodies: str) -> None:
+    """Write notes of a tenant."""
+    async with tenancy.transaction(slug) as session:
+        for body in bodies:
+            await session.execute(text("INSERT INTO notes (body) VALUES (:body)"), {"body": body})
+
+
+async def read(recovered: RecoveredDatabase, statement: str = "SELECT body FROM notes ORDER BY id") -> list[Any]:
+    """Read the first column from a recovered database."""
+    connection: Connection = await login.connect(recovered.dsn, purpose="test", timeout=SECONDS)
+    try:
+        return [row[0] for row in await connection.fetch(statement)]
+    finally:
+        await connection.close()
+
+
+async def test_a_tenant_is_as_it_was_and_nobody_elses_database_is_opened(
+    tenancy: Tenancy, primary: TestServer, directory: Path
+) -> None:
+    """Its rows are those of that time; the server's log shows which databases were opened; nothing is left."""
+    acme, beta = await create(tenancy, "acme"), await create(tenancy, "beta")
+    assert acme.placement is not None and beta.placement is not None
+    async with receiving(tenancy):
+        base = (await tenancy.recovery.take_base()).taken
+        assert await tenancy.recovery.bases() == [base]
+        assert await tenancy.recovery.verify_base() == base
+        await write(tenancy, "acme", "first", "second")
+        await write(tenancy, "beta", "old")
+        primary.query("SELECT lo_from_bytea(4711, 'large')", database=acme.placement.database)
+        target = now(primary)
+        await write(tenancy, "beta", "new")
+        primary.query("DROP TABLE tags, notes", database=acme.placement.database)
+
+        async with tenancy.recovery.open(acme, target) as recovered:
+            assert await read(recovered) == ["first", "second"]
+            assert await read(recovered, "SELECT convert_from(lo_get(4711), 'UTF8')") == ["large"]
+            assert (recovered.database, recovered.version) == (acme.placement.database, primary.version)
+            assert recovered.last_commit is not None and recovered.last_commit <= target
+            with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError, match=r"no pg_hba.conf entry"):
+                await login.connect(recovered.dsn, purpose="test", timeout=SECONDS, database=beta.placement.database)
+            with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+                await read(recovered, "CREATE TABLE x ()")
+            for name, value in {
+                "listen_addresses": "",
+                "archive_mode": "off",
+                "ssl": "off",
+                "max_logical_replication_workers": "0",
+                "autovacuum": "off",
+                "max_prepared_transactions": "7",
+            }.items():
+                assert await read(recovered, f"SHOW {name}") == [value]
+            (log,) = (directory / "scratch").glob("*/server.log")
+            opened = set(re.findall(r"connection authorized: .* database=(\S+)", log.read_text("utf-8")))
+            assert opened == {"template1", acme.placement.database}
+            (process,) = [found for found in left_in(directory) if "config_file" in found]
+            assert str(directory) in process
+        assert left_in(directory) == []
+
+        window = await tenancy.recovery.window()
+        assert window.oldest == base.ended_at and window.newest is not None and window.newest > target
+        assert window.gaps == ()
+    async with tenancy.session("beta") as session:
+        assert list(await session.scalars(text("SELECT body FROM notes ORDER BY id"))) == ["old", "new"]
+
+
+async def test_what_cannot_be_recovered_is_refused_before_anything_is_started(
+    tenancy: Tenancy, primary: TestServer, directory: Path
+) -> None:
+    """Times without an offset, in the future, too early, too late and in a gap; each error says why."""
+
+    async def refused(to: str | datetime, expected: str, tenant: Tenant) -> None:
+        with pytest.raises(RecoveryTargetError, match=expected):
+            async with tenancy.recovery.open(tenant, to):
+                pass
+        assert left_in(directory) == []
+
+    before = datetime.now(UTC)
+    acme = await create(tenancy, "acme")
+    await refused("2026-11-28 14:03", "does not say in which time zone: write .*'2026-11-28 14:03:00\\+00'", acme)
+    await refused("tomorrow", "'tomorrow' is not a time", acme)
+    await refused(datetime.now(UTC) + timedelta(days=1), "is in the future", acme)
+    await refused(before - timedelta(days=1), "tenant 'acme' was created at", acme)
+    moment = now(primary)
+    await refused(moment, "there is no base backup of server 'default' in", acme)
+    base = (await tenancy.recovery.take_base()).taken
+    await refused(moment.astimezone(timezone(timedelta(hours=5))), "is before the oldest base backup", acme)
+    await write(tenancy, "acme", "unreceived")
+    late = now(primary)
+    await refused(late, r"is after the last transaction in the WAL .* make sure that tenancy backup wal runs", acme)
+
+    async with receiving(tenancy) as events:
+        primary.query("SELECT pg_switch_wal()")
+        await write(tenancy, "acme", "received")
+        reached = now(primary)
+        # the server is asked for a transaction, and it is waited for
+        async with tenancy.recovery.open(acme, reached) as recovered:
+            assert await read(recovered) == ["unreceived", "received"]
+        with pytest.raises(OperationStateError, match="another process works on"):
+            await tenancy.recovery.receive_wal()
+    assert [event.kind for event in events if event.kind == "gap"] == []
+
+    # the slot is lost, as by max_slot_wal_keep_size: the server does not keep what is not received
+    await tenancy.recovery.drop_slot()
+    await write(tenancy, "acme", "in the gap")
+    in_gap = now(primary)
+    for _ in range(3):
+        primary.query("CREATE TABLE x AS SELECT 1 AS a")
+        primary.query("DROP TABLE x")
+        primary.query("SELECT pg_switch_wal()")
+    primary.query("CHECKPOINT")
+    async with receiving(tenancy) as events:
+        assert [event.kind for event in events].count("gap") == 1
+        await refused(in_gap, f"WAL of server 'default' is missing after file .* base backup {base.id}", acme)
+        async with tenancy.recovery.open(acme, reached) as recovered:
+            assert await read(recovered) == ["unreceived", "received"]
+        assert len((await tenancy.recovery.window()).gaps) == 1
+        newer = (await tenancy.recovery.take_base()).taken
+        await write(tenancy, "acme", "after the gap")
+        after = now(primary)
+        async with tenancy.recovery.open(acme, after) as recovered:
+            assert await read(recovered) == ["unreceived", "received", "in the gap", "after the gap"]
+    assert [backup.id for backup in await tenancy.recovery.bases()] == [base.id, newer.id]
