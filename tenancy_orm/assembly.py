@@ -366,7 +366,7 @@ class Assembly:
             usage_exporter=self.usage_exporter,
             restores=self.restores,
         )
-        self.recovery = RecoveryManager(config, self.control, self.servers, self.names, self.audit)
+        self.recovery = RecoveryManager(config, self.control, self.registry, self.servers, self.names, self.audit)
         self.jobs = Jobs(self.control)
         upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)
         self.built_in_jobs = built_in_jobs(config, self.housekeeping, self.provisioner.warm_pool, upgrades)

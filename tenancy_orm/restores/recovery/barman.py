@@ -80,6 +80,10 @@ class BarmanRecovery:
             async with run as recovered:
                 yield recovered
 
+    async def check(self, request: RecoveryRequest) -> None:
+        """Make sure that Barman's backups reach the time."""
+        await self._choose(self._name.format(server=request.server), request)
+
     async def _choose(self, name: str, request: RecoveryRequest) -> tuple[_Backup, list[Segment]]:
         target = request.time
         backups = await self._backups(name)

@@ -18,11 +18,13 @@ from ...control.database import ControlDatabase
 from ...control.names import Names
 from ...errors import ConfigurationError, RecoveryError, UnknownServerError
 from ...loops import HomeLoop
+from ...registry.registry import Registry
 from ...servers import Server, Servers
-from ...tenant import Tenant
+from ...tenant import TenantRef
 from .barman import BarmanRecovery
 from .base_backups import BackupDirectory, BaseBackup, BaseBackups
 from .history import check_target, database_at
+from .point_in_time import PointInTime
 from .providers import DirectoryRecovery, Recovery, RecoveryRequest, RecoveryWindow, ScratchOptions
 from .recovered_servers import RecoveredServer
 from .scratch import RecoveredDatabase
@@ -53,16 +55,24 @@ class RecoveryManager:
     Args:
         config: The sections ``recovery`` and ``provisioning`` are read from it.
         control: The open control database.
+        registry: The rows of tenants.
         servers: The servers by name.
         names: Of this installation.
         audit: Records base backups.
     """
 
     def __init__(
-        self, config: TenancyConfig, control: ControlDatabase, servers: Servers, names: Names, audit: AuditLog
+        self,
+        config: TenancyConfig,
+        control: ControlDatabase,
+        registry: Registry,
+        servers: Servers,
+        names: Names,
+        audit: AuditLog,
     ) -> None:
         self._config = config
         self._control = control
+        self._registry = registry
         self._servers = servers
         self._names = names
         self._audit = audit
@@ -148,11 +158,12 @@ class RecoveryManager:
 
     # --- recoveries -------------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def open(
-        self, tenant: Tenant, to: str | datetime | None = None, *, recovered_server: str | None = None
-    ) -> AsyncIterator[RecoveredDatabase]:
-        """Recover the database that a tenant had at a time, and let one login read it, for the body.
+    async def source(
+        self, tenant: TenantRef, to: str | datetime | None = None, *, recovered_server: str | None = None
+    ) -> PointInTime:
+        """Return what ``tenancy.restores.restore`` restores: the tenant's database as it was at a time.
+
+        What cannot be recovered is refused here, before anything is started.
 
         Args:
             tenant: The tenant.
@@ -161,17 +172,51 @@ class RecoveryManager:
             recovered_server: The URL of a server that somebody else has recovered at that time, a managed one.
 
         Raises:
-            RecoveryTargetError: the time has no offset, is in the future, or cannot be reached. Nothing was started.
-            RecoveryError: the server could not be recovered.
-            MarkerMismatchError: the database that was found is not this tenant's.
+            RecoveryTargetError: the time has no offset, is in the future, or cannot be reached.
+            RecoveryError: a server cannot be recovered, or the one that is given does not answer.
+            MarkerMismatchError: the database on the server that is given is not this tenant's.
             ConfigurationError: there is no provider, or there are no programs.
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("recovering a whole server")
+        provider, request = await self._request(tenant, to, recovered_server)
+        await provider.check(request)
+        return PointInTime(
+            provider,
+            request,
+            description={"recovered_server": True} if recovered_server is not None else {},
+            max_bytes=self._config.recovery.max_bytes,
+            client_programs=self._config.provisioning.client_programs,
+        )
+
+    @asynccontextmanager
+    async def open(
+        self, tenant: TenantRef, to: str | datetime | None = None, *, recovered_server: str | None = None
+    ) -> AsyncIterator[RecoveredDatabase]:
+        """Recover the database that a tenant had at a time, and let one login read it, for the body.
+
+        Args:
+            tenant: As for ``source``.
+            to: As for ``source``.
+            recovered_server: As for ``source``.
+
+        Raises:
+            TenancyError: as ``source``; and where the server could not be recovered.
+            MarkerMismatchError: the database that was found is not this tenant's.
+        """
+        refuse_while_bound("recovering a whole server")
+        provider, request = await self._request(tenant, to, recovered_server)
+        async with provider.recover(request) as recovered:
+            yield recovered
+
+    async def _request(
+        self, ref: TenantRef, to: str | datetime | None, recovered_server: str | None
+    ) -> tuple[Recovery, RecoveryRequest]:
         self._home.check()
         if recovered_server is None and to is None:
             raise ConfigurationError("name the time that the tenant is brought back to")
         target = datetime.now(UTC) if to is None else check_target(to)
+        tenant = await self._registry.find(ref)
         server, database = await database_at(self._control, tenant, target)
         request = RecoveryRequest(
             server=server,
@@ -181,18 +226,20 @@ class RecoveryManager:
             tenant_id=tenant.id,
             slug=tenant.slug,
         )
-        provider: Recovery
         if recovered_server is None:
-            provider = self._provider()
-        else:
-            provider = RecoveredServer(recovered_server, self._servers, self._names, is_timed=to is not None)
-        async with provider.recover(request) as recovered:
-            yield recovered
+            return self._provider(), request
+        directory = self._scratch_directory()
+        return RecoveredServer(
+            recovered_server, self._servers, self._names, directory, is_timed=to is not None
+        ), request
+
+    def _scratch_directory(self) -> Path:
+        return Path(self._config.recovery.directory or tempfile.gettempdir())
 
     def _provider(self) -> Recovery:
         config = self._config.recovery
         options = ScratchOptions(
-            directory=Path(config.directory or tempfile.gettempdir()),
+            directory=self._scratch_directory(),
             account=config.account,
             settings=config.settings,
             max_bytes=config.max_bytes,

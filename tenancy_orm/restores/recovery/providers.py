@@ -20,7 +20,7 @@ from ...postgres.connections import POLL_SECONDS
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.programs import Programs, find_server_programs
 from ...servers import Servers
-from .accounts import choose_account
+from .accounts import Account, choose_account
 from .base_backups import BackupDirectory, BaseBackup, check_space, connected
 from .keeper import Keeper, open_keeper
 from .scratch import RecoveredDatabase, ScratchServer
@@ -78,6 +78,13 @@ class Recovery(Protocol):
     async def window(self, server: str) -> RecoveryWindow:
         """Return the times that a server can be recovered at."""
 
+    async def check(self, request: RecoveryRequest) -> None:
+        """Make sure that ``recover`` has what it needs; nothing is started.
+
+        Raises:
+            RecoveryTargetError, RecoveryError, ConfigurationError: as ``recover``.
+        """
+
     def recover(self, request: RecoveryRequest) -> AbstractAsyncContextManager[RecoveredDatabase]:
         """Recover a server for the body, and let one login in, to one database.
 
@@ -114,12 +121,21 @@ class ScratchOptions:
             RecoveryError: there is no room for it.
             ConfigurationError: there is no account to run it as.
         """
+        account = await self.check(needed)
+        async with open_keeper(self.directory, account) as keeper:
+            yield keeper
+
+    async def check(self, needed: int) -> Account:
+        """Return the account; make sure that there is room for so many bytes.
+
+        Raises:
+            RecoveryError, ConfigurationError: as ``open``.
+        """
         account = choose_account(self.account)
         # another account goes through it, into a directory that it alone can read
         await asyncio.to_thread(self.directory.mkdir, mode=0o711, parents=True, exist_ok=True)
         await asyncio.to_thread(check_space, self.directory, needed + _RESERVE_BYTES, most=self.max_bytes)
-        async with open_keeper(self.directory, account) as keeper:
-            yield keeper
+        return account
 
     @asynccontextmanager
     async def run(
@@ -133,6 +149,7 @@ class ScratchOptions:
                 dsn=dsn,
                 database=request.database,
                 version=programs.version,
+                directory=keeper.home,
                 time=request.time,
                 last_commit=last_commit,
             )
@@ -185,12 +202,7 @@ class DirectoryRecovery:
     @asynccontextmanager
     async def recover(self, request: RecoveryRequest) -> AsyncIterator[RecoveredDatabase]:
         """Recover a server for the body, see ``Recovery``."""
-        directory = BackupDirectory(self._root, request.server)
-        if not await asyncio.to_thread(directory.base_backups):
-            raise RecoveryTargetError(
-                f"there is no base backup of server {request.server!r} in {str(self._root)!r}; take one with: "
-                f"tenancy backup base --server {request.server}"
-            )
+        directory = await self._directory(request.server)
         # nothing of it is deleted until it is copied
         with directory.locked("lock", shared=True):
             plan = await self._plan(directory, request)
@@ -207,6 +219,21 @@ class DirectoryRecovery:
                 yield recovered
         finally:
             await opened.__aexit__(None, None, None)
+
+    async def check(self, request: RecoveryRequest) -> None:
+        """Make sure that the time can be reached, and that there is room for the server."""
+        directory = await self._directory(request.server)
+        with directory.locked("lock", shared=True):
+            await self._options.check((await self._plan(directory, request)).size_bytes)
+
+    async def _directory(self, server: str) -> BackupDirectory:
+        directory = BackupDirectory(self._root, server)
+        if not await asyncio.to_thread(directory.base_backups):
+            raise RecoveryTargetError(
+                f"there is no base backup of server {server!r} in {str(self._root)!r}; take one with: "
+                f"tenancy backup base --server {server}"
+            )
+        return directory
 
     async def _plan(self, directory: BackupDirectory, request: RecoveryRequest) -> _Plan:
         target, server = request.time, request.server

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from ...cancellation import run_to_completion
 from ...control.names import Names
@@ -21,6 +22,8 @@ from ...postgres.quoting import quote_identifier
 from ...provisioning.copy_logins import create_login
 from ...routing import marker
 from ...servers import Servers
+from .accounts import Account
+from .keeper import open_keeper
 from .providers import RecoveryRequest, RecoveryWindow
 from .scratch import RecoveredDatabase
 
@@ -44,16 +47,18 @@ class RecoveredServer:
         url: The URL of its administrator. Its database is not opened; the tenant's is.
         servers: The installation's own servers, none of which it may be.
         names: Of this installation.
+        directory: Where a dump of it is for a time.
         is_timed: Whether the time was given that it was recovered to.
     """
 
-    def __init__(self, url: str, servers: Servers, names: Names, *, is_timed: bool) -> None:
+    def __init__(self, url: str, servers: Servers, names: Names, directory: Path, *, is_timed: bool) -> None:
         try:
             self._dsn = Dsn.parse(url)
         except ConfigurationError as exc:
             raise ConfigurationError(f"the URL of the recovered server {exc}") from exc
         self._servers = servers
         self._names = names
+        self._directory = directory
         self._is_timed = is_timed
 
     async def window(self, server: str) -> RecoveryWindow:
@@ -63,6 +68,27 @@ class RecoveredServer:
     @asynccontextmanager
     async def recover(self, request: RecoveryRequest) -> AsyncIterator[RecoveredDatabase]:
         """Make a login that reads the tenant's database, for the body; see ``Recovery``."""
+        connection = await self._open(request)
+        role = self._names.scratch(secrets.token_hex(8))
+        try:
+            async with open_keeper(self._directory, Account()) as keeper:
+                yield RecoveredDatabase(
+                    dsn=await self._reader(connection, role, request.database),
+                    database=request.database,
+                    version=connections.version(connection),
+                    directory=keeper.home,
+                    time=request.time if self._is_timed else None,
+                )
+        finally:
+            await run_to_completion(self._close(connection, role))
+
+    async def check(self, request: RecoveryRequest) -> None:
+        """Make sure that the server answers, and that the database there is the tenant's."""
+        connection = await self._open(request)
+        await run_to_completion(connections.close(connection))
+
+    async def _open(self, request: RecoveryRequest) -> Connection:
+        """Connect to the tenant's database, and to no other one."""
         for server in self._servers.values():
             if self._dsn.shares_host(server.dsn):
                 raise ConfigurationError(
@@ -79,17 +105,12 @@ class RecoveredServer:
                     f"{request.time.isoformat()}"
                 ) from exc
             raise RecoveryError(f"the recovered server cannot be opened: {login.reason_of(exc)}") from exc
-        role = self._names.scratch(secrets.token_hex(8))
         try:
             await marker.verify(connection, request.installation, request.tenant_id, tenant=request.slug)
-            yield RecoveredDatabase(
-                dsn=await self._reader(connection, role, request.database),
-                database=request.database,
-                version=connections.version(connection),
-                time=request.time if self._is_timed else None,
-            )
-        finally:
-            await run_to_completion(self._close(connection, role))
+        except BaseException:
+            await run_to_completion(connections.close(connection))
+            raise
+        return connection
 
     async def _reader(self, connection: Connection, role: str, database: str) -> Dsn:
         """Make the login, with the rights of those that own something in the database."""

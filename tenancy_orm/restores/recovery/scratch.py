@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import UUID
 
 from ...cancellation import run_to_completion
@@ -52,6 +53,7 @@ class RecoveredDatabase:
         dsn: How to reach it, with a login that can read it.
         database: Its name there.
         version: The server's major version.
+        directory: Space for a dump. It is deleted when the recovery ends.
         time: What the server was recovered to; None where that is not known, as of a server of somebody else's.
         last_commit: When the last transaction was committed that it has; None where that is not known.
     """
@@ -59,6 +61,7 @@ class RecoveredDatabase:
     dsn: Dsn = field(repr=False)
     database: str
     version: int
+    directory: Path
     time: datetime | None = None
     last_commit: datetime | None = None
 

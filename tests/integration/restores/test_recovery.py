@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import (
+    MarkerMismatchError,
     OperationStateError,
     RecoveryTargetError,
 )
@@ -66,6 +67,12 @@ async def write(tenancy: Tenancy, slug: str, *bodies: str) -> None:
     async with tenancy.transaction(slug) as session:
         for body in bodies:
             await session.execute(text("INSERT INTO notes (body) VALUES (:body)"), {"body": body})
+
+
+async def bodies(tenancy: Tenancy, slug: str) -> list[str]:
+    """The notes of a tenant."""
+    async with tenancy.session(slug) as session:
+        return list(await session.scalars(text("SELECT body FROM notes ORDER BY id")))
 
 
 async def read(recovered: RecoveredDatabase, statement: str = "SELECT body FROM notes ORDER BY id") -> list[Any]:
@@ -124,6 +131,58 @@ async def test_a_tenant_is_as_it_was_and_nobody_elses_database_is_opened(
         assert window.gaps == ()
     async with tenancy.session("beta") as session:
         assert list(await session.scalars(text("SELECT body FROM notes ORDER BY id"))) == ["old", "new"]
+
+
+async def test_a_tenant_is_restored_to_a_time_and_its_neighbours_are_newer(
+    tenancy: Tenancy, primary: TestServer, directory: Path
+) -> None:
+    """Also to a time before a restore, when the tenant had another database; and not to what was not its own."""
+    acme, beta = await create(tenancy, "acme"), await create(tenancy, "beta")
+    assert acme.placement is not None and beta.placement is not None
+    async with receiving(tenancy):
+        await tenancy.recovery.take_base()
+        await write(tenancy, "acme", "first")
+        await write(tenancy, "beta", "old")
+        first = now(primary)
+        await write(tenancy, "acme", "second")
+        second = now(primary)
+        primary.query("DROP TABLE tags; DELETE FROM notes", database=acme.placement.database)
+        await write(tenancy, "beta", "new")
+
+        source = await tenancy.recovery.source("acme", second.astimezone(timezone(timedelta(hours=-3))))
+        restored = await tenancy.restores.restore("acme", source)
+        assert (restored.state, restored.differences) == ("done", ())
+        assert await bodies(tenancy, "acme") == ["first", "second"]
+        assert await bodies(tenancy, "beta") == ["old", "new"]
+        assert left_in(directory) == []
+        (entry,) = await tenancy.audit.events(tenant="acme", action="tenant.restore_backup")
+        assert entry.after is not None and entry.after["database"] == restored.database
+
+        await write(tenancy, "acme", "third")
+        third = now(primary)
+        # the tenant's database had another name then
+        await tenancy.restores.restore("acme", await tenancy.recovery.source("acme", first.isoformat()))
+        assert await bodies(tenancy, "acme") == ["first"]
+        await tenancy.restores.restore("acme", await tenancy.recovery.source("acme", third))
+        assert await bodies(tenancy, "acme") == ["first", "second", "third"]
+        assert await bodies(tenancy, "beta") == ["old", "new"]
+
+        # with the history changed, the marker decides: a neighbour's database is never taken
+        async with tenancy.internals.control.transaction() as connection:
+            swapped = {"one": acme.placement.database, "other": beta.placement.database, "id": acme.id}
+            await connection.execute(text("ALTER TABLE tenancy.audit_log DISABLE TRIGGER USER"))
+            await connection.execute(
+                text(
+                    "UPDATE tenancy.audit_log SET before = "
+                    "before || jsonb_build_object('database', CAST(:other AS text)) WHERE tenant_id = :id AND before->>'database' = :one"
+                ),
+                swapped,
+            )
+        source = await tenancy.recovery.source("acme", second)
+        with pytest.raises(MarkerMismatchError, match=beta.placement.database):
+            await tenancy.restores.restore("acme", source)
+        assert await bodies(tenancy, "acme") == ["first", "second", "third"]
+        assert left_in(directory) == []
 
 
 async def test_what_cannot_be_recovered_is_refused_before_anything_is_started(
