@@ -12,6 +12,7 @@ from uuid import UUID
 
 import asyncpg
 
+from .adoption import AdoptionManager
 from .audit.checkpoints import Signer
 from .audit.log import AuditLog
 from .authentication.directory import Directory
@@ -140,6 +141,7 @@ class Assembly:
     compatibility: Compatibility | None
     first_use: FirstUse
     tenants: TenantManager
+    adoption: AdoptionManager
     domains: DomainManager
     housekeeping: Housekeeping
     operations: OperationManager
@@ -367,6 +369,7 @@ class Assembly:
             restores=self.restores,
         )
         self.recovery = RecoveryManager(config, self.control, self.registry, self.servers, self.names, self.audit)
+        self.adoption = AdoptionManager(self.migrations, self.tenants, self.operations, placer)
         self.jobs = Jobs(self.control)
         upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)
         self.built_in_jobs = built_in_jobs(config, self.housekeeping, self.provisioner.warm_pool, upgrades)

@@ -92,6 +92,8 @@
     │       └── FleetBackupError             some tenants failed in a run over the fleet
     │   ├── RecoveryTargetError (ValueError)   what is kept does not reach the time that was asked for
     │   └── RecoveryError                    a server could not be recovered, or a base backup not be taken
+    │   └── AdoptionError                    what exists cannot become a tenant; it is as it was
+    │       └── AdoptionDifferencesError     its schema is not that of its revision
     ├── JobLostError                         another process does by now what this one had claimed
     ├── MigrationError
     │   ├── FleetMigrationError
@@ -1343,6 +1345,26 @@ class RecoveryTargetError(OperationError, ValueError):
 
 class RecoveryError(OperationError):
     """A server could not be recovered, or a base backup could not be taken."""
+class AdoptionError(OperationError):
+    """An existing database, schema or set of rows cannot become a tenant. It is as it was."""
+
+
+class AdoptionDifferencesError(AdoptionError):
+    """What is to become a tenant has another schema than its revision; nothing was changed."""
+
+    def __init__(self, tenant: str, source: str, revision: str | None, differences: Sequence[str]) -> None:
+        """Give the tenant's slug, the source, its revision, and the differences in words."""
+        count = len(differences)
+        listed = "; ".join(differences[:3]) + ("; ..." if count > 3 else "")
+        super().__init__(
+            f"{source} is not what revision {revision or 'base'} makes, in {count} "
+            f"difference{'s' * (count != 1)}: {listed}; nothing was changed: correct the source, name its revision, or "
+            "accept the differences"
+        )
+        self.tenant = tenant
+        self.source = source
+        self.revision = revision
+        self.differences = tuple(differences)
 
 
 class JobLostError(TenancyError):

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, ParamSpec, Self, TypeVar, overload
 from sqlalchemy import Executable, Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from .adoption import AdoptionManager
 from .audit.actor import SYSTEM, Actor
 from .audit.log import AuditLog
 from .authentication.keys import KeyManager
@@ -518,6 +519,11 @@ class Tenancy:
     def migrations(self) -> FleetMigrator:
         """Upgrade and inspect all tenants' schemas."""
         return self._lifetime.parts.migrations
+
+    @property
+    def adoption(self) -> AdoptionManager:
+        """Make tenants of databases and schemas that exist already."""
+        return self._lifetime.parts.adoption
 
     @property
     def seeds(self) -> SeedManager:

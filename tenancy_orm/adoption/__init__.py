@@ -1,1 +1,6 @@
 """Adoption: an existing database, schema, or set of rows becomes a tenant."""
+
+from .manager import AdoptionManager
+from .report import AdoptedTable, AdoptionReport
+
+__all__ = ["AdoptedTable", "AdoptionManager", "AdoptionReport"]

@@ -19,6 +19,7 @@ from ..registry.rows import TenantPage
 from ..tenancy import Tenancy
 from ..tenant import Status, Tenant
 from . import (
+    adopt,
     audit,
     backup,
     call,
@@ -88,6 +89,7 @@ app.command("each", cls=each.EachCommand)(each.each)
 app.command("url")(each.url)
 app.command("run")(call.call)
 app.command("seed")(seed.seed)
+app.command("adopt")(adopt.adopt)
 app.command("worker")(jobs.worker)
 app.command("move")(move.move)
 app.command("rebalance")(move.rebalance)

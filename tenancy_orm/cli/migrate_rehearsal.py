@@ -107,7 +107,7 @@ def _clone(clone: CloneReport) -> tuple[str | None, ...]:
     return (
         clone.slug,
         clone.server,
-        _size(clone.size),
+        size_text(clone.size),
         clone.revision or "base",
         None if clone.copy_seconds is None else f"{clone.copy_seconds:.2f} s",
         seconds.get("upgrade"),
@@ -136,7 +136,7 @@ def _shown(sql: str) -> str:
 
 def _effects(statement: StatementReport) -> tuple[str, str]:
     locks = "; ".join(f"{one.mode} {one.relation} {one.seconds:.3f} s, {one.blocks} wait" for one in statement.locks)
-    rewrites = "; ".join(f"{one.kind} {one.relation} ({_size(one.size)})" for one in statement.rewrites)
+    rewrites = "; ".join(f"{one.kind} {one.relation} ({size_text(one.size)})" for one in statement.rewrites)
     return locks, rewrites
 
 
@@ -156,7 +156,7 @@ def _remarks(report: RehearsalReport) -> Iterator[str]:
 def _estimate(found: Estimate) -> str:
     count = found.tenants
     return (
-        f"estimate: {count} tenant{'s' * (count != 1)} ({_size(found.total_bytes)}), {found.concurrency} at once: "
+        f"estimate: {count} tenant{'s' * (count != 1)} ({size_text(found.total_bytes)}), {found.concurrency} at once: "
         f"{_range(found.low, found.high)}; the longest {_range(found.longest_low, found.longest_high)} "
         f"(by {found.method})"
     )
@@ -175,11 +175,12 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7_200 else f"{seconds / 3_600:.1f} h"
 
 
-def _size(size: int) -> str:
+def size_text(size: int) -> str:
+    """Return a number of bytes as people write it."""
     value, unit = float(size), 0
     while value >= 1_000 and unit < len(_UNITS) - 1:
         value, unit = value / 1_000, unit + 1
     return f"{value:.{0 if unit == 0 else 1}f} {_UNITS[unit]}"
 
 
-__all__ = ["rehearse", "show"]
+__all__ = ["rehearse", "show", "size_text"]

@@ -12,6 +12,7 @@ from .placement import (
 )
 from .recovery import RecoveryConfig
 from .sections import (
+    AdoptionConfig,
     BackupConfig,
     BreakerConfig,
     ControlConfig,
@@ -39,6 +40,7 @@ from .settings import TenancyConfig
 from .tiers import Limit, Tier, TierPolicy
 
 __all__ = [
+    "AdoptionConfig",
     "BackupConfig",
     "BreakerConfig",
     "ByRegion",

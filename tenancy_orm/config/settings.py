@@ -18,6 +18,7 @@ from .placement import Placement
 from .recovery import RecoveryConfig
 from .revisions import CompatibleRevisions
 from .sections import (
+    AdoptionConfig,
     BackupConfig,
     BreakerConfig,
     ControlConfig,
@@ -140,6 +141,8 @@ class TenancyConfig(_Checked, BaseSettings):
     rehearsal: RehearsalConfig = Field(default_factory=RehearsalConfig)
     move: MoveConfig = Field(default_factory=MoveConfig)
     """Clones of tenants that a migration is tried on."""
+    adoption: AdoptionConfig = Field(default_factory=AdoptionConfig)
+    """Existing databases, schemas and rows that become tenants."""
     watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     """What the watchdog ends of the tenants' sessions."""
     quotas: QuotaConfig = Field(default_factory=QuotaConfig)

@@ -144,7 +144,7 @@ class RevisionPolicy:
             if one.kind not in ("privilege", "default privileges", "event trigger") and not _is_guard(one.name)
         )
         granted = list(_granted(found))
-        refused = list(_code(expected, found))
+        refused = list(code_of(expected, found))
         schemas = [RECORD_SCHEMA, CHECKPOINTS_SCHEMA]
         refused += [row[0] for row in await connection.fetch(_OWN_SCHEMAS, schemas)]
         if granted or (refused and not self._accept):
@@ -218,7 +218,7 @@ def _granted(found: Catalogue) -> Iterator[str]:
             yield f"rights on {key.parent} for {key.name}: {fields['privileges']}"
 
 
-def _code(expected: Catalogue, found: Catalogue) -> Iterator[str]:
+def code_of(expected: Catalogue, found: Catalogue) -> Iterator[str]:
     """Name what runs and is not in what the revision makes."""
     for key, fields in found.objects.items():
         wanted = expected.objects.get(key)
@@ -248,4 +248,4 @@ def _name(key: Key) -> str:
     return key.target if key.parent is None else f"{key.target} on {key.parent}"
 
 
-__all__ = ["RevisionPolicy", "check_revision"]
+__all__ = ["RevisionPolicy", "check_revision", "code_of"]

@@ -545,6 +545,30 @@ class Provisioner:
             self._services, actor=actor, drop_unknown=drop_unknown, check=check, thorough=thorough, adopt=adopt
         ).run()
 
+    async def settle_creation(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> bool:
+        """Finish or remove the creation of a tenant that a process which died has left, as ``reconcile`` does.
+
+        Args:
+            tenant: The tenant.
+            actor: Who does this, for the audit log.
+
+        Returns:
+            False if another process does it, or the creation is under way.
+
+        Raises:
+            ProvisioningError: what is left could not be removed in time.
+            ServerUnavailableError: the server does not answer.
+        """
+        refuse_while_bound("settling a creation")
+        try:
+            return await Reconciler(self._services, actor=actor).settle_creation(tenant)
+        except SERVER_FAILURES as exc:
+            raise ProvisioningError(
+                f"what is left of the creation of tenant {tenant.slug!r} could not be removed ({describe(exc)}); try "
+                "again, or run: tenancy reconcile",
+                tenant=tenant.slug,
+            ) from exc
+
     async def apply_grants(self, tenant: Tenant) -> None:
         """Run the grant hook in a tenant's database, if there is one: an upgrade may have made what it names.
 

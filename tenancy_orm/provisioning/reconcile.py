@@ -157,6 +157,24 @@ class Reconciler:
         await asyncio.gather(*runs)
         return self._findings.report()
 
+    async def settle_creation(self, tenant: Tenant) -> bool:
+        """Finish or remove one tenant's interrupted creation; False if a process does it now.
+
+        Raises:
+            ProvisioningError: it could not be removed.
+            ServerUnavailableError: the server does not answer.
+        """
+        one = await self._services.registry.find_unfinished(tenant.id)
+        if one is None or one.tenant.placement is None:
+            return True
+        connection = await self._blockers(one.tenant.placement.server).connect()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._resume(connection, one)
+        finally:
+            await connections.close(connection)
+        return await self._services.registry.find_unfinished(tenant.id) is None
+
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout
 

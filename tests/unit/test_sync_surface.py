@@ -30,6 +30,8 @@ ASYNCHRONOUS_ALONE = {
             *("jobs", "warm_pool", "backups"),
             *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
             *("jobs", "warm_pool", "recovery"),
+            *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
+            *("jobs", "warm_pool", "adoption"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),

@@ -1,0 +1,176 @@
+"""What every adoption by copying shares: its record with steps, the tenant that is made of it, and the restart.
+
+The copy becomes a tenant all or nothing, as a creation does. A process that dies leaves the row of a tenant that is
+being created; the same command removes what is left of it and begins again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..audit.actor import Actor
+from ..config import TenancyConfig
+from ..errors import AdoptionError, OperationConflictError, TenantNotFoundError
+from ..jobs.claims import Claimant
+from ..migrations.services import FleetServices
+from ..operations import Operation, Operations
+from ..postgres.connections import POLL_SECONDS
+from ..provisioning.empty_databases import InstalledExtension
+from ..provisioning.filled_creation import Filling
+from ..provisioning.new_databases import ContentsPolicy, NewDatabase
+from ..tenant import Status, Tenant
+from ..tenants.manager import CreatedTenant, TenantManager
+
+Tell = Callable[[str], None]
+"""Receives a line about what is done now."""
+
+_SETTLE_SECONDS = 10.0  # for which the connections of a process that has died are waited for
+
+
+@dataclass(slots=True)
+class Steps:
+    """The steps of one adoption: each is recorded before it begins.
+
+    Attributes:
+        tell: Receives each step.
+        tenant: The tenant that is being created; set before the work begins.
+        operation: The record; set before the work begins.
+    """
+
+    tell: Tell
+    _operations: Operations
+    claimant: Claimant = field(default_factory=Claimant)
+    tenant: Tenant | None = None
+    operation: Operation | None = None
+
+    async def begin(self, step: str, *, detail: Mapping[str, Any] | None = None) -> None:
+        """Record the step that begins now.
+
+        Raises:
+            JobLostError: another process has the operation by now.
+        """
+        self.tell(step)
+        if self.operation is not None:
+            self.operation = await self._operations.advance(self.operation, self.claimant, step, detail=detail)
+
+
+Work = Callable[[NewDatabase, Steps], Awaitable[None]]
+"""Brings the contents in, as ``new.login``, and verifies them."""
+
+
+class AdoptionFrame:
+    """Creates tenants with contents from elsewhere, each with its record.
+
+    Args:
+        services: The services of an open ``Tenancy``.
+        tenants: Creates them.
+        operations: Their records.
+    """
+
+    def __init__(self, services: FleetServices, tenants: TenantManager, operations: Operations) -> None:
+        self._services = services
+        self._tenants = tenants
+        self._operations = operations
+
+    @property
+    def _config(self) -> TenancyConfig:
+        return self._services.config
+
+    async def create(
+        self,
+        slug: str,
+        work: Work,
+        *,
+        server: str,
+        policy: ContentsPolicy,
+        detail: Mapping[str, Any],
+        extensions: Sequence[InstalledExtension] = (),
+        values: Mapping[str, Any],
+        tell: Tell,
+        actor: Actor,
+    ) -> tuple[CreatedTenant, Operation]:
+        """Create a tenant, and let ``work`` fill its database. It is all or nothing.
+
+        Args:
+            slug: The tenant's slug.
+            work: Brings the contents in.
+            server: The server's name.
+            policy: Decides whether the contents may become the tenant's.
+            detail: For the record: what is adopted, and no secrets.
+            extensions: The extensions that the database needs, beside the configured ones.
+            values: Further arguments of ``TenantManager.create``.
+            tell: Receives each step.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenancyError: as ``TenantManager.create``, or what ``work`` raises; nothing remains.
+        """
+        steps = Steps(tell, self._operations)
+
+        async def fill(new: NewDatabase) -> None:
+            number = self._services.names.parse(new.name)
+            assert number is not None  # noqa: S101 - a new tenant's database has its id
+            steps.tenant = await self._services.registry.get(number)
+            steps.operation = await self._operations.begin(
+                "adopt", number, step="begun", claimant=steps.claimant, detail=detail, actor=actor
+            )
+            async with self._operations.keep(steps.operation, steps.claimant):
+                await work(new, steps)
+                await steps.begin("hand over")
+
+        filling = Filling(fill=fill, policy=policy, timeout=self._config.adoption.timeout, extensions=extensions)
+        created = await self._tenants.create(slug, server=server, filling=filling, actor=actor, **values)
+        assert steps.operation is not None  # noqa: S101 - nothing is created without it
+        await self._operations.finish(steps.operation, steps.claimant, "done")
+        return created, await self._operations.get(steps.operation.id)
+
+    async def settle_former(self, slug: str, source: str, *, actor: Actor) -> tuple[Tenant, Operation] | None:
+        """Remove what a process that died has left of an adoption of this slug; or finish its record.
+
+        Args:
+            slug: The tenant's slug.
+            source: What is adopted, as its record says.
+            actor: Who does this, for the audit log.
+
+        Returns:
+            The tenant, with its record, if the same source has become this tenant already.
+
+        Raises:
+            OperationConflictError: a process does it now.
+            AdoptionError: what is left could not be removed.
+        """
+        try:
+            tenant = await self._services.registry.find(slug)
+        except TenantNotFoundError:
+            return None
+        found = await self._operations.list(tenant_id=tenant.id, kinds=("adopt",), limit=1)
+        operation = found[0] if found else None
+        if operation is not None and operation.is_claimed:
+            raise OperationConflictError(tenant.slug, operation.kind, operation.id, operation.state)
+        if tenant.status is not Status.PROVISIONING:
+            if operation is None or operation.detail.get("source") != source:
+                return None  # TenantExistsError follows
+            if operation.is_abandoned:
+                claimant = Claimant()
+                operation = await self._operations.claim(operation.id, claimant)
+                await self._operations.finish(operation, claimant, "done")
+            return tenant, await self._operations.get(operation.id)
+        if operation is None:
+            return None
+        await self._settle(tenant, actor)
+        return await self.settle_former(slug, source, actor=actor)
+
+    async def _settle(self, tenant: Tenant, actor: Actor) -> None:
+        """Finish or remove a creation that nobody does any more."""
+        deadline = asyncio.get_running_loop().time() + _SETTLE_SECONDS
+        while not await self._services.provisioner.settle_creation(tenant, actor=actor):
+            # its connection may be on its way to end
+            if asyncio.get_running_loop().time() > deadline:
+                raise AdoptionError(f"tenant {tenant.slug!r} is being created now, by another process or a reconcile")
+            await asyncio.sleep(POLL_SECONDS)
+
+
+__all__ = ["AdoptionFrame", "Steps", "Tell", "Work"]

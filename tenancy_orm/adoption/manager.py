@@ -1,0 +1,315 @@
+"""``AdoptionManager``: makes tenants of databases and schemas that exist already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from uuid import UUID
+
+from ..audit.actor import SYSTEM, Actor
+from ..cancellation import run_to_completion
+from ..config.placement import PlacementRequest
+from ..context import refuse_while_bound
+from ..drift.policy import RevisionPolicy
+from ..errors import AdoptionDifferencesError, AdoptionError
+from ..migrations.connections import Connections
+from ..migrations.plan import format_revision
+from ..migrations.scripts import Environment
+from ..operations import Operation, Operations
+from ..postgres import connections
+from ..provisioning.new_databases import NewDatabase
+from ..routing.marker import marker_text
+from ..runs import FleetMigrator
+from ..servers.placement import Placer
+from ..tenant import Tenant
+from ..tenants.manager import TenantManager
+from .frame import AdoptionFrame, Steps, Tell
+from .looking import Look, Looking, extensions_of, place_of
+from .report import AdoptedTable, AdoptionReport
+from .source import OpenSource, Source, open_source
+from .verification import verify
+
+
+def _silent(text: str) -> None:
+    pass
+
+
+class AdoptionManager:
+    """Makes tenants of what exists already: databases, and schemas of a shared database; ``tenancy.adoption``.
+
+    The source is only read. What is made of it is all or nothing.
+
+    Args:
+        migrations: Has the services and the migrations.
+        tenants: Creates the tenants.
+        operations: The records of adoptions.
+        placer: Chooses the servers.
+    """
+
+    def __init__(
+        self, migrations: FleetMigrator, tenants: TenantManager, operations: Operations, placer: Placer
+    ) -> None:
+        self._migrations = migrations
+        self._services = migrations.services
+        self._operations = operations
+        self._placer = placer
+        self._frame = AdoptionFrame(self._services, tenants, operations)
+
+    async def check(
+        self,
+        slug: str,
+        source: str,
+        *,
+        schema: str | None = None,
+        with_shared: Sequence[str] = (),
+        at: str | None = None,
+        server: str | None = None,
+        region: str | None = None,
+        tier: str | None = None,
+        tell: Tell | None = None,
+    ) -> AdoptionReport:
+        """Look at what would become a tenant, compare it with its revision, and count its rows. Nothing is changed.
+
+        Args:
+            slug: The slug that the tenant would have.
+            source: The URL of the database. Its password is neither stored nor shown.
+            schema: A schema of it; the whole database where None.
+            with_shared: Tables of other schemas that come along, as ``schema.table``.
+            at: The revision that it is at, where it has no version table of Alembic; "base" for none.
+            server: The server to place it on; chosen as for a new tenant where None.
+            region: Where its data has to stay.
+            tier: The tenant's tier.
+            tell: Called with a line about what is done now.
+
+        Raises:
+            AdoptionError: the source cannot be read, or cannot become a tenant whatever is accepted.
+            ConfigurationError: an argument is malformed.
+            MigrationError: the migrations do not have the revision.
+            PlacementError: no server takes the tenant.
+            ControlUnavailableError, ServerUnavailableError: a server does not answer.
+        """
+        refuse_while_bound("adopting a database")
+        started = time.monotonic()
+        described = Source.parse(source, schema=schema, shared=with_shared, at=at)
+        chosen = await self._choose(slug, server, region, tier)
+        looking, _, _ = await self._looking()
+        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
+            self._refuse_own(opened)
+            look = await looking.look(opened, chosen, tell or _silent)
+            return _report(slug, opened, look, started)
+
+    async def adopt(
+        self,
+        slug: str,
+        source: str,
+        *,
+        schema: str | None = None,
+        with_shared: Sequence[str] = (),
+        at: str | None = None,
+        accept_differences: bool = False,
+        server: str | None = None,
+        region: str | None = None,
+        tier: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        key_name: str = "default",
+        scopes: Sequence[str] = (),
+        tell: Tell | None = None,
+        actor: Actor = SYSTEM,
+    ) -> AdoptionReport:
+        """Make a tenant of a copy of an existing database or schema.
+
+        Its schema is compared with that of its revision first. The copy is one snapshot. A login that may do nothing
+        else restores it and runs the missing revisions; then references, sequences and numbers of rows are verified,
+        and the copy becomes the tenant's. If anything fails, nothing remains of it. If the process dies, call this
+        again with the same arguments; where the tenant is complete already, this returns its report.
+
+        Args:
+            slug: The tenant's slug.
+            source: The URL of the database. Its password is neither stored nor shown.
+            schema: A schema of it; the whole database where None.
+            with_shared: Tables of other schemas that come along, as ``schema.table``.
+            at: The revision that it is at, where it has no version table of Alembic; "base" for none.
+            accept_differences: Adopt it although tables and columns differ from its revision's. Functions, triggers,
+                views and the like must be those of the revision all the same: they would run with the owner's rights.
+            server: The server to place it on; chosen as for a new tenant where None.
+            region: Where its data has to stay.
+            tier: The tenant's tier.
+            metadata: A JSON object, kept with the tenant.
+            key_name: The name of its first API key.
+            scopes: The key's scopes.
+            tell: Called with a line about what is done now.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            AdoptionDifferencesError: its schema is not that of its revision; nothing was changed.
+            AdoptionError: the source cannot be read, or cannot become a tenant; nothing remains.
+            OperationConflictError: a process does this now.
+            TenancyError: as ``TenantManager.create``, and ``check``.
+        """
+        refuse_while_bound("adopting a database")
+        started, tell = time.monotonic(), tell or _silent
+        described = Source.parse(source, schema=schema, shared=with_shared, at=at)
+        if (former := await self._frame.settle_former(slug, str(described), actor=actor)) is not None:
+            return _recorded(*former, started)
+        chosen = await self._choose(slug, server, region, tier)
+        looking, plain, environment = await self._looking()
+        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
+            self._refuse_own(opened)
+            look = await looking.look(opened, chosen, tell)
+            _refuse(slug, opened, look, accept_differences)
+            notes: list[str] = []
+
+            async def work(new: NewDatabase, steps: Steps) -> None:
+                notes.extend(await self._copy(looking, opened, look, new, steps))
+
+            policy = RevisionPolicy(self._services, plain, environment)
+            created, operation = await self._frame.create(
+                slug,
+                work,
+                server=chosen,
+                policy=policy,
+                detail=_detail(opened, look),
+                extensions=extensions_of(look.contents),
+                values={
+                    "tier": tier,
+                    "region": region,
+                    "metadata": metadata,
+                    "key_name": key_name,
+                    "scopes": scopes,
+                },
+                tell=tell,
+                actor=actor,
+            )
+            report = _report(slug, opened, look, started)
+        await self._services.registry.record(created.tenant.id, "tenant.adopt", detail=operation.detail, actor=actor)
+        return replace(
+            report,
+            tenant=created.tenant,
+            api_key=created.api_key,
+            operation=operation.id,
+            notes=(*report.notes, *notes),
+            seconds=time.monotonic() - started,
+        )
+
+    async def _copy(
+        self, looking: Looking, opened: OpenSource, look: Look, new: NewDatabase, steps: Steps
+    ) -> Sequence[str]:
+        """Bring the source in, verify it, and run the missing revisions."""
+        await steps.begin("copy")
+        await looking.bring(opened, look, new.login)
+        await looking.settle(
+            new.login, look.server, opened, look.schema, look.heads if look.stamp else frozenset(), tenant=steps.tenant
+        )
+        await steps.begin("verify")
+        former = opened.source.schema
+        connection = await looking.connect(new.login)
+        try:
+            notes = await verify(connection, look.contents, lambda table: place_of(table, former, look.schema))
+        finally:
+            await run_to_completion(connections.close(connection))
+        assert steps.tenant is not None  # noqa: S101 - the frame sets it
+        if look.end != look.heads:
+            await steps.begin("upgrade")
+            await looking.upgrade(new.login, look.server, steps.tenant)
+        return notes
+
+    async def _choose(self, slug: str, server: str | None, region: str | None, tier: str | None) -> str:
+        config = self._services.config
+        request = PlacementRequest(tier=tier or config.default_tier, region=region, slug=slug)
+        return await self._placer.choose(request, server=server)
+
+    async def _looking(self) -> tuple[Looking, Connections, Environment | None]:
+        environment = None
+        if self._services.config.migrations is not None:
+            environment = await self._migrations.environment()
+        plain = Connections(self._services)
+        return Looking(self._services, plain, environment), plain, environment
+
+    def _refuse_own(self, opened: OpenSource) -> None:
+        """Refuse the database of a tenant of this installation: nobody has two tenants of one database."""
+        nobody = UUID(int=0)
+        stem = marker_text(self._services.names.installation, nobody).removesuffix(str(nobody))
+        if (opened.marker or "").startswith(stem):
+            raise AdoptionError(f"{opened.source.dsn} is the database of a tenant already: clone or move that one")
+
+
+def _refuse(slug: str, opened: OpenSource, look: Look, accepted: bool) -> None:
+    """Refuse what is not as its revision makes it."""
+    if look.differences and not accepted:
+        raise AdoptionDifferencesError(slug, str(opened.source), look.revision, [one.text for one in look.differences])
+    if look.refused:
+        raise AdoptionError(
+            f"{opened.source} has code that revision {look.revision or 'base'} does not make, and that would run with "
+            f"the rights of the owner of all tenants' databases: {', '.join(look.refused)}; add it to a revision, or "
+            "remove it from the source"
+        )
+
+
+def _detail(opened: OpenSource, look: Look) -> dict[str, Any]:
+    tables = {
+        one.label: [f"{place_of(one, opened.source.schema, look.schema)}.{one.name}", one.rows or 0]
+        for one in look.contents.tables
+    }
+    return {
+        "source": str(opened.source),
+        "version": opened.version,
+        "size": opened.size,
+        "server": look.server,
+        "revision": look.revision,
+        "in_place": False,
+        "rows": sum(one.rows or 0 for one in look.contents.tables),
+        # one more would make the record long, and the rows are compared with the snapshot anyway
+        "tables": dict(list(tables.items())[:1_000]),
+        "accepted": [one.text for one in look.differences][:100],
+    }
+
+
+def _report(slug: str, opened: OpenSource, look: Look, started: float) -> AdoptionReport:
+    former = opened.source.schema
+    return AdoptionReport(
+        slug=slug,
+        source=str(opened.source),
+        server=look.server,
+        version=opened.version,
+        size=opened.size,
+        revision=look.revision,
+        pending=format_revision(look.end) if look.end != look.heads else None,
+        tables=tuple(
+            AdoptedTable(
+                source=one.label, target=f"{place_of(one, former, look.schema)}.{one.name}", rows=one.rows or 0
+            )
+            for one in look.contents.tables
+        ),
+        differences=look.differences,
+        refused=look.refused,
+        notes=look.notes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _recorded(tenant: Tenant, operation: Operation, started: float) -> AdoptionReport:
+    """Return the report of an adoption that is complete already."""
+    detail = operation.detail
+    return AdoptionReport(
+        slug=tenant.slug,
+        source=detail["source"],
+        server=detail["server"],
+        in_place=detail["in_place"],
+        version=detail["version"],
+        size=detail["size"],
+        revision=detail["revision"],
+        pending=None,
+        tables=tuple(
+            AdoptedTable(source=source, target=target, rows=rows) for source, (target, rows) in detail["tables"].items()
+        ),
+        differences=(),
+        notes=(f"tenant {tenant.slug!r} has been made of this source already; its API key was shown then",),
+        seconds=time.monotonic() - started,
+        tenant=tenant,
+        operation=operation.id,
+    )
+
+
+__all__ = ["AdoptionManager"]

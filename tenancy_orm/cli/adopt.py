@@ -1,0 +1,147 @@
+"""``tenancy adopt``: an existing database, or a schema of one, becomes a tenant."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from ..adoption import AdoptionReport
+from ..errors import AdoptionDifferencesError
+from ..tenancy import Tenancy
+from .metadata import Metadata, parse_metadata
+from .migrate_rehearsal import size_text
+from .output import Column, console, note, print_json, print_table, printable, tenant_fields
+from .runtime import EXIT_FAILED, Json, exit_on_error, fail, given_url, operator, run
+
+_INTERRUPTED = "stopped: what was made of it is removed; the source is as it was"
+
+
+def adopt(
+    slug: Annotated[str, typer.Argument(help="The slug of the tenant that is made.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="URL",
+            help="The database, with a login that may read it; - reads the URL from standard input, $NAME a variable.",
+        ),
+    ],
+    schema: Annotated[str | None, typer.Option(help="Adopt this schema of it alone.")] = None,
+    with_shared: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SCHEMA.TABLE", help="With --schema: bring this table of another schema too; repeatable."),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(metavar="REVISION", help="The revision it is at, where it has no version table; base for none."),
+    ] = None,
+    accept_differences: Annotated[
+        bool, typer.Option("--accept-differences", help="Adopt it although its tables differ from its revision's.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compare and count, and change nothing. Exit status 1 if it differs.")
+    ] = False,
+    tier: Annotated[str | None, typer.Option(help="A configured tier; the default tier if not given.")] = None,
+    metadata: Metadata = None,
+    server: Annotated[
+        str | None, typer.Option(help="The server to place it on; what placement or default_server says if not given.")
+    ] = None,
+    region: Annotated[str | None, typer.Option(help="Where its data has to stay.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a tenant of a copy of an existing database or schema. The source is only read.
+
+    Its schema is compared with that of its revision first. If it differs, nothing is changed, and the exit status is 1.
+    """
+    given = exit_on_error(lambda: parse_metadata(metadata))
+    url = given_url(source)
+    where: dict[str, Any] = {
+        "schema": schema,
+        "with_shared": with_shared or (),
+        "at": at,
+        "server": server,
+        "region": region,
+        "tier": tier,
+        "tell": None if as_json else lambda text: note(f"{slug}: {text}"),
+    }
+
+    async def command(tenancy: Tenancy) -> AdoptionReport | AdoptionDifferencesError:
+        _stop_once()
+        if dry_run:
+            return await tenancy.adoption.check(slug, url, **where)
+        try:
+            return await tenancy.adoption.adopt(
+                slug, url, accept_differences=accept_differences, metadata=given, actor=operator(), **where
+            )
+        except AdoptionDifferencesError as exc:
+            if as_json:
+                raise
+            return exc
+
+    try:
+        found = run(command)
+    except asyncio.CancelledError:
+        note(_INTERRUPTED)
+        raise typer.Exit(128 + signal.SIGTERM) from None
+    if isinstance(found, AdoptionDifferencesError):
+        _print_differences(found.differences)
+        fail(
+            f"{found.source} is not what revision {found.revision or 'base'} makes: nothing was changed; correct it, "
+            "name its revision by --at, or add --accept-differences",
+            kind=type(found).__name__,
+        )
+    _show(found, as_json)
+    if dry_run and (found.differences or found.refused):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _stop_once() -> None:
+    main = asyncio.current_task()
+    assert main is not None  # noqa: S101 - for the type checker
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # once: a second cancellation would interrupt the clean-up that the first one has started
+        loop.add_signal_handler(number, lambda: main.cancelling() or main.cancel())
+
+
+def _show(report: AdoptionReport, as_json: bool) -> None:
+    if as_json:
+        tenant = None if report.tenant is None else tenant_fields(report.tenant)
+        print_json({field.name: getattr(report, field.name) for field in fields(report)} | {"tenant": tenant})
+        return
+    rows = [(one.source, one.target, one.rows) for one in report.tables]
+    print_table("tables", (Column("source", drop=1), "table", "rows"), rows)
+    _print_differences([text for one in report.differences for text in (one.text, *one.lines)])
+    for text in _remarks(report):
+        console.print(printable(text), markup=False)
+    if report.api_key is not None:
+        console.print("API key, not shown again:", highlight=False)
+        print(report.api_key)
+
+
+def _print_differences(texts: tuple[str, ...] | list[str]) -> None:
+    if texts:
+        console.print("differences from its revision:")
+    for text in texts:
+        console.print(printable(f"  {text}"), markup=False)
+
+
+def _remarks(report: AdoptionReport) -> Iterator[str]:
+    for one in report.refused:
+        yield f"refused: {one}, which its revision does not make: it would run with the owner's rights"
+    yield from (f"note: {one}" for one in report.notes)
+    what = f"{report.rows} rows in {len(report.tables)} tables, {size_text(report.size)}"
+    came = f"{report.source} (PostgreSQL {report.version}, {report.revision or 'base'}): {what}"
+    after = f", then brought to {report.pending}" if report.pending else ""
+    if report.tenant is None:
+        yield f"{came}{after}; nothing was changed"
+    else:
+        yield f"adopted {report.slug} on server {report.server} as {report.tenant.id} from {came}{after}"
+
+
+__all__ = ["adopt"]
