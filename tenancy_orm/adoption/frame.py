@@ -13,7 +13,7 @@ from typing import Any
 
 from ..audit.actor import Actor
 from ..config import TenancyConfig
-from ..errors import AdoptionError, OperationConflictError, TenantNotFoundError
+from ..errors import AdoptionError, TenantNotFoundError
 from ..jobs.claims import Claimant
 from ..migrations.services import FleetServices
 from ..operations import Operation, Operations
@@ -120,15 +120,16 @@ class AdoptionFrame:
             async with self._operations.keep(steps.operation, steps.claimant):
                 await work(new, steps)
                 await steps.begin("hand over")
+            # the record goes with the tenant's row if the rest fails; so none is left that nobody ends
+            await self._operations.finish(steps.operation, steps.claimant, "done")
 
         filling = Filling(fill=fill, policy=policy, timeout=self._config.adoption.timeout, extensions=extensions)
         created = await self._tenants.create(slug, server=server, filling=filling, actor=actor, **values)
         assert steps.operation is not None  # noqa: S101 - nothing is created without it
-        await self._operations.finish(steps.operation, steps.claimant, "done")
         return created, await self._operations.get(steps.operation.id)
 
     async def settle_former(self, slug: str, source: str, *, actor: Actor) -> tuple[Tenant, Operation] | None:
-        """Remove what a process that died has left of an adoption of this slug; or finish its record.
+        """Remove what a process that died has left of a creation of this slug.
 
         Args:
             slug: The tenant's slug.
@@ -139,8 +140,8 @@ class AdoptionFrame:
             The tenant, with its record, if the same source has become this tenant already.
 
         Raises:
-            OperationConflictError: a process does it now.
-            AdoptionError: what is left could not be removed.
+            AdoptionError: a process creates this tenant now.
+            ProvisioningError: what is left could not be removed.
         """
         try:
             tenant = await self._services.registry.find(slug)
@@ -148,20 +149,12 @@ class AdoptionFrame:
             return None
         found = await self._operations.list(tenant_id=tenant.id, kinds=("adopt",), limit=1)
         operation = found[0] if found else None
-        if operation is not None and operation.is_claimed:
-            raise OperationConflictError(tenant.slug, operation.kind, operation.id, operation.state)
-        if tenant.status is not Status.PROVISIONING:
-            if operation is None or operation.detail.get("source") != source:
-                return None  # TenantExistsError follows
-            if operation.is_abandoned:
-                claimant = Claimant()
-                operation = await self._operations.claim(operation.id, claimant)
-                await self._operations.finish(operation, claimant, "done")
-            return tenant, await self._operations.get(operation.id)
-        if operation is None:
-            return None
-        await self._settle(tenant, actor)
-        return await self.settle_former(slug, source, actor=actor)
+        if tenant.status is Status.PROVISIONING:
+            await self._settle(tenant, actor)
+            return await self.settle_former(slug, source, actor=actor)
+        if operation is None or operation.state != "done" or operation.detail.get("source") != source:
+            return None  # TenantExistsError follows
+        return tenant, operation
 
     async def _settle(self, tenant: Tenant, actor: Actor) -> None:
         """Finish or remove a creation that nobody does any more."""

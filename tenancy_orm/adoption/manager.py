@@ -145,7 +145,6 @@ class AdoptionManager:
         Raises:
             AdoptionDifferencesError: its schema is not that of its revision; nothing was changed.
             AdoptionError: the source cannot be read, or cannot become a tenant; nothing remains.
-            OperationConflictError: a process does this now.
             TenancyError: as ``TenantManager.create``, and ``check``.
         """
         refuse_while_bound("adopting a database")

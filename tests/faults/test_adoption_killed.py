@@ -1,0 +1,65 @@
+"""SIGKILL at every step of an adoption: nothing half is left, the source is as it was, and the same command goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from typing import Any
+
+import pytest
+
+from tests.integration.adoption.conftest import config, fleet, project
+from tests.integration.adoption.test_databases import OLD, state_of
+from tests.support.fleet import Fleet
+from tests.support.postgres import Postgres
+from tests.support.shell import ROOT, environment
+from tests.support.sources import foreign_database
+from tests.support.warm import start_module
+
+__all__ = ["config", "fleet", "project"]
+
+SECONDS = 120.0
+
+
+async def killed(fleet: Fleet, url: str, at: str, **options: Any) -> None:
+    """Adopt ``url`` as acme in another process that dies at a step."""
+    given = fleet.tenancy.config
+    task = {
+        "config": {
+            "control_url": given.control_url,
+            "servers": dict(given.servers or {}),
+            "migrations": str(given.migrations),
+            "encryption_keys": dict(given.encryption_keys or {}),
+            "name_prefix": given.name_prefix,
+        },
+        "arguments": ["acme", url],
+        "options": options,
+        "at": at,
+    }
+    child = await start_module("tests.support.adoption_process", cwd=ROOT, env=environment())
+    try:
+        child.stdin.write(json.dumps(task).encode())
+        child.stdin.close()
+        async with asyncio.timeout(SECONDS):
+            assert await child.wait() == -signal.SIGKILL
+    finally:
+        child.kill()
+        await child.wait()
+
+
+@pytest.mark.parametrize("at", ["compare its schema", "copy", "verify", "upgrade", "hand over", "proved", "end"])
+async def test_the_same_command_goes_on(fleet: Fleet, postgres: Postgres, at: str) -> None:
+    async with foreign_database(postgres, OLD) as source:
+        before = await state_of(source)
+        await killed(fleet, source.url, at)
+        assert await state_of(source) == before
+        report = await fleet.tenancy.adoption.adopt("acme", source.url)
+        assert report.tenant is not None
+        assert (report.tenant.status, report.tenant.schema_revision) == ("active", "0002")
+        assert await state_of(source) == before
+    assert await fleet.fetch("acme", "SELECT count(*) FROM notes") == [(50,)]
+    await fleet.provisioner.reconcile()
+    assert (await fleet.provisioner.reconcile(check=True)).clean
+    (left,) = await fleet.services.control.fetch("SELECT count(*) AS n FROM tenancy.operations WHERE state <> 'done'")
+    assert left.n == 0

@@ -1,0 +1,45 @@
+"""A process that adopts a database and is killed: ``python -m tests.support.adoption_process``.
+
+It reads what to do as JSON from stdin, and kills itself by SIGKILL as the step ``at`` begins, or as it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.provisioning import pipeline
+
+
+def die() -> None:
+    """End this process as the kernel's out-of-memory killer does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def main() -> None:
+    """Adopt, and die on the way."""
+    task: dict[str, Any] = json.loads(sys.stdin.read())
+    at = task["at"]
+    if at == "proved":
+        pipeline.prove = _die_in_proof
+    async with Tenancy(TenancyConfig(**task["config"])) as tenancy:
+
+        def tell(step: str) -> None:
+            if step == at:
+                die()
+
+        await tenancy.adoption.adopt(*task["arguments"], **task["options"], tell=tell)
+        die()
+
+
+async def _die_in_proof(*_: Any, **__: Any) -> Any:
+    die()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
