@@ -40,9 +40,8 @@ from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetServices, MetadataSchema
-from .operations import OperationManager, Operations
 from .moves import MoveManager
-from .operations import Operations
+from .operations import OperationManager, Operations
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
@@ -340,13 +339,11 @@ class Assembly:
             config=config,
             registry=self.registry,
             provisioner=self.provisioner,
-            operations=Operations(self.control),
+            operations=operations,
             tenants=self.tenants,
             placer=placer,
             control=self.control,
         )
-        self.operations = Operations(self.control)
-        self.restores = RestoreManager(config, self.operations, self.tenants, self.migrations, events)
         self._build_backups()
         self.housekeeping = Housekeeping(
             config=config,
@@ -369,7 +366,7 @@ class Assembly:
             restores=self.restores,
         )
         self.recovery = RecoveryManager(config, self.control, self.registry, self.servers, self.names, self.audit)
-        self.adoption = AdoptionManager(self.migrations, self.tenants, self.operations, placer)
+        self.adoption = AdoptionManager(self.migrations, self.tenants, operations, placer)
         self.jobs = Jobs(self.control)
         upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)
         self.built_in_jobs = built_in_jobs(config, self.housekeeping, self.provisioner.warm_pool, upgrades)

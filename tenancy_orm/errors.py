@@ -1339,12 +1339,16 @@ class FleetBackupError(BackupError):
         super().__init__(f"{first}: {reason}{more}; {counted(done)} backed up")
         self.reasons = dict(reasons)
         self.done = done
+
+
 class RecoveryTargetError(OperationError, ValueError):
     """Nothing that is kept reaches the time that was asked for. Nothing was started."""
 
 
 class RecoveryError(OperationError):
     """A server could not be recovered, or a base backup could not be taken."""
+
+
 class AdoptionError(OperationError):
     """An existing database, schema or set of rows cannot become a tenant. It is as it was."""
 

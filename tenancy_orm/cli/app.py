@@ -35,8 +35,8 @@ from . import (
     migrate_preflight,
     migrate_runs,
     migrate_undo,  # noqa: F401 - its commands are those of migrate
-    operations,
     move,
+    operations,
     quotas,
     revocations,
     schedule,

@@ -511,6 +511,8 @@ class MoveConfig(Section, frozen=True):
     """How much of its log a server may keep for a move that cannot go on, in bytes, before its slot is dropped."""
     concurrency: Count = 2
     """How many tenants are moved at once from one server, by ``tenancy move --all-from`` and ``tenancy rebalance``."""
+
+
 class AdoptionConfig(Section, frozen=True):
     """Existing databases, schemas and rows that become tenants."""
 

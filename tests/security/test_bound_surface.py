@@ -273,7 +273,6 @@ def others(plane: Plane) -> dict[str, Any]:
         "overrides": {"users": 9},
         "value": 1,
         "slug": "globex",
-        "source": "postgresql://reader@127.0.0.1:1/old",
         "domain": "taken.example",
         "at": datetime(2099, 1, 1, tzinfo=UTC),
         "ends_at": datetime(2099, 1, 1, tzinfo=UTC),

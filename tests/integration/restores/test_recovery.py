@@ -174,7 +174,8 @@ async def test_a_tenant_is_restored_to_a_time_and_its_neighbours_are_newer(
             await connection.execute(
                 text(
                     "UPDATE tenancy.audit_log SET before = "
-                    "before || jsonb_build_object('database', CAST(:other AS text)) WHERE tenant_id = :id AND before->>'database' = :one"
+                    "before || jsonb_build_object('database', CAST(:other AS text)) "
+                    "WHERE tenant_id = :id AND before->>'database' = :one"
                 ),
                 swapped,
             )
