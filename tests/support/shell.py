@@ -26,6 +26,21 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "PATH": path, **changes}
 
 
+def is_group_alive(leader: int) -> bool:
+    """Whether a process of the group is left, be it the leader or not, that is no zombie."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            # behind the name in parentheses, which may have any character: state, parent, group
+            state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it has ended
+        if int(group) == leader and state not in {"Z", "X"}:
+            return True
+    return False
+
+
 def processes_in(directory: Path) -> list[str]:
     """Command lines of the processes that name ``directory``, or work in it."""
     found = []

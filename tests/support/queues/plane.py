@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tests.support import redis_server as redis_server_module
 from tests.support.models import Base
 from tests.support.postgres import Postgres
-from tests.support.shell import ROOT, environment, python_path
+from tests.support.shell import ROOT, environment, is_group_alive, python_path
+from tests.support.waiting import HANGS
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ def worker_process(command: Sequence[str], plane: QueuePlane, log: str) -> Itera
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        # its children too: they write into the directory and the databases, which are removed next
+        deadline = time.monotonic() + HANGS
+        while is_group_alive(process.pid):
+            assert time.monotonic() < deadline, "a process of the worker does not end"
+            time.sleep(0.01)
         if os.environ.get("SHOW_WORKER"):
             print(path.read_text("utf-8", "replace"))
 
