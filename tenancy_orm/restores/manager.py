@@ -35,6 +35,7 @@ from ..postgres.programs import Programs
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.filled_creation import Filling
 from ..provisioning.new_databases import NewDatabase
+from ..provisioning.pipeline import describe
 from ..provisioning.restoring import Restored, check_rows, extensions_in, programs_for, restore_archive
 from ..registry.databases import TenantDatabase
 from ..runs import FleetMigrator
@@ -301,7 +302,8 @@ class RestoreManager:
     async def _fill(self, new: NewDatabase, archive: Archive, extensions: tuple[InstalledExtension, ...]) -> Restored:
         programs, timeout = await self._programs(new.server), self._config.pool.connect_timeout
         restored = await restore_archive(new, programs, archive.path, extensions=extensions, timeout=timeout)
-        await check_rows(new, archive.rows, timeout=timeout)
+        if archive.rows:
+            await check_rows(new, archive.rows, timeout=timeout)
         return restored
 
     async def _programs(self, server: str) -> Programs:
@@ -484,6 +486,11 @@ class RestoreManager:
             raise  # another process has it by now
         except BaseException as exc:
             await run_to_completion(self._fail(operation.id, claimant, exc))
+            if isinstance(exc, SERVER_FAILURES) and not isinstance(exc, TenancyError):
+                raise OperationError(
+                    f"operation {operation.id}, a restore of tenant {operation.slug!r}, failed ({describe(exc)}); the "
+                    "tenant uses the database that it had"
+                ) from exc
             raise
 
     async def _fail(self, number: int, claimant: Claimant, error: BaseException) -> None:
@@ -493,8 +500,7 @@ class RestoreManager:
                 return
             async with self._operations.keep(operation, claimant):
                 await self._take_back(operation)
-                reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-                await self._operations.finish(operation, claimant, "failed", error=reason)
+                await self._operations.finish(operation, claimant, "failed", error=describe(error))
         except _FAILURES as exc:
             logger.error("operation %d could not be taken back, housekeeping will do it: %s", number, exc)
 
