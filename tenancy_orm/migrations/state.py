@@ -54,7 +54,7 @@ class State:
     """What one SELECT reads of a database.
 
     Its heads and extensions; whether it has a version table, invalid indexes, and unfinished data migrations; whether
-    the migration lock was taken with it, and whether other sessions are connected.
+    the migration lock was taken with it; and whether other sessions are connected, which is read with the lock alone.
     """
 
     heads: Heads
@@ -63,7 +63,7 @@ class State:
     extensions: frozenset[str]
     has_data: bool = False
     is_locked: bool = False
-    has_others: bool = False
+    has_others: bool = True
 
 
 # A new session plans everything for the first time, and has no catalogue in its caches: each table that this names
@@ -71,17 +71,17 @@ class State:
 _READ = (
     "SELECT {heads} AS heads, {extensions} AS extensions, d.datname AS database, "
     "(SELECT s.description FROM pg_catalog.pg_shdescription s "
-    "WHERE s.objoid = d.oid AND s.classoid = 1262) AS marker, "  # pg_database, as shobj_description looks it up
+    # of pg_database, as shobj_description looks it up; a number that is no oid would need an operator of its own
+    "WHERE s.objoid = d.oid AND s.classoid = 1262::pg_catalog.oid) AS marker, "
     "{may_have_invalid_indexes} AS may_have_invalid_indexes, "
-    "pg_catalog.to_regclass('tenancy_migration.data') IS NOT NULL AS has_data, "  # data_checkpoints.TABLE
-    "pg_catalog.pg_stat_get_db_numbackends(d.oid) > 1 AS has_others{lock} "
-    "FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()"
+    "pg_catalog.to_regclass('tenancy_migration.data') IS NOT NULL AS has_data"  # data_checkpoints.TABLE
+    "{lock} FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()"
 )
 _HEADS = "ARRAY(SELECT version_num::text FROM {})"
 _EXTENSIONS = "ARRAY(SELECT extname::text FROM pg_catalog.pg_extension)"
 _NONE = "ARRAY[]::text[]"
-_LOCKING = f", {_TRY_LOCK} AS is_locked, {_DETECT_LOST_CLIENT}"
-_LOCKING_ALONE = f", {_TRY_LOCK} AS is_locked"
+_LOCKING = f", pg_catalog.pg_stat_get_db_numbackends(d.oid) AS sessions, {_TRY_LOCK} AS is_locked"
+_DETECTING = f"{_LOCKING}, {_DETECT_LOST_CLIENT}"
 
 
 async def read_state(
@@ -108,7 +108,7 @@ async def read_state(
         MarkerMismatchError: it is not.
     """
     row, has_version_table = await _fetch_state(
-        connection, environment, timeout, extensions, _LOCKING if locking else ""
+        connection, environment, timeout, extensions, _DETECTING if locking else ""
     )
     _check_marker(target, row["database"], row["marker"])
     invalid = row["may_have_invalid_indexes"]
@@ -121,7 +121,7 @@ async def read_state(
         extensions=frozenset(row["extensions"]),
         has_data=row["has_data"],
         is_locked=locking and row["is_locked"],
-        has_others=row["has_others"],
+        has_others=not locking or row["sessions"] > 1,
     )
 
 
@@ -142,8 +142,8 @@ async def _fetch_state(
         except asyncpg.PostgresError as exc:
             if exc.sqlstate == UNDEFINED_TABLE and table is not None:
                 table = None
-            elif exc.sqlstate == INVALID_PARAMETER_VALUE and locking == _LOCKING:
-                locking = _LOCKING_ALONE
+            elif exc.sqlstate == INVALID_PARAMETER_VALUE and locking == _DETECTING:
+                locking = _LOCKING
             else:
                 raise
         else:
