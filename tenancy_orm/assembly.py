@@ -361,6 +361,7 @@ class Assembly:
             moves=self.moves,
             sampler=self.sampler,
             metrics=self.metrics,
+            backups=self.backups,
             tier_policies=self.tier_policies,
             usage_exporter=self.usage_exporter,
             restores=self.restores,
@@ -369,7 +370,9 @@ class Assembly:
         self.adoption = AdoptionManager(self.migrations, self.tenants, operations, placer)
         self.jobs = Jobs(self.control)
         upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)
-        self.built_in_jobs = built_in_jobs(config, self.housekeeping, self.provisioner.warm_pool, upgrades)
+        self.built_in_jobs = built_in_jobs(
+            config, self.housekeeping, self.provisioner.warm_pool, upgrades, self.backups
+        )
         self.internals = Internals(
             control=self.control,
             registry=self.registry,
@@ -559,6 +562,7 @@ class Assembly:
             audit=self.audit,
             signer=self.signer,
             registry=self.registry,
+            servers=self.servers,
             provisioner=self.provisioner,
             names=self.names,
             keys=BackupKeys(self.control, self.audit, self.keyring, self._data_keys),

@@ -20,6 +20,7 @@ from .audit.checkpoints import Checkpoint
 from .audit.log import AuditLog
 from .authentication.members import MemberManager
 from .authentication.revocations import RevocationManager
+from .backups import BackupManager
 from .config import TenancyConfig
 from .errors import InvalidTransitionError, TenancyError, TenantNotFoundError
 from .metering.metrics import StorageSampler, TenantMetrics
@@ -62,6 +63,15 @@ class HousekeepingReport:
     errors: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PrunedBackups:
+    """How many backups were removed, how many bytes that has freed, and what could not be removed."""
+
+    pruned: int
+    freed_bytes: int
+    errors: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Housekeeping:
     """Does what is due, with the parts that know how. ``usage_exporter`` is None where usage is not exported."""
@@ -81,6 +91,7 @@ class Housekeeping:
     moves: MoveManager
     sampler: StorageSampler
     metrics: TenantMetrics
+    backups: BackupManager
     tier_policies: TierPolicies
     usage_exporter: UsageExporter | None
     restores: RestoreManager
@@ -120,6 +131,8 @@ class Housekeeping:
         await run.do("clean_quotas", self.quotas.clean())
         await run.do("sample_tenants", self.sampler.run(unless_within=_SAMPLE_SECONDS))
         await run.do("prune_metrics", self.metrics.prune())
+        if self.config.backup.store is not None:
+            await run.do("prune_backups", self._prune_backups(actor))
         if self.config.metering.tier_policies:
             # after the sizes were measured, which the policies may be about
             await run.do("evaluate_tier_policies", self.tier_policies.evaluate())
@@ -135,6 +148,10 @@ class Housekeeping:
             by_server.setdefault(one[0].placement.server if one[0].placement else "", []).append(one)
         # side by side: a server that does not answer keeps no tenant of another waiting
         await asyncio.gather(*(run.end_all(listed) for listed in by_server.values()))
+
+    async def _prune_backups(self, actor: Actor) -> PrunedBackups:
+        report = await self.backups.prune(actor=actor)
+        return PrunedBackups(len(report.pruned), report.freed_bytes, report.errors)
 
     async def _prune_audit(self) -> Checkpoint | None:
         kept = self.config.retention.audit_seconds

@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from .backups import BackupManager
 from .cancellation import run_to_completion
 from .config import TenancyConfig
 from .deadlines import clock
@@ -36,6 +37,8 @@ _LAST_RETRY_SECONDS = 300.0  # or the job's interval, where that is longer
 _AWAY_LOG_SECONDS = 60.0  # how often it is logged that the control database does not answer
 _JITTER = 0.1
 _UPGRADES_SECONDS = 30.0  # from one look for tenants that are behind to the next
+
+_BACKUPS_SECONDS = 60.0  # from one look for tenants that are to be backed up to the next
 
 _AWAY = (ControlUnavailableError, SQLAlchemyError, *SERVER_FAILURES)
 
@@ -294,7 +297,11 @@ def show_alive(file: Path) -> None:
 
 
 def built_in_jobs(
-    config: TenancyConfig, housekeeping: Housekeeping, warm_pool: WarmPool, upgrades: BackgroundUpgrades
+    config: TenancyConfig,
+    housekeeping: Housekeeping,
+    warm_pool: WarmPool,
+    upgrades: BackgroundUpgrades,
+    backups: BackupManager,
 ) -> tuple[Job, ...]:
     """Return the jobs of every installation."""
 
@@ -314,11 +321,19 @@ def built_in_jobs(
         errors = [f"{slug}: {reason}" for slug, reason in report.reasons.items()]
         return JobResult({"run": report.run, "migrated": migrated}, errors)
 
+    async def back_up() -> JobResult:
+        report = await backups.run_due()
+        pruned = await backups.prune()
+        errors = [f"{slug}: {reason}" for slug, reason in report.reasons.items()]
+        return JobResult({"made": len(report.done), "pruned": len(pruned.pruned)}, [*errors, *pruned.errors])
+
     jobs = [Job("housekeeping", config.worker.housekeeping_seconds, keep_house)]
     if config.provisioning.warm_pool:
         jobs.append(Job("warm_pool", config.worker.warm_pool_seconds, fill_warm_pool))
     if config.migrations is not None and config.migration.background:
         jobs.append(Job("upgrades", _UPGRADES_SECONDS, upgrade_tenants))
+    if config.backup.store is not None and config.backup.every_seconds:
+        jobs.append(Job("backups", min(_BACKUPS_SECONDS, config.backup.every_seconds), back_up))
     return tuple(jobs)
 
 

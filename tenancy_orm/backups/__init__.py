@@ -1,10 +1,14 @@
 """Backups: encrypted copies of tenants' databases, and of the control database, in a store."""
 
 from .keys import BackupKey, BackupKeys
-from .manager import BackupManager, BackupReport, BackupServices, OpenBackup
+from .making import BackupServices
+from .manager import BackupManager, BackupReport
 from .manifest import BackupExtension, BackupFile, Manifest
+from .opening import OpenBackup
+from .pruning import PruneReport
 from .records import Backup, BackupState
 from .stores import DirectoryStore, ObjectStore, Store, StoredObject, open_store
+from .verification import Verification
 
 __all__ = [
     "Backup",
@@ -20,7 +24,9 @@ __all__ = [
     "Manifest",
     "ObjectStore",
     "OpenBackup",
+    "PruneReport",
     "Store",
     "StoredObject",
+    "Verification",
     "open_store",
 ]

@@ -46,6 +46,8 @@ SELECT pg_catalog.pg_current_wal_lsn()::text AS lsn, pg_catalog.now() AS now,
        (SELECT pg_catalog.count(*) FROM pg_catalog.pg_largeobject_metadata) AS large_objects
   FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()
 """
+# row security of these tables holds for their owners, too
+_HIDDEN = "SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relrowsecurity AND relforcerowsecurity)"
 _TABLES = """
 SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name,
        pg_catalog.pg_table_size(c.oid) AS bytes
@@ -71,6 +73,9 @@ class Source(Protocol):
 
     async def connect(self, *, timeout: float, settings: Mapping[str, str] = ..., purpose: str = ...) -> Connection:
         """Open a connection."""
+
+    async def see_all_rows(self) -> None:
+        """Read the rows of tables with FORCE ROW LEVEL SECURITY as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +184,8 @@ class Dump:
         try:
             if connections.version(holding) >= 17:
                 await holding.execute("SET transaction_timeout = 0")
+            if await holding.fetchval(_HIDDEN):
+                await self._source.see_all_rows()
             programs = await self._programs(connections.version(holding))
             # pg_dump and the counts see this snapshot, which is there as long as its transaction
             await holding.transaction(isolation="repeatable_read", readonly=True).start()

@@ -53,7 +53,7 @@ def decrypt(chunks: Iterable[bytes], identity: str) -> Iterator[bytes]:
     def work(reader: Any, writer: Any) -> None:
         try:
             pyrage.decrypt_io(reader, writer, [key])
-        except pyrage.DecryptError as exc:
+        except (pyrage.DecryptError, OSError) as exc:
             raise BackupDamagedError(f"it cannot be decrypted: {exc}") from exc
 
     return _through(work, chunks)

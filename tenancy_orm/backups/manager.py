@@ -3,93 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import partial
-from importlib.metadata import version as installed_version
-from pathlib import Path
-from typing import Any
+from datetime import datetime
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
-from ..audit.checkpoints import Signer
-from ..audit.log import AuditLog
-from ..cancellation import run_to_completion
-from ..config import TenancyConfig
 from ..context import refuse_while_bound
-from ..control.database import ControlDatabase
 from ..control.lookup import resolve_tenant_id
-from ..control.names import Names
-from ..errors import (
-    BackupError,
-    BackupNotFoundError,
-    BackupUnderWayError,
-    ConfigurationError,
-    FleetBackupError,
-    TenancyError,
-    TenantNotFoundError,
-)
-from ..events import BackupCompleted, BackupFailed, EventBus
-from ..jobs import Claimant, keep_claims
+from ..errors import BackupUnderWayError, FleetBackupError, TenantNotFoundError
 from ..loops import HomeLoop
 from ..migrations.failures import describe
 from ..migrations.selection import Selection
-from ..postgres.connections import Connection
-from ..postgres.failures import SERVER_FAILURES
-from ..postgres.programs import Programs, find_programs
-from ..provisioning import Provisioner
-from ..registry.registry import Registry
-from ..registry.rows import uuid7
 from ..tenant import Tenant, TenantRef
-from .archive import Digest, unpack
-from .dump import Dump, Dumped, Scope, Source, in_thread
-from .encryption import decrypt
-from .keys import CONTROL, BackupKey, BackupKeys
+from .keys import CONTROL, BackupKeys
+from .making import FAILURES, BackupMaker, BackupServices
 from .manifest import Manifest
+from .opening import BackupReader, OpenBackup, Stores
+from .pruning import BackupPruner, PruneReport
 from .records import Backup, BackupRecords, BackupState
-from .sources import CONTROL_SCOPE, TENANT_SCOPE, ControlSource, Facts, facts_of
-from .spool import Spool
-from .stores import Store, open_store
+from .stores import Store
+from .verification import BackupVerifier, Verification
 
-logger = logging.getLogger("tenancy_orm.backups")
-
-_SLOT_SECONDS = 1.0  # between two looks for a slot of a server, more or less
-_FAILURES = (TenancyError, *SERVER_FAILURES)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackupServices:
-    """The objects of an open ``Tenancy`` that backups use."""
-
-    config: TenancyConfig
-    control: ControlDatabase
-    audit: AuditLog
-    signer: Signer
-    registry: Registry
-    provisioner: Provisioner
-    names: Names
-    keys: BackupKeys
-    events: EventBus
-
-
-@dataclass(frozen=True, slots=True)
-class OpenBackup:
-    """A backup that is decrypted.
-
-    Attributes:
-        backup: Its row.
-        manifest: What it has; its signature was verified.
-        directory: The dump, which ``pg_restore --format=directory`` reads; its checksums were verified.
-    """
-
-    backup: Backup
-    manifest: Manifest
-    directory: Path
+_AT_ONCE = 200  # tenants that are due and are taken in one go
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +48,27 @@ class BackupReport:
 
 
 class BackupManager:
-    """Makes, lists and opens backups: ``tenancy.backups``.
+    """Makes, lists, opens, verifies and removes backups: ``tenancy.backups``.
 
-    Attributes:
-        keys: The keys that they are encrypted with.
+    Args:
+        services: What it uses.
     """
 
     def __init__(self, services: BackupServices) -> None:
         self._services = services
         self._config = services.config.backup
-        self._records = BackupRecords(services.control, services.audit)
+        self._records = records = BackupRecords(services.control, services.audit)
+        self._stores = stores = Stores(self._config)
+        self._maker = BackupMaker(services, records)
+        self._reader = BackupReader(self._config, services.control.installation, services.audit, services.keys, stores)
+        self._verifier = BackupVerifier(services, records, self._reader)
+        self._pruner = BackupPruner(self._config, records, stores, services.events)
         self._home = HomeLoop()
-        self._stores: dict[str, Store] = {}
-        self.keys = services.keys
+
+    @property
+    def keys(self) -> BackupKeys:
+        """The keys that backups are encrypted with."""
+        return self._services.keys
 
     @property
     def store(self) -> Store:
@@ -132,17 +77,7 @@ class BackupManager:
         Raises:
             ConfigurationError: ``backup.store`` is not set.
         """
-        if self._config.store is None:
-            raise ConfigurationError(
-                "backup.store is not set: name a directory, as file:/var/backups/tenancy, or a bucket, as s3://bucket"
-            )
-        return self._store_at(self._config.store)
-
-    def _store_at(self, url: str) -> Store:
-        if url not in self._stores:
-            own = url.partition(":")[0] == (self._config.store or "").partition(":")[0]
-            self._stores[url] = open_store(url, self._config.store_options if own else {})
-        return self._stores[url]
+        return self._stores.current
 
     # --- making -----------------------------------------------------------------------------------------------------
 
@@ -182,14 +117,14 @@ class BackupManager:
             while queue:
                 tenant = queue.pop(0)
                 try:
-                    made = await self._back_up(tenant, store, kept_until=kept_until, due=due, actor=actor)
+                    made = await self._maker.make(tenant, store, kept_until=kept_until, due=due, actor=actor)
                 except (BackupUnderWayError, TenantNotFoundError) as exc:
                     if due is None:
                         reasons[tenant.slug] = str(exc)
                     else:
                         skipped.append(tenant.slug)
                     outcome: Backup | str = str(exc)
-                except _FAILURES as exc:
+                except FAILURES as exc:
                     outcome = reasons[tenant.slug] = describe(exc)
                 else:
                     done.append(made)
@@ -218,187 +153,41 @@ class BackupManager:
         """
         refuse_while_bound("backing the control database up")
         self._home.check()
-        return await self._make(None, self.store, kept_until=kept_until, due=due, actor=actor)
+        return await self._maker.make(None, self.store, kept_until=kept_until, due=due, actor=actor)
 
-    async def _back_up(self, tenant: Tenant, store: Store, **options: Any) -> Backup:
-        began = time.monotonic()
+    async def run_due(
+        self, *, progress: Callable[[Tenant, Backup | str], None] | None = None, actor: Actor = SYSTEM
+    ) -> BackupReport:
+        """Back up the tenants with no backup of the last ``backup.every_seconds``, and the control database.
+
+        Any number of processes may do so at once: each tenant is backed up by one of them. One that failed is tried
+        again after a quarter of an hour. Nothing is due where ``backup.store`` is not set, or ``every_seconds`` is 0.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("backing tenants up")
+        every = self._config.every_seconds
+        if self._config.store is None or not every:
+            return BackupReport(())
+        done: list[Backup] = []
+        reasons: dict[str, str] = {}
+        skipped: list[str] = []
+        seen: set[UUID] = set()
+        while chosen := [one for one in await self._records.due(every=every, limit=_AT_ONCE) if one not in seen]:
+            seen.update(chosen)
+            report = await self.run(chosen, due=every, progress=progress, actor=actor)
+            done += report.done
+            reasons |= report.reasons
+            skipped += report.skipped
         try:
-            return await self._make(tenant, store, **options)
-        except (BackupUnderWayError, TenantNotFoundError):
-            raise
-        except _FAILURES as exc:
-            error, seconds = describe(exc), time.monotonic() - began
-            logger.error("tenant %s could not be backed up: %s", tenant.slug, error)
-            self._services.events.emit(
-                BackupFailed(tenant_id=tenant.id, slug=tenant.slug, error=error, seconds=seconds)
-            )
-            raise
-
-    async def _make(
-        self, tenant: Tenant | None, store: Store, *, kept_until: datetime | None, due: float | None, actor: Actor
-    ) -> Backup:
-        began = time.monotonic()
-        tenant_id = None if tenant is None else tenant.id
-        key = await self.keys.current(tenant_id, store, actor=actor)
-        backup_id, claimant = uuid7(), Claimant()
-        path = f"{self._services.control.installation}/{tenant_id or CONTROL}/{backup_id}"
-        begin = partial(
-            self._records.begin,
-            backup_id,
-            tenant_id,
-            claimant,
-            server=None if tenant is None or tenant.placement is None else tenant.placement.server,
-            at_most=self._config.concurrency,
-            store=store.url,
-            path=path,
-            key_id=key.id,
-            kept_until=kept_until,
-            due=due,
-        )
-        while not await begin():  # noqa: ASYNC110 - the slots are those of other processes too
-            await asyncio.sleep(_SLOT_SECONDS * random.uniform(0.5, 1.5))
-        try:
-            async with keep_claims(lambda: self._records.renew(backup_id, claimant)):
-                async with asyncio.timeout(self._config.timeout):
-                    if tenant is None:
-                        manifest = await self._dump_control(backup_id, key, store, path)
-                    else:
-                        manifest = await self._dump_tenant(backup_id, key, store, path, tenant)
-                signed = await self._sign(manifest)
-                # the last: what has no manifest is no backup
-                await store.put(f"{path}/manifest.json", signed)
-            stored = manifest.archive_bytes + len(signed)
-            done = await self._records.finish(manifest, claimant, stored_bytes=stored, actor=actor)
-        except BaseException as exc:
-            await run_to_completion(self._give_up(backup_id, claimant, store, path, exc))
-            if isinstance(exc, TimeoutError):
-                raise BackupError(f"not done within {self._config.timeout:g} s; raise backup.timeout") from exc
-            raise
-        slug = None if tenant is None else tenant.slug
-        seconds = time.monotonic() - began
-        logger.info("%s backed up in %.1f s: %d bytes", slug or "the control database", seconds, stored)
-        self._services.events.emit(
-            BackupCompleted(tenant_id=tenant_id, slug=slug, backup_id=backup_id, bytes=stored, seconds=seconds)
-        )
-        return done
-
-    async def _give_up(
-        self, backup_id: UUID, claimant: Claimant, store: Store, path: str, error: BaseException
-    ) -> None:
-        """Remove what was written, and record the failure; what cannot be removed now is removed by ``prune``."""
-        try:
-            await self._records.fail(
-                backup_id, claimant, describe(error) if isinstance(error, Exception) else "stopped"
-            )
-            await store.delete(f"{path}/manifest.json", f"{path}/dump.tar.age")
-        except _FAILURES as exc:
-            logger.warning("the backup %s that failed could not be cleared away now: %s", backup_id, describe(exc))
-
-    async def _dump_tenant(self, backup_id: UUID, key: BackupKey, store: Store, path: str, listed: Tenant) -> Manifest:
-        # it may have moved while this waited
-        tenant = await self._services.registry.get(listed.id)
-        place, owner = tenant.placement, self._services.names.owner
-        if place is None:
-            raise TenantNotFoundError(tenant.slug)
-
-        async def look(connection: Connection) -> Facts:
-            return await facts_of(connection, owner=owner, role=place.role)
-
-        async with self._services.provisioner.readers.open(tenant, seconds=self._config.timeout) as reader:
-            dumped = await self._dump(reader, TENANT_SCOPE, store, path, [key.recipient], look)
-        facts: Facts = dumped.found
-        return self._manifest(
-            backup_id,
-            key,
-            dumped,
-            slug=tenant.slug,
-            tier=tenant.tier,
-            region=tenant.region,
-            server=place.server,
-            database=place.database,
-            role=place.role,
-            owner=owner,
-            revision=tenant.schema_revision,
-            fingerprint=facts.fingerprint,
-            structure=facts.structure,
-            tenant_owned=facts.tenant_owned,
-        )
-
-    async def _dump_control(self, backup_id: UUID, key: BackupKey, store: Store, path: str) -> Manifest:
-        control = self._services.control
-        dsn = self._services.config.listen_dsn or control.dsn
-
-        async def look(connection: Connection) -> str | None:
-            found: str | None = await connection.fetchval("SELECT version_num FROM tenancy.alembic_version")
-            return found
-
-        recipients = [key.recipient, *self._config.control_recipients]
-        dumped = await self._dump(ControlSource(dsn), CONTROL_SCOPE, store, path, recipients, look)
-        return self._manifest(
-            backup_id,
-            key,
-            dumped,
-            slug=None,
-            tier=None,
-            region=None,
-            server=None,
-            database=dsn.database,
-            role=None,
-            owner=None,
-            revision=dumped.found,
-            fingerprint=None,
-            structure=None,
-        )
-
-    async def _dump(
-        self, source: Source, scope: Scope, store: Store, path: str, recipients: list[str], look: Any
-    ) -> Dumped:
-        return await Dump(
-            source,
-            programs=self._programs,
-            spool=self._spool(),
-            store=store,
-            path=f"{path}/dump.tar.age",
-            recipients=recipients,
-            compression=self._config.compression,
-            scope=scope,
-            look=look,
-            connect_timeout=self._services.config.pool.connect_timeout,
-        ).run()
-
-    def _manifest(self, backup_id: UUID, key: BackupKey, dumped: Dumped, **values: Any) -> Manifest:
-        found = dumped.snapshot
-        return Manifest(
-            id=backup_id,
-            installation=self._services.control.installation,
-            tenant_id=key.tenant_id,
-            key_id=key.id,
-            package_version=installed_version("tenancy-orm"),
-            server_version=found.server_version,
-            dump_version=dumped.dump_version,
-            lsn=found.lsn,
-            snapshot_at=found.snapshot_at,
-            database_bytes=found.database_bytes,
-            locale=found.locale,
-            tables=found.tables,
-            large_objects=found.large_objects,
-            extensions=found.extensions,
-            files=dumped.files,
-            archive_bytes=dumped.archive_bytes,
-            archive_sha256=dumped.archive_sha256,
-            created_at=datetime.now(UTC),
-            **values,
-        )
-
-    async def _sign(self, manifest: Manifest) -> bytes:
-        return manifest.sign(self._services.signer)
-
-    async def _programs(self, version: int) -> Programs:
-        # in a thread: it looks at many directories, and starts the programs
-        return await asyncio.to_thread(find_programs, version, self._services.config.provisioning.client_programs)
-
-    def _spool(self) -> Spool:
-        return Spool(self._config.directory, self._config.max_temporary_bytes)
+            done.append(await self.run_control(due=every, actor=actor))
+        except BackupUnderWayError:
+            skipped.append(CONTROL)
+        except FAILURES as exc:
+            reasons[CONTROL] = describe(exc)
+        return BackupReport(tuple(done), reasons, tuple(skipped))
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -443,19 +232,7 @@ class BackupManager:
             BackupDamagedError: it is not what was written.
             CrossTenantError: a tenant is bound.
         """
-        refuse_while_bound("reading backups")
-        found = backup if isinstance(backup, Backup) else await self.get(backup)
-        if found.state != "done":
-            raise BackupNotFoundError(f"the backup {found.id} is {found.state}")
-        data = await self._store_at(found.store).get(found.manifest_path)
-        manifest = Manifest.read(data, await self._services.audit.verifier())
-        if (manifest.id, manifest.tenant_id, manifest.installation) != (
-            found.id,
-            found.tenant_id,
-            self._services.control.installation,
-        ):
-            raise BackupNotFoundError(f"the store has another backup at {found.manifest_path}")
-        return manifest
+        return await self._reader.manifest(await self._find(backup))
 
     @asynccontextmanager
     async def open(self, backup: UUID | Backup) -> AsyncIterator[OpenBackup]:
@@ -473,42 +250,67 @@ class BackupManager:
             BackupError: the store does not answer, or there is not enough temporary space.
             CrossTenantError: a tenant is bound.
         """
+        async with self._reader.open(await self._find(backup)) as opened:
+            yield opened
+
+    async def verify(
+        self, backup: UUID | Backup, *, restore: bool = True, server: str | None = None, actor: Actor = SYSTEM
+    ) -> Verification:
+        """Verify a backup: signature, checksums, and what a restore into a scratch database makes of it.
+
+        The restore is done by a login that can do nothing else. The rows of each table, the large objects and the
+        schema are compared with what the manifest says, and the scratch database is dropped.
+
+        Args:
+            backup: The backup.
+            restore: Whether it is restored; if not, signature and checksum alone are verified, without its key.
+            server: The server of the scratch database; the tenant's own where None.
+            actor: Who does this.
+
+        Returns:
+            What was found. The row of the backup has it, too.
+
+        Raises:
+            BackupKeyDestroyedError: its key was destroyed.
+            BackupError: the store does not answer, or there is not enough temporary space.
+            ServerUnavailableError, UnknownServerError: the server does not answer, or there is none of this name.
+            CrossTenantError: a tenant is bound.
+        """
+        found = await self._find(backup)
+        return await self._verifier.verify(found, restore=restore, server=server, actor=actor)
+
+    async def _find(self, backup: UUID | Backup) -> Backup:
         refuse_while_bound("reading backups")
         self._home.check()
-        found = backup if isinstance(backup, Backup) else await self.get(backup)
-        manifest = await self.manifest(found)
-        store = self._store_at(found.store)
-        identity = await self.keys.open(manifest.key_id, manifest.tenant_id, store)
-        with self._spool().open(manifest.dump_bytes) as directory:
-            await fetch(store, found.archive_path, manifest, identity, directory)
-            yield OpenBackup(found, manifest, directory)
+        return backup if isinstance(backup, Backup) else await self._records.get(backup)
+
+    # --- keeping ----------------------------------------------------------------------------------------------------
+
+    async def keep(self, backup: UUID | Backup, until: datetime | None, *, actor: Actor = SYSTEM) -> Backup:
+        """Keep a backup until a time whatever the retention policy says; None: as the policy says.
+
+        Raises:
+            BackupNotFoundError: there is no such backup.
+            CrossTenantError: a tenant is bound.
+        """
+        return await self._records.keep(await self._find(backup), until, actor)
+
+    async def prune(self, *, dry_run: bool = False, actor: Actor = SYSTEM) -> PruneReport:
+        """Remove the backups that ``backup.keep_*`` do not keep, and what failed ones have left in the store.
+
+        The newest good backup of each tenant always stays, and so does the newest one that was restored for a proof.
+        Backups with a key that was destroyed go at once.
+
+        Args:
+            dry_run: Whether to say what would be removed, and to remove nothing.
+            actor: Who does this.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("pruning backups")
+        return await self._pruner.prune(dry_run=dry_run, actor=actor)
 
 
-async def fetch(store: Store, path: str, manifest: Manifest, identity: str, directory: Path) -> None:
-    """Read an archive, decrypt it and unpack it into a directory.
-
-    Raises:
-        BackupDamagedError: it is not what the manifest says.
-        BackupError: the store does not answer.
-    """
-    stopped = False
-
-    def work() -> None:
-        def until_stopped() -> Any:
-            for chunk in store.read(path):
-                if stopped:
-                    raise BackupError("the reading was stopped")
-                yield chunk
-
-        digest = Digest()
-        unpack(decrypt(digest.passing(until_stopped()), identity), manifest, directory)
-        digest.check(manifest)
-
-    def stop() -> None:
-        nonlocal stopped
-        stopped = True
-
-    await in_thread(work, stop)
-
-
-__all__ = ["BackupManager", "BackupReport", "BackupServices", "OpenBackup"]
+__all__ = ["BackupManager", "BackupReport"]

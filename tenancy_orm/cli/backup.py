@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import typer
 
-from ..backups import Backup, BackupReport
+from ..backups import Backup, BackupReport, PruneReport, Verification
+from ..errors import BackupNotFoundError
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import Column, TenantBar, failures_listed, note, print_json, print_table, progress_bar
-from .runtime import EXIT_FAILED, Json, duration, fail, operator, run
+from .runtime import EXIT_FAILED, Json, Yes, confirm, duration, fail, operator, run
 from .selection import All, Named, Selection, Statuses, Tiers
 
 T = TypeVar("T")
@@ -24,6 +27,16 @@ app = typer.Typer(name="backup", help="Encrypted backups of tenants and of the c
 
 Control = Annotated[bool, typer.Option("--control", help="The control database instead of tenants.")]
 
+_LISTED = (
+    Column("backup", keep=True),
+    "tenant",
+    Column("state", keep=True),
+    Column("started", drop=1),
+    "size",
+    Column("revision", drop=3),
+    Column("verified", drop=2),
+    Column("error", drop=4),
+)
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -46,21 +59,24 @@ def run_backups(
     until = None if (kept := duration(keep)) is None else datetime.now(UTC) + kept
     if control and (tenants or tier or status or everyone):
         fail("--control is for the control database alone: name no tenants", kind="ConfigurationError")
+    if due and (control or tenants or tier or status or everyone or keep):
+        fail("--due is for whatever is due: give it alone", kind="ConfigurationError")
     selection = None if control or due else Selection.of(tenants, tier, status, everyone)
 
     async def command(tenancy: Tenancy) -> BackupReport:
         if control:
             made = await tenancy.backups.run_control(kept_until=until, actor=operator())
             return BackupReport((made,))
-        assert selection is not None  # noqa: S101 - for the type checker
-        chosen = await selection.find(tenancy)
         with progress_bar(shown=not as_json) as shown:
             bar = TenantBar(shown, "backed up")
-            bar.total(len(chosen))
 
             def tell(tenant: Tenant, outcome: Backup | str) -> None:
                 bar.done(tenant)
 
+            if selection is None:
+                return await tenancy.backups.run_due(progress=tell, actor=operator())
+            chosen = await selection.find(tenancy)
+            bar.total(len(chosen))
             return await tenancy.backups.run(chosen, kept_until=until, progress=tell, actor=operator())
 
     with failures_listed():
@@ -88,17 +104,129 @@ def list_backups(
     if as_json:
         print_json([backup_fields(one) for one in found])
         return
-    columns = (
-        Column("backup", keep=True),
-        "tenant",
-        Column("state", keep=True),
-        Column("started", drop=1),
-        "size",
-        Column("revision", drop=3),
-        Column("verified", drop=2),
-        Column("error", drop=4),
-    )
-    print_table("backups", columns, map(_row, found))
+    print_table("backups", _LISTED, map(_row, found))
+
+
+@app.command("verify")
+def verify_backups(
+    backups: Annotated[
+        list[str], typer.Argument(metavar="BACKUP", help="Ids of backups, or slugs: the newest backup of each.")
+    ],
+    restore: Annotated[
+        bool, typer.Option("--restore/--quick", help="Restore it into a scratch database; or read it alone.")
+    ] = True,
+    server: Annotated[str | None, typer.Option("--server", help="The server of the scratch database.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify backups: signature, checksums, and what a restore makes of them. Exit status 1 if one is bad."""
+
+    async def command(tenancy: Tenancy) -> list[Verification]:
+        found = [await find_backup(tenancy, name) for name in backups]
+        return [await tenancy.backups.verify(one, restore=restore, server=server, actor=operator()) for one in found]
+
+    results = run_stoppable(command)
+    if as_json:
+        print_json([_verification_fields(one) for one in results])
+    else:
+        columns = ("tenant", Column("backup", keep=True), "restored", "tables", "rows", "seconds", "result")
+        print_table("verified", columns, map(_verification_row, results))
+    if not all(one.is_good for one in results):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command("prune")
+def prune_backups(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Remove the backups that the retention policy (backup.keep_*) does not keep."""
+
+    async def command(tenancy: Tenancy) -> PruneReport:
+        planned = await tenancy.backups.prune(dry_run=True, actor=operator())
+        if dry_run:
+            return planned
+        count = len(planned.pruned)
+        if count and not yes and not confirm(f"remove {count} backup{'s' * (count != 1)}?"):
+            fail("nothing was removed")
+        return await tenancy.backups.prune(actor=operator())
+
+    report = run(command)
+    if as_json:
+        pruned = [backup_fields(one) for one in report.pruned]
+        print_json({"pruned": pruned, "freed_bytes": report.freed_bytes, "errors": list(report.errors)})
+    else:
+        print_table("would be removed" if dry_run else "removed", _LISTED, map(_row, report.pruned))
+        note(f"{size(report.freed_bytes)} {'would be freed' if dry_run else 'freed'}")
+        for error in report.errors:
+            note(error)
+    if report.errors:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command("keep")
+def keep_backup(
+    backup: Annotated[str, typer.Argument(help="The id of a backup.")],
+    keep_for: Annotated[str | None, typer.Option("--for", help="For how long, from now on, such as 90d.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep a backup for some time whatever the retention policy says; without --for, as the policy says."""
+    until = None if (kept := duration(keep_for)) is None else datetime.now(UTC) + kept
+    if (backup_id := parse_id(backup)) is None:
+        fail(f"{backup!r} is not the id of a backup", kind="BackupNotFoundError")
+    found = run(lambda tenancy: tenancy.backups.keep(backup_id, until, actor=operator()))
+    if as_json:
+        print_json(backup_fields(found))
+    else:
+        print_table("backups", _LISTED, [_row(found)])
+
+
+@app.command("extract")
+def extract_backup(
+    backup: Annotated[str, typer.Argument(help="The id of a backup, or a slug: its newest backup.")],
+    directory: Annotated[Path, typer.Argument(help="A new directory, which pg_restore reads.")],
+    as_json: Json = False,
+) -> None:
+    """Decrypt a backup into a directory, for pg_restore. What is in it is not encrypted."""
+    if directory.exists():
+        fail(f"{directory} exists already: name a new directory", kind="ConfigurationError")
+
+    async def command(tenancy: Tenancy) -> Backup:
+        found = await find_backup(tenancy, backup)
+        async with tenancy.backups.open(found) as opened:
+            # beside it first: a directory of this name is complete
+            beside = directory.with_name(f".{directory.name}.part")
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True, mode=0o700)
+            try:
+                for file in opened.directory.iterdir():
+                    await asyncio.to_thread(shutil.move, file, beside / file.name)
+                beside.rename(directory)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+        return found
+
+    found = run_stoppable(command)
+    if as_json:
+        print_json({**backup_fields(found), "directory": str(directory)})
+    else:
+        print(directory)
+
+
+async def find_backup(tenancy: Tenancy, name: str) -> Backup:
+    """Return the backup of an id, or the newest one of a slug.
+
+    Raises:
+        BackupNotFoundError: there is none.
+        TenantNotFoundError: there is no such tenant.
+    """
+    if (backup_id := parse_id(name)) is not None:
+        return await tenancy.backups.get(backup_id)
+    is_control = name == "control"
+    found = await tenancy.backups.list(None if is_control else name, control=is_control, states=("done",), limit=1)
+    if not found:
+        raise BackupNotFoundError(f"there is no backup of {name!r}; make one with: tenancy backup run {name}")
+    return found[0]
 
 
 def run_stoppable(command: Callable[[Tenancy], Awaitable[T]]) -> T:
@@ -183,6 +311,30 @@ def _row(backup: Backup) -> tuple[Any, ...]:
     )
 
 
+def _verification_row(found: Verification) -> tuple[Any, ...]:
+    backup = found.backup
+    compared = (found.tables, found.rows) if found.restored else (None, None)
+    seconds = f"{found.seconds:.1f}"
+    return (
+        backup.slug or "(control)",
+        backup.id,
+        "yes" if found.restored else "no",
+        *compared,
+        seconds,
+        found.error or "good",
+    )
+
+
+def _verification_fields(found: Verification) -> dict[str, Any]:
+    return {
+        **backup_fields(found.backup),
+        "good": found.is_good,
+        "verify_error": found.error,
+        "restored": found.restored,
+        "seconds": found.seconds,
+    }
+
+
 def _seconds(backup: Backup) -> str | None:
     return None if backup.ended_at is None else f"{(backup.ended_at - backup.started_at).total_seconds():.1f}"
 
@@ -197,4 +349,4 @@ def size(number: int | None) -> str | None:
     return f"{value:.{0 if unit == 0 else 1}f} {_UNITS[unit]}"
 
 
-__all__ = ["app", "backup_fields", "run_stoppable"]
+__all__ = ["app", "backup_fields", "find_backup", "run_stoppable", "size"]

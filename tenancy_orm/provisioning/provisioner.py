@@ -47,6 +47,7 @@ from .public_access import SharedDatabases, read_control
 from .readers import Readers
 from .reconcile import Reconciler, ReconcileReport
 from .role_settings import RoleSettings
+from .scratch import ScratchDatabases
 from .standbys import end_on_replicas
 from .template_manager import TemplateManager
 from .template_records import TemplateRecords
@@ -106,6 +107,7 @@ class Provisioner:
         self.logins = TemporaryLogins(config, registry, servers, names, blockers)
         self.copies = Copies(config, servers, names, blockers)
         self.readers = Readers(config, servers, names, blockers)
+        self.scratch_databases = ScratchDatabases(config, servers, names, blockers)
         self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
         self._services = ProvisioningServices(
             config=config,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import asyncpg
 
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
 from ..control.names import Names
-from ..errors import TenantNotFoundError
+from ..errors import ProvisioningError, TenantNotFoundError
 from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
+from ..postgres.quoting import quote_identifier
 from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
 from . import removal
@@ -35,6 +40,47 @@ SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r O
   WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o' AND r.rolname = $1
     AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = $2))
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A login that reads one tenant's database.
+
+    Attributes:
+        login: The login.
+    """
+
+    login: CopyLogin
+    _connection: Connection = field(repr=False)
+
+    def environment(self) -> dict[str, str]:
+        """Return libpq's variables for a program, the password included."""
+        return self.login.environment()
+
+    async def connect(
+        self, *, timeout: float, settings: Mapping[str, str] = MappingProxyType({}), purpose: str = "tenancy-reader"
+    ) -> Connection:
+        """Open a connection; the caller closes it.
+
+        Raises:
+            asyncpg.PostgresError, asyncpg.InterfaceError, OSError: the server refuses, or does not answer.
+        """
+        return await self.login.connect(timeout=timeout, settings=settings, purpose=purpose)
+
+    async def see_all_rows(self) -> None:
+        """Let the login read rows that row security hides from owners as well (FORCE ROW LEVEL SECURITY).
+
+        Raises:
+            ProvisioningError: the administrator may not do that.
+        """
+        try:
+            await self._connection.execute(f"ALTER ROLE {quote_identifier(self.login.role)} BYPASSRLS")
+        except asyncpg.InsufficientPrivilegeError as exc:
+            raise ProvisioningError(
+                "a table has FORCE ROW LEVEL SECURITY, and the administrator may let nobody read all of its rows; run "
+                "as a superuser: ALTER ROLE the_administrator BYPASSRLS",
+                step="reader",
+            ) from exc
 
 
 class Readers:
@@ -60,7 +106,7 @@ class Readers:
         self._home = HomeLoop()
 
     @asynccontextmanager
-    async def open(self, tenant: Tenant, *, seconds: float) -> AsyncIterator[CopyLogin]:
+    async def open(self, tenant: Tenant, *, seconds: float) -> AsyncIterator[Reader]:
         """Make a login for the body.
 
         Args:
@@ -86,7 +132,7 @@ class Readers:
                 # it tells reconcile that the login is in use
                 await locks.lock(connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
                 login = await self._create(connection, server, name, tenant.placement, seconds)
-            yield login
+            yield Reader(login, connection)
         finally:
             await run_to_completion(self._remove(connection, blockers, name))
 
@@ -110,4 +156,4 @@ class Readers:
             await connections.close(connection)
 
 
-__all__ = ["Readers"]
+__all__ = ["HOLDING", "Reader", "Readers"]

@@ -8,16 +8,16 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..errors import OperationError
 from ..postgres import connections
 from ..postgres.programs import Programs, find_programs, run_program
-from ..postgres.quoting import quote_identifier
 from . import archives
+from .copy_logins import CopyLogin
 from .empty_databases import InstalledExtension
-from .new_databases import NewDatabase
 
 _EXTENSION = re.compile(
     r'^CREATE EXTENSION (?:IF NOT EXISTS )?(?P<name>"(?:[^"]|"")+"|[^\s";]+)'
@@ -25,14 +25,24 @@ _EXTENSION = re.compile(
     re.MULTILINE,
 )
 _COUNTS = """
-SELECT n.nspname::text AS schema, c.relname::text AS name FROM pg_catalog.pg_class c
+SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name,
+       c.relrowsecurity AND c.relforcerowsecurity AS forced
+  FROM pg_catalog.pg_class c
   JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind IN ('r', 'm') AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
    AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
                       AND d.objid = c.oid AND d.deptype = 'e')
- ORDER BY 1, 2
+ ORDER BY 1
 """
 _UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
+
+
+class Filled(Protocol):
+    """A database that is filled: ``NewDatabase``, or a scratch database."""
+
+    @property
+    def login(self) -> CopyLogin:
+        """The login that owns what comes into it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +86,12 @@ async def extensions_in(programs: Programs, archive: Path, allowed: Collection[s
 
 
 async def restore_archive(
-    new: NewDatabase,
+    new: Filled,
     programs: Programs,
     archive: Path,
     *,
     extensions: Collection[InstalledExtension] = (),
+    without: Collection[str] = (),
     timeout: float,
 ) -> Restored:
     """Bring an archive in, and make the planner's statistics.
@@ -91,6 +102,7 @@ async def restore_archive(
         archive: A directory or a file of ``pg_dump``. It is trusted as far as its own files: which of them hold rows,
             its table of contents says.
         extensions: The extensions that the database has.
+        without: Further kinds of entries that are left out, as ``pg_restore --list`` prints them.
         timeout: Seconds until a connection must be open.
 
     Raises:
@@ -101,6 +113,8 @@ async def restore_archive(
     entries = await run_program([restore, "--list", str(archive)], {})
     schemas = {one.schema for one in extensions}
     kept, left_out = archives.select(entries, schemas)
+    if without:
+        kept = "".join(line for line in kept.splitlines(keepends=True) if not _is_of(line, without))
     with tempfile.TemporaryDirectory(prefix="tenancy-restore-") as directory:
         listing = Path(directory, "list")
         await asyncio.to_thread(listing.write_text, kept, "utf-8")
@@ -128,12 +142,12 @@ async def restore_archive(
     return Restored(left_out=left_out)
 
 
-async def check_rows(new: NewDatabase, counts: Mapping[str, int], *, timeout: float) -> None:
+async def check_rows(new: Filled, counts: Mapping[str, int], *, timeout: float) -> None:
     """Compare the rows of each table with what was counted when the archive was made; as the login.
 
     Args:
         new: The filled database.
-        counts: Rows by table, as ``schema.table``.
+        counts: Rows by table, as ``schema.table``, each quoted where it must be.
         timeout: Seconds until a connection must be open.
 
     Raises:
@@ -142,11 +156,15 @@ async def check_rows(new: NewDatabase, counts: Mapping[str, int], *, timeout: fl
     connection = await new.login.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-restore")
     try:
         found = {}
+        counting = connection.transaction()
+        await counting.start()
         for row in await connection.fetch(_COUNTS):
-            table = f"{quote_identifier(row['schema'])}.{quote_identifier(row['name'])}"
-            found[f"{row['schema']}.{row['name']}"] = await connection.fetchval(
-                f"SELECT count(*) FROM ONLY {table}"  # noqa: S608 - quoted
-            )
+            name = row["name"]
+            if row["forced"]:
+                # until the rollback; it would hide rows from their owner, which the login is
+                await connection.execute(f"ALTER TABLE {name} NO FORCE ROW LEVEL SECURITY")
+            found[name] = await connection.fetchval(f"SELECT count(*) FROM ONLY {name}")  # noqa: S608 - quoted
+        await counting.rollback()
     finally:
         await run_to_completion(connections.close(connection))
     wrong = [
@@ -156,6 +174,11 @@ async def check_rows(new: NewDatabase, counts: Mapping[str, int], *, timeout: fl
     ]
     if wrong:
         raise OperationError(f"what was restored is not what was backed up: {'; '.join(wrong[:5])}")
+
+
+def _is_of(line: str, kinds: Collection[str]) -> bool:
+    """Whether a line of an archive's list is an entry of one of these kinds."""
+    return any(re.match(rf"\d+; \d+ \d+ {re.escape(kind)} ", line) for kind in kinds)
 
 
 def _unquoted(name: str) -> str:

@@ -1,57 +1,293 @@
-"""Backups of tenants: complete, encrypted, signed, and restored to the same rows."""
+"""Backups of tenants: complete, encrypted, signed, restored to the same rows, and useless once a byte is changed."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm import Tenancy
 from tenancy_orm.backups import Backup
+from tenancy_orm.backups.encryption import decrypt, new_identity
+from tenancy_orm.errors import (
+    BackupDamagedError,
+    BackupKeyDestroyedError,
+    BackupNotFoundError,
+    ConfigurationError,
+    SecretError,
+    TenantNotFoundError,
+)
+from tenancy_orm.events import BackupCompleted, BackupEvent, BackupFailed, BackupVerified
 from tenancy_orm.postgres.programs import find_programs, run_program
 from tests.support.postgres import Postgres
 
 
-@pytest.fixture
-def tenancy_config(tenancy_config: TenancyConfig, tmp_path: Path) -> TenancyConfig:
-    settings = {"store": f"file:{tmp_path / 'store'}", "directory": tmp_path / "spool"}
-    return tenancy_config.replace(backup=settings)
+def stored(tmp_path: Path) -> dict[str, bytes]:
+    """What is in the store, by path."""
+    root = tmp_path / "store"
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
-@pytest.fixture
-async def acme(tenancy: Tenancy) -> None:
-    """A tenant with 100 notes."""
-    await tenancy.tenants.create("acme")
-    async with tenancy.transaction("acme") as session:
-        await session.execute(text("INSERT INTO notes (body) SELECT 'note ' || n FROM generate_series(1, 100) n"))
+async def pg_restore(postgres: Postgres, *arguments: str) -> str:
+    programs = find_programs(int(postgres.version.partition(".")[0]))
+    return await run_program([programs.path("pg_restore"), *arguments], {})
 
 
-async def back_up(tenancy: Tenancy, slug: str = "acme") -> Backup:
-    report = await tenancy.backups.run([slug])
-    assert report.reasons == {}
-    (made,) = report.done
-    return made
+async def statement(tenancy: Tenancy, sql: str, **values: Any) -> Any:
+    async with tenancy.internals.control.transaction() as connection:
+        found = await connection.execute(text(sql), values)
+        return found.all() if found.returns_rows else None
+
+
+async def as_administrator(tenancy: Tenancy, postgres: Postgres, slug: str, sql: str) -> None:
+    tenant = await tenancy.tenants.get_by_slug(slug)
+    assert tenant.placement is not None
+    async with postgres.connect(tenant.placement.database) as connection:
+        await connection.execute(sql)
+
+
+# --- making -----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_backup_has_the_rows_and_nothing_in_the_clear(
-    tenancy: Tenancy, acme: None, tmp_path: Path, postgres: Postgres
+    tenancy: Tenancy, backup: Backup, tmp_path: Path, postgres: Postgres
 ) -> None:
-    made = await back_up(tenancy)
-    assert (made.state, made.slug, made.error) == ("done", "acme", None)
-    manifest = await tenancy.backups.manifest(made)
-    assert manifest == made.manifest
+    assert (backup.state, backup.slug, backup.error) == ("done", "acme", None)
+    manifest = await tenancy.backups.manifest(backup)
+    assert manifest == backup.manifest
     assert manifest.tables["public.notes"] == 100
-    stored = {file.name: file.read_bytes() for file in (tmp_path / "store").rglob("*") if file.is_file()}
-    assert sorted(stored)[1:] == ["dump.tar.age", "manifest.json"]
-    assert not any(b"note 7" in data or b"AGE-SECRET-KEY" in data for data in stored.values())
-    assert stored["dump.tar.age"].startswith(b"age-encryption.org/v1")
-    async with tenancy.backups.open(made.id) as opened:
-        programs = find_programs(int(postgres.version.partition(".")[0]))
-        listed = await run_program([programs.path("pg_restore"), "--list", str(opened.directory)], {})
-        data = await run_program([programs.path("pg_restore"), "--file=-", str(opened.directory)], {})
+    files = stored(tmp_path)
+    assert {backup.archive_path, backup.manifest_path} < files.keys()
+    assert not any(b"note 7" in data or b"AGE-SECRET-KEY" in data for data in files.values())
+    assert files[backup.archive_path].startswith(b"age-encryption.org/v1")
+    async with tenancy.backups.open(backup.id) as opened:
+        listed = await pg_restore(postgres, "--list", str(opened.directory))
+        data = await pg_restore(postgres, "--file=-", str(opened.directory))
     assert "TABLE DATA public notes" in listed
     assert data.count("\tnote ") == 100
     assert list((tmp_path / "spool").iterdir()) == []
     actions = [event.action for event in await tenancy.audit.events(tenant="acme")]
     assert actions[:2] == ["backup.run", "backup_key.create"]
+
+
+async def test_what_is_backed_up_is_one_snapshot_and_no_login_is_left(
+    tenancy: Tenancy, acme: str, postgres: Postgres, name_prefix: str
+) -> None:
+    """While rows are written; and the counts are of the snapshot that was dumped."""
+    writing = True
+
+    async def write() -> None:
+        while writing:
+            async with tenancy.transaction("acme") as session:
+                await session.execute(text("INSERT INTO notes (body) VALUES ('another')"))
+
+    writer = asyncio.create_task(write())
+    try:
+        (made,) = (await tenancy.backups.run(["acme"])).done
+    finally:
+        writing = False
+        await writer
+    verified = await tenancy.backups.verify(made)
+    assert (verified.error, verified.restored) == (None, True)
+    left = (
+        "SELECT rolname FROM pg_roles WHERE rolname LIKE '{0}%\\_x\\_%' "
+        "UNION ALL SELECT datname FROM pg_database WHERE datname LIKE '{0}%\\_x\\_%'"
+    )
+    assert await postgres.administer(left.format(name_prefix)) == []
+
+
+async def test_a_failure_of_one_tenant_stops_no_other_and_leaves_nothing(
+    tenancy: Tenancy, acme: str, tmp_path: Path, postgres: Postgres
+) -> None:
+    await tenancy.tenants.create("globex")
+    heard: list[BackupEvent] = []
+    tenancy.events.subscribe(BackupEvent, heard.append)
+    lost = (await tenancy.tenants.get_by_slug("globex")).placement
+    assert lost is not None
+    await postgres.administer(f'ALTER DATABASE "{lost.database}" RENAME TO "{lost.database}_"')
+    try:
+        report = await tenancy.backups.run(["globex", "acme"])
+    finally:
+        await postgres.administer(f'ALTER DATABASE "{lost.database}_" RENAME TO "{lost.database}"')
+    assert [one.slug for one in report.done] == ["acme"]
+    assert list(report.reasons) == ["globex"]
+    assert {type(event): event.slug for event in heard} == {BackupCompleted: "acme", BackupFailed: "globex"}
+    failed = [one for one in await tenancy.backups.list("globex") if one.state == "failed"]
+    assert len(failed) == 1 and failed[0].error
+    assert not any(str(failed[0].id) in path for path in stored(tmp_path))
+    assert list((tmp_path / "spool").iterdir()) == []
+    with pytest.raises(BackupNotFoundError, match="is failed"):
+        await tenancy.backups.verify(failed[0])
+
+
+async def test_temporary_space_is_checked_first(tenancy: Tenancy, acme: str, tmp_path: Path) -> None:
+    tenancy.backups._maker._config = tenancy.config.backup.replace(max_temporary_bytes=1)
+    report = await tenancy.backups.run(["acme"])
+    assert "raise it" in report.reasons["acme"] and "max_temporary_bytes" in report.reasons["acme"]
+
+
+async def test_without_a_store_nothing_is_begun(tenancy: Tenancy, acme: str) -> None:
+    tenancy.backups._stores._config = tenancy.config.backup.replace(store=None)
+    with pytest.raises(ConfigurationError, match=r"backup\.store is not set"):
+        await tenancy.backups.run(["acme"])
+    with pytest.raises(TenantNotFoundError):
+        await tenancy.backups.list("nobody")
+
+
+async def test_force_row_security_hides_no_rows(tenancy: Tenancy, acme: str, postgres: Postgres) -> None:
+    """A backup with the rows that a policy shows would be one without the others."""
+    await as_administrator(
+        tenancy,
+        postgres,
+        "acme",
+        "ALTER TABLE notes ENABLE ROW LEVEL SECURITY; ALTER TABLE notes FORCE ROW LEVEL SECURITY; "
+        "CREATE POLICY few ON notes USING (id < 10)",
+    )
+    (made,) = (await tenancy.backups.run(["acme"])).done
+    assert made.manifest is not None and made.manifest.tables["public.notes"] == 100
+    assert (await tenancy.backups.verify(made)).error is None
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+async def test_a_flipped_byte_anywhere_is_found(tenancy: Tenancy, backup: Backup, tmp_path: Path) -> None:
+    """In the data, the manifest and its signature; with the key and without it."""
+    root = tmp_path / "store"
+    archive, manifest = root / backup.archive_path, root / backup.manifest_path
+    whole = {file: file.read_bytes() for file in (archive, manifest)}
+    await tenancy.backups._reader.check(backup)
+    for file, data in whole.items():
+        # every 7th of the manifest, and so of the signature; some of the archive: the first and last bytes, and between
+        positions = range(0, len(data), 7) if file == manifest else (0, 30, 150, 300, len(data) // 2, len(data) - 1)
+        for position in positions:
+            flip(file, position)
+            with pytest.raises(BackupDamagedError):
+                await tenancy.backups._reader.check(backup)
+            if file == archive:
+                with pytest.raises(BackupDamagedError):
+                    async with tenancy.backups.open(backup):
+                        pass
+            file.write_bytes(data)
+    for file, data in whole.items():
+        for changed in (data[:-1], data + b"\n", b""):
+            file.write_bytes(changed)
+            with pytest.raises(BackupDamagedError):
+                await tenancy.backups._reader.check(backup)
+        file.write_bytes(data)
+    heard: list[BackupVerified] = []
+    tenancy.events.subscribe(BackupVerified, heard.append)
+    flip(archive, 500)
+    bad = await tenancy.backups.verify(backup)
+    assert bad.error is not None and not bad.restored
+    assert (bad.backup.verify_error, bad.backup.is_good) == (bad.error, False)
+    archive.write_bytes(whole[archive])
+    assert (await tenancy.backups.verify(backup)).backup.is_good
+    assert [event.error is None for event in heard] == [False, True]
+
+
+async def test_another_backup_in_its_place_is_found(tenancy: Tenancy, backup: Backup, tmp_path: Path) -> None:
+    """Who can write to the store can exchange whole backups, which are signed as well."""
+    (newer,) = (await tenancy.backups.run(["acme"])).done
+    root = tmp_path / "store"
+    for path, other in ((backup.manifest_path, newer.manifest_path), (backup.archive_path, newer.archive_path)):
+        (root / path).write_bytes((root / other).read_bytes())
+    with pytest.raises(BackupDamagedError, match="has another backup"):
+        await tenancy.backups.manifest(backup)
+    (root / newer.archive_path).unlink()
+    assert "there is no" in str((await tenancy.backups.verify(newer)).error)
+
+
+async def test_a_backup_that_lacks_rows_does_not_pass(tenancy: Tenancy, backup: Backup) -> None:
+    """The rows are counted in the database that was restored, and not read from the manifest."""
+    assert backup.manifest is not None
+    fields = {**backup.manifest.to_fields(), "tables": {**backup.manifest.tables, "public.notes": 101}}
+    signed = tenancy.backups._services.signer.sign_statement("tenancy-backup-1", fields).to_bytes()
+    await tenancy.backups.store.put(backup.manifest_path, signed)
+    await statement(tenancy, "UPDATE tenancy.backups SET manifest = NULL")
+    found = await tenancy.backups.verify(backup.id)
+    assert found.error is not None and "public.notes has 100 rows, not 101" in found.error
+    fields["tables"]["public.notes"] = 100
+    fields["structure"] = "0" * 32
+    await tenancy.backups.store.put(
+        backup.manifest_path, tenancy.backups._services.signer.sign_statement("tenancy-backup-1", fields).to_bytes()
+    )
+    assert "the schema" in str((await tenancy.backups.verify(backup.id)).error)
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_key_opens_its_own_tenants_backups_alone(tenancy: Tenancy, backup: Backup) -> None:
+    """Also where somebody moves the sealed identity to another tenant, in the control database."""
+    globex = (await tenancy.tenants.create("globex")).tenant
+    (other,) = (await tenancy.backups.run(["globex"])).done
+    assert other.key_id != backup.key_id
+    keys = tenancy.backups.keys
+    with pytest.raises(BackupNotFoundError):
+        await keys.open(backup.key_id, globex.id)
+    await statement(tenancy, "UPDATE tenancy.backup_keys SET tenant_id = :id", id=globex.id)
+    with pytest.raises(SecretError, match="belongs to another tenant"):
+        await keys.open(backup.key_id, globex.id)
+
+
+async def test_a_destroyed_key_ends_all_backups(tenancy: Tenancy, backup: Backup, tmp_path: Path) -> None:
+    keys, tenant_id = tenancy.backups.keys, backup.tenant_id
+    assert tenant_id is not None
+    # it is in the store, so that backups outlive the control database
+    await statement(tenancy, "DELETE FROM tenancy.backup_keys")
+    async with tenancy.backups.open(backup):
+        pass
+    (again,) = (await tenancy.backups.run(["acme"])).done
+    await keys.destroy(tenant_id, tenancy.backups.store)
+    assert not any("/keys/" in path for path in stored(tmp_path))
+    for one in (backup, again):
+        with pytest.raises((BackupKeyDestroyedError, BackupNotFoundError)):
+            async with tenancy.backups.open(one):
+                pass
+    (key,) = await keys.of(tenant_id)
+    assert key.destroyed_at is not None
+    assert (await keys.destroy(tenant_id, tenancy.backups.store)) == (key,)
+    assert await statement(tenancy, "SELECT sealed_identity FROM tenancy.backup_keys") == [(None,)]
+    report = await tenancy.backups.prune()
+    assert [one.id for one in report.pruned] == [again.id]
+    assert not any(str(again.id) in path for path in stored(tmp_path))
+
+
+# --- the control database ---------------------------------------------------------------------------------------------
+
+
+async def test_the_control_database_is_backed_up_without_the_tenants_keys(
+    tenancy: Tenancy, backup: Backup, postgres: Postgres
+) -> None:
+    """A backup of it that outlives a tenant's key must not bring that key back."""
+    made = await tenancy.backups.run_control()
+    assert made.manifest is not None and made.manifest.tables["tenancy.tenants"] == 1
+    async with tenancy.backups.open(made) as opened:
+        text_of = await pg_restore(postgres, "--file=-", str(opened.directory))
+    assert "COPY tenancy.backup_keys" not in text_of
+    assert "COPY tenancy.tenants" in text_of
+    verified = await tenancy.backups.verify(made)
+    assert (verified.error, verified.rows) == (None, made.manifest.rows)
+    assert await tenancy.backups.list() == (await tenancy.backups.get(backup.id),)
+    assert [one.id for one in await tenancy.backups.list(control=True)] == [made.id]
+
+
+async def test_further_recipients_read_the_control_database_and_no_tenant(tenancy: Tenancy, acme: str) -> None:
+    identity, recipient = new_identity()
+    tenancy.backups._maker._config = tenancy.config.backup.replace(control_recipients=(recipient,))
+    made = await tenancy.backups.run_control()
+    store = tenancy.backups.store
+    assert sum(map(len, decrypt(store.read(made.archive_path), identity))) > 10_000
+    (of_tenant,) = (await tenancy.backups.run(["acme"])).done
+    with pytest.raises(BackupDamagedError):
+        list(decrypt(store.read(of_tenant.archive_path), identity))

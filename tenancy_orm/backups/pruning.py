@@ -1,0 +1,90 @@
+"""Removal of backups that the retention policy does not keep, and of what failed ones have left in a store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from uuid import UUID
+
+from ..audit.actor import Actor
+from ..config import BackupConfig
+from ..errors import TenancyError
+from ..events import BackupPruned, EventBus
+from .opening import Stores
+from .records import Backup, BackupRecords
+from .retention import expired
+
+logger = logging.getLogger("tenancy_orm.backups")
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """The backups that were removed, or would be, how many bytes that frees, and what could not be removed."""
+
+    pruned: tuple[Backup, ...]
+    freed_bytes: int
+    errors: tuple[str, ...] = ()
+
+
+class BackupPruner:
+    """Removes backups.
+
+    Args:
+        config: The retention policy.
+        records: The rows of backups.
+        stores: The stores.
+        events: Receives ``BackupPruned``.
+    """
+
+    def __init__(self, config: BackupConfig, records: BackupRecords, stores: Stores, events: EventBus) -> None:
+        self._config = config
+        self._records = records
+        self._stores = stores
+        self._events = events
+
+    async def prune(self, *, dry_run: bool, actor: Actor) -> PruneReport:
+        """Remove what is not kept. It can be repeated, and interrupted, and runs beside others."""
+        found = await self.to_prune()
+        if not dry_run:
+            found = [one for one in found if await self._records.begin_pruning(one, actor)]
+            errors = [error for one in await self._records.to_remove() if (error := await self._remove(one))]
+        else:
+            errors = []
+        return PruneReport(tuple(found), sum(one.bytes or 0 for one in found), tuple(errors))
+
+    async def to_prune(self) -> list[Backup]:
+        """Return the backups that the policy does not keep, and those that nobody can read any more."""
+        done = [
+            *await self._records.list(states=("done",)),
+            *await self._records.list(control=True, states=("done",)),
+        ]
+        destroyed = await self._records.destroyed_keys()
+        lost = [one for one in done if one.key_id in destroyed]
+        readable = [one for one in done if one.key_id not in destroyed]
+        now = datetime.now(UTC)
+        over = [one for group in _by_tenant(readable) for one in expired(group, self._config, now=now)]
+        return [*lost, *over]
+
+    async def _remove(self, backup: Backup) -> str | None:
+        """Remove a backup's objects, the manifest first; returns why that failed."""
+        try:
+            await self._stores.at(backup.store).delete(backup.manifest_path, backup.archive_path)
+            await self._records.finish_pruning(backup)
+        except TenancyError as exc:
+            logger.warning("the backup %s could not be removed: %s", backup.id, exc)
+            return f"{backup.id}: {exc}"
+        if backup.state == "pruned":
+            self._events.emit(BackupPruned(tenant_id=backup.tenant_id, slug=backup.slug, backup_id=backup.id))
+        return None
+
+
+def _by_tenant(backups: Iterable[Backup]) -> Iterable[list[Backup]]:
+    found: dict[UUID | None, list[Backup]] = {}
+    for one in backups:
+        found.setdefault(one.tenant_id, []).append(one)
+    return found.values()
+
+
+__all__ = ["BackupPruner", "PruneReport"]

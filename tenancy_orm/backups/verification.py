@@ -1,0 +1,176 @@
+"""Verification of a backup: it is read, restored into a scratch database by a login without rights, and compared."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from ..audit.actor import Actor
+from ..cancellation import run_to_completion
+from ..errors import (
+    BackupDamagedError,
+    BackupError,
+    BackupNotFoundError,
+    ConfigurationError,
+    OperationError,
+    ProvisioningError,
+    TenantNotFoundError,
+)
+from ..events import BackupVerified
+from ..postgres import connections
+from ..provisioning.empty_databases import InstalledExtension
+from ..provisioning.restoring import check_rows, programs_for, restore_archive
+from ..provisioning.scratch import ScratchDatabase
+from .making import BackupServices
+from .manifest import Manifest
+from .opening import BackupReader, OpenBackup
+from .records import Backup, BackupRecords
+from .sources import facts_of
+
+logger = logging.getLogger("tenancy_orm.backups")
+
+_LARGE_OBJECTS = "SELECT count(*) FROM pg_catalog.pg_largeobject_metadata"
+# their roles are not on every server
+_NOT_RESTORED = ("POLICY", "ROW SECURITY")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """The result of a verification.
+
+    Attributes:
+        backup: The backup.
+        error: What is wrong with it; None where nothing is.
+        restored: Whether it was restored into a scratch database and compared.
+        tables: How many tables were compared.
+        rows: How many rows these have.
+        seconds: How long it took.
+    """
+
+    backup: Backup
+    error: str | None
+    restored: bool
+    tables: int
+    rows: int
+    seconds: float
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return self.error is None
+
+
+class BackupVerifier:
+    """Verifies backups.
+
+    Args:
+        services: What it uses.
+        records: The rows of backups.
+        reader: Reads backups.
+    """
+
+    def __init__(self, services: BackupServices, records: BackupRecords, reader: BackupReader) -> None:
+        self._services = services
+        self._records = records
+        self._reader = reader
+
+    async def verify(self, backup: Backup, *, restore: bool, server: str | None, actor: Actor) -> Verification:
+        """Verify a backup, and record the result.
+
+        Raises:
+            TenancyError: it could not be verified now: a server or the store does not answer, say.
+        """
+        if backup.state != "done":
+            raise BackupNotFoundError(f"the backup {backup.id} is {backup.state}")
+        began, manifest, restored, error = time.monotonic(), None, False, None
+        try:
+            async with asyncio.timeout(self._services.config.backup.timeout):
+                if restore:
+                    async with self._reader.open(backup) as opened:
+                        manifest = opened.manifest
+                        await self._restore(opened, server or await self._server(manifest))
+                        restored = True
+                else:
+                    manifest = await self._reader.check(backup)
+        except (BackupDamagedError, BackupNotFoundError, _DiffersError) as exc:
+            error = str(exc)
+        except TimeoutError as exc:
+            timeout = self._services.config.backup.timeout
+            raise BackupError(f"not verified within {timeout:g} s; raise backup.timeout") from exc
+        seconds = time.monotonic() - began
+        if error is not None:
+            logger.error("the backup %s of %s is bad: %s", backup.id, backup.slug or "the control database", error)
+        await self._records.note_verified(backup, error, actor)
+        self._services.events.emit(
+            BackupVerified(
+                tenant_id=backup.tenant_id, slug=backup.slug, backup_id=backup.id, error=error, seconds=seconds
+            )
+        )
+        return Verification(
+            backup=await self._records.get(backup.id),
+            error=error,
+            restored=restored,
+            tables=0 if manifest is None else len(manifest.tables),
+            rows=0 if manifest is None else manifest.rows,
+            seconds=seconds,
+        )
+
+    async def _server(self, manifest: Manifest) -> str:
+        """Return the server for the scratch database: the tenant's own, where there is one."""
+        servers = self._services.servers
+        if manifest.tenant_id is not None:
+            try:
+                place = (await self._services.registry.get(manifest.tenant_id)).placement
+            except TenantNotFoundError:
+                place = None
+            if place is not None and place.server in servers:
+                return place.server
+        candidates: list[str | None] = [manifest.server, self._services.config.default_server, *servers]
+        for name in candidates:
+            if name is not None and name in servers:
+                return name
+        raise ConfigurationError("there is no server for a scratch database")
+
+    async def _restore(self, opened: OpenBackup, server: str) -> None:
+        config, manifest = self._services.config, opened.manifest
+        extensions = [InstalledExtension(one.name, one.schema, one.version) for one in manifest.extensions]
+        scratch = self._services.provisioner.scratch_databases
+        async with scratch.open(server, extensions=extensions, seconds=config.backup.timeout) as database:
+            programs = await programs_for(config, database.server_version)
+            timeout = config.pool.connect_timeout
+            try:
+                await restore_archive(
+                    database,
+                    programs,
+                    opened.directory,
+                    extensions=extensions,
+                    without=() if manifest.structure is not None else _NOT_RESTORED,
+                    timeout=timeout,
+                )
+                await check_rows(database, manifest.tables, timeout=timeout)
+            except (OperationError, ProvisioningError) as exc:
+                raise _DiffersError(str(exc)) from exc
+            await self._compare(database, manifest, timeout=timeout)
+
+    async def _compare(self, database: ScratchDatabase, manifest: Manifest, *, timeout: float) -> None:
+        connection = await database.login.connect(timeout=timeout, purpose="tenancy-backup")
+        try:
+            large_objects = await connection.fetchval(_LARGE_OBJECTS)
+            if large_objects != manifest.large_objects:
+                raise _DiffersError(f"there are {large_objects} large objects, not {manifest.large_objects}")
+            if manifest.structure is None:
+                return
+            facts = await facts_of(connection, owner=database.login.role, role=None)
+            if facts.structure != manifest.structure:
+                raise _DiffersError("the schema that was restored is not the one that was backed up")
+        finally:
+            await run_to_completion(connections.close(connection))
+
+
+class _DiffersError(Exception):
+    """What was restored is not what was backed up."""
+
+
+__all__ = ["BackupVerifier", "Verification"]
