@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ..audit.actor import Actor
@@ -150,16 +151,25 @@ class AdoptionFrame:
         found = await self._operations.list(tenant_id=tenant.id, kinds=("adopt",), limit=1)
         operation = found[0] if found else None
         if tenant.status is Status.PROVISIONING:
-            await self._settle(tenant, actor)
+            await self._settle(tenant, operation, actor)
             return await self.settle_former(slug, source, actor=actor)
+        if operation is not None and operation.is_abandoned and operation.detail.get("in_place"):
+            # killed between the tenant's activation and the end of the record
+            claimant = Claimant()
+            await self._operations.finish(await self._operations.claim(operation.id, claimant), claimant, "done")
+            operation = await self._operations.get(operation.id)
         if operation is None or operation.state != "done" or operation.detail.get("source") != source:
             return None  # TenantExistsError follows
         return tenant, operation
 
-    async def _settle(self, tenant: Tenant, actor: Actor) -> None:
-        """Finish or remove a creation that nobody does any more."""
+    async def _settle(self, tenant: Tenant, operation: Operation | None, actor: Actor) -> None:
+        """Finish or remove a creation that nobody does any more; a database in place is brought back to how it was."""
+        provisioner = self._services.provisioner
+        settle = partial(provisioner.settle_creation, tenant, actor=actor)
+        if operation is not None and operation.detail.get("in_place"):
+            settle = partial(provisioner.undo_takeover, tenant, operation.detail.get("undo", {}), actor=actor)
         deadline = asyncio.get_running_loop().time() + _SETTLE_SECONDS
-        while not await self._services.provisioner.settle_creation(tenant, actor=actor):
+        while not await settle():
             # its connection may be on its way to end
             if asyncio.get_running_loop().time() > deadline:
                 raise AdoptionError(f"tenant {tenant.slug!r} is being created now, by another process or a reconcile")

@@ -105,7 +105,7 @@ class Looking:
         programs = await asyncio.to_thread(find_programs, version, self._services.config.provisioning.client_programs)
         heads, stamp = await self._heads(opened)
         contents = await read_contents(opened)
-        self._check_extensions(opened, contents)
+        self.check_extensions(opened, contents)
         tell("compare its schema")
         expected = await self._references.read(server, heads)
         schema = _schema_of(expected, self._environment) if opened.source.schema is not None else "public"
@@ -197,8 +197,12 @@ class Looking:
             raise AdoptionError(f"the version table {quoted} of {opened.source} cannot be read: {exc}") from exc
         return frozenset(row[0] for row in rows)
 
-    def _check_extensions(self, opened: OpenSource, contents: Contents) -> None:
-        """Refuse extensions that nobody has configured: a source does not decide what a superuser installs."""
+    def check_extensions(self, opened: OpenSource, contents: Contents) -> None:
+        """Refuse extensions that nobody has configured: a source does not decide what a superuser installs.
+
+        Raises:
+            AdoptionError: there are some, or one is in the schema that is adopted.
+        """
         configured = self._services.config.extensions
         if others := [one.name for one in contents.extensions if one.name not in configured]:
             raise AdoptionError(

@@ -13,7 +13,7 @@ from ..cancellation import run_to_completion
 from ..config.placement import PlacementRequest
 from ..context import refuse_while_bound
 from ..drift.policy import RevisionPolicy
-from ..errors import AdoptionDifferencesError, AdoptionError
+from ..errors import AdoptionDifferencesError, AdoptionError, ConfigurationError, MigrationError
 from ..migrations.connections import Connections
 from ..migrations.plan import format_revision
 from ..migrations.scripts import Environment
@@ -26,6 +26,7 @@ from ..servers.placement import Placer
 from ..tenant import Tenant
 from ..tenants.manager import TenantManager
 from .frame import AdoptionFrame, Steps, Tell
+from .in_place import InPlace, InPlaceLook
 from .looking import Look, Looking, extensions_of, place_of
 from .report import AdoptedTable, AdoptionReport
 from .source import OpenSource, Source, open_source
@@ -53,6 +54,7 @@ class AdoptionManager:
     ) -> None:
         self._migrations = migrations
         self._services = migrations.services
+        self._tenants = tenants
         self._operations = operations
         self._placer = placer
         self._frame = AdoptionFrame(self._services, tenants, operations)
@@ -65,6 +67,7 @@ class AdoptionManager:
         schema: str | None = None,
         with_shared: Sequence[str] = (),
         at: str | None = None,
+        in_place: bool = False,
         server: str | None = None,
         region: str | None = None,
         tier: str | None = None,
@@ -78,6 +81,7 @@ class AdoptionManager:
             schema: A schema of it; the whole database where None.
             with_shared: Tables of other schemas that come along, as ``schema.table``.
             at: The revision that it is at, where it has no version table of Alembic; "base" for none.
+            in_place: As for ``adopt``.
             server: The server to place it on; chosen as for a new tenant where None.
             region: Where its data has to stay.
             tier: The tenant's tier.
@@ -93,10 +97,13 @@ class AdoptionManager:
         refuse_while_bound("adopting a database")
         started = time.monotonic()
         described = Source.parse(source, schema=schema, shared=with_shared, at=at)
-        chosen = await self._choose(slug, server, region, tier)
-        looking, _, _ = await self._looking()
+        looking, plain, environment = await self._looking()
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
             self._refuse_own(opened)
+            if in_place:
+                place = await InPlace(self._services, plain, environment, looking).look(opened, tell or _silent)
+                return _report_in_place(slug, opened, place, started)
+            chosen = await self._choose(slug, server, region, tier)
             look = await looking.look(opened, chosen, tell or _silent)
             return _report(slug, opened, look, started)
 
@@ -109,6 +116,8 @@ class AdoptionManager:
         with_shared: Sequence[str] = (),
         at: str | None = None,
         accept_differences: bool = False,
+        in_place: bool = False,
+        revoke: bool = False,
         server: str | None = None,
         region: str | None = None,
         tier: str | None = None,
@@ -118,7 +127,7 @@ class AdoptionManager:
         tell: Tell | None = None,
         actor: Actor = SYSTEM,
     ) -> AdoptionReport:
-        """Make a tenant of a copy of an existing database or schema.
+        """Make a tenant of an existing database or schema: of a copy, or of a whole database in place.
 
         Its schema is compared with that of its revision first. The copy is one snapshot. A login that may do nothing
         else restores it and runs the missing revisions; then references, sequences and numbers of rows are verified,
@@ -133,6 +142,10 @@ class AdoptionManager:
             at: The revision that it is at, where it has no version table of Alembic; "base" for none.
             accept_differences: Adopt it although tables and columns differ from its revision's. Functions, triggers,
                 views and the like must be those of the revision all the same: they would run with the owner's rights.
+            in_place: Let the database itself become the tenant's: it is on one of the installation's servers, and gets
+                another owner and another name. Until the tenant is active, a failure brings back how it was. Missing
+                revisions run afterwards.
+            revoke: In place: take the rights of roles other than its owner away, which are refused otherwise.
             server: The server to place it on; chosen as for a new tenant where None.
             region: Where its data has to stay.
             tier: The tenant's tier.
@@ -152,8 +165,16 @@ class AdoptionManager:
         described = Source.parse(source, schema=schema, shared=with_shared, at=at)
         if (former := await self._frame.settle_former(slug, str(described), actor=actor)) is not None:
             return _recorded(*former, started)
-        chosen = await self._choose(slug, server, region, tier)
         looking, plain, environment = await self._looking()
+        values = {"tier": tier, "region": region, "metadata": metadata, "key_name": key_name, "scopes": scopes}
+        if in_place:
+            if server is not None:
+                raise ConfigurationError("a database in place stays on its server: leave the server out")
+            place = InPlace(self._services, plain, environment, looking)
+            return await self._take(
+                slug, described, place, accept_differences, revoke, values=values, tell=tell, actor=actor
+            )
+        chosen = await self._choose(slug, server, region, tier)
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
             self._refuse_own(opened)
             look = await looking.look(opened, chosen, tell)
@@ -169,15 +190,9 @@ class AdoptionManager:
                 work,
                 server=chosen,
                 policy=policy,
-                detail=_detail(opened, look),
+                detail=_recorded_detail(_report(slug, opened, look, started)),
                 extensions=extensions_of(look.contents),
-                values={
-                    "tier": tier,
-                    "region": region,
-                    "metadata": metadata,
-                    "key_name": key_name,
-                    "scopes": scopes,
-                },
+                values=values,
                 tell=tell,
                 actor=actor,
             )
@@ -186,6 +201,59 @@ class AdoptionManager:
         return replace(
             report,
             tenant=created.tenant,
+            api_key=created.api_key,
+            operation=operation.id,
+            notes=(*report.notes, *notes),
+            seconds=time.monotonic() - started,
+        )
+
+    async def _take(
+        self,
+        slug: str,
+        described: Source,
+        place: InPlace,
+        accepted: bool,
+        revoke: bool,
+        *,
+        values: Mapping[str, Any],
+        tell: Tell,
+        actor: Actor,
+    ) -> AdoptionReport:
+        """Take a database over, and run the missing revisions."""
+        started = time.monotonic()
+        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
+            self._refuse_own(opened)
+            look = await place.look(opened, tell)
+            _refuse(slug, opened, look, accepted)
+            if look.foreign_rights and not revoke:
+                raise AdoptionError(
+                    f"roles other than its owner have rights in {opened.source}, which a tenant's database does not "
+                    f"give: {'; '.join(look.foreign_rights)}; take them away with --revoke (revoke=True in Python)"
+                )
+            report = _report_in_place(slug, opened, look, started)
+        created, operation = await place.take(
+            slug,
+            look,
+            self._tenants,
+            self._operations,
+            detail=_recorded_detail(report),
+            values=values,
+            tell=tell,
+            actor=actor,
+        )
+        detail = {name: value for name, value in operation.detail.items() if name != "undo"}
+        await self._services.registry.record(created.tenant.id, "tenant.adopt", detail=detail, actor=actor)
+        notes: tuple[str, ...] = ()
+        if report.pending is not None:
+            tell("upgrade")
+            try:
+                done = await self._migrations.upgrade("heads", tenants=[slug], actor=actor)
+                notes = tuple(f"not brought to {report.pending}: {one.error}" for one in done.failures)
+            except MigrationError as exc:
+                notes = (f"not brought to {report.pending}: {exc}",)
+        return replace(
+            report,
+            tenant=await self._services.registry.get(created.tenant.id),
             api_key=created.api_key,
             operation=operation.id,
             notes=(*report.notes, *notes),
@@ -234,7 +302,7 @@ class AdoptionManager:
             raise AdoptionError(f"{opened.source.dsn} is the database of a tenant already: clone or move that one")
 
 
-def _refuse(slug: str, opened: OpenSource, look: Look, accepted: bool) -> None:
+def _refuse(slug: str, opened: OpenSource, look: Look | InPlaceLook, accepted: bool) -> None:
     """Refuse what is not as its revision makes it."""
     if look.differences and not accepted:
         raise AdoptionDifferencesError(slug, str(opened.source), look.revision, [one.text for one in look.differences])
@@ -246,23 +314,41 @@ def _refuse(slug: str, opened: OpenSource, look: Look, accepted: bool) -> None:
         )
 
 
-def _detail(opened: OpenSource, look: Look) -> dict[str, Any]:
-    tables = {
-        one.label: [f"{place_of(one, opened.source.schema, look.schema)}.{one.name}", one.rows or 0]
-        for one in look.contents.tables
-    }
+def _recorded_detail(report: AdoptionReport) -> dict[str, Any]:
+    tables = {one.source: [one.target, one.rows] for one in report.tables}
     return {
-        "source": str(opened.source),
-        "version": opened.version,
-        "size": opened.size,
-        "server": look.server,
-        "revision": look.revision,
-        "in_place": False,
-        "rows": sum(one.rows or 0 for one in look.contents.tables),
+        "source": report.source,
+        "version": report.version,
+        "size": report.size,
+        "server": report.server,
+        "revision": report.revision,
+        "in_place": report.in_place,
+        "rows": report.rows,
         # one more would make the record long, and the rows are compared with the snapshot anyway
         "tables": dict(list(tables.items())[:1_000]),
-        "accepted": [one.text for one in look.differences][:100],
+        "accepted": [one.text for one in report.differences][:100],
     }
+
+
+def _report_in_place(slug: str, opened: OpenSource, look: InPlaceLook, started: float) -> AdoptionReport:
+    return AdoptionReport(
+        slug=slug,
+        source=str(opened.source),
+        server=look.server,
+        in_place=True,
+        version=opened.version,
+        size=opened.size,
+        revision=look.revision,
+        pending=format_revision(look.end) if look.end != look.heads else None,
+        tables=tuple(
+            AdoptedTable(source=one.label, target=one.label, rows=one.rows or 0) for one in look.contents.tables
+        ),
+        differences=look.differences,
+        refused=look.refused,
+        foreign_rights=look.foreign_rights,
+        notes=look.contents.notes,
+        seconds=time.monotonic() - started,
+    )
 
 
 def _report(slug: str, opened: OpenSource, look: Look, started: float) -> AdoptionReport:

@@ -144,7 +144,8 @@ async def _begin(source: Source, connection: Connection) -> OpenSource:
         if version >= 17:
             await connection.execute("SET transaction_timeout = 0")
         await connection.execute("SET row_security = off; SET search_path = pg_catalog, pg_temp")
-        await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        # it ends with the connection
+        await connection.transaction(isolation="repeatable_read", readonly=True).start()
         facts = await connection.fetchrow(_FACTS)
         snapshot = await connection.fetchval("SELECT pg_catalog.pg_export_snapshot()")
     except SERVER_FAILURES as exc:

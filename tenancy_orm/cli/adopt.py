@@ -16,8 +16,12 @@ from ..tenancy import Tenancy
 from .metadata import Metadata, parse_metadata
 from .migrate_rehearsal import size_text
 from .output import Column, console, note, print_json, print_table, printable, tenant_fields
-from .runtime import EXIT_FAILED, Json, exit_on_error, fail, given_url, operator, run
+from .runtime import EXIT_FAILED, Json, Yes, confirm, exit_on_error, fail, given_url, operator, run
 
+_QUESTION = (
+    "The database itself becomes tenant {slug}'s: it gets another owner and another name, and nobody else can connect "
+    "to it any more. Go on?"
+)
 _INTERRUPTED = "stopped: what was made of it is removed; the source is as it was"
 
 
@@ -43,6 +47,14 @@ def adopt(
     accept_differences: Annotated[
         bool, typer.Option("--accept-differences", help="Adopt it although its tables differ from its revision's.")
     ] = False,
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="Let the database itself become the tenant's, with another owner and name."),
+    ] = False,
+    revoke: Annotated[
+        bool, typer.Option("--revoke", help="In place: take the rights of roles other than its owner away.")
+    ] = False,
+    yes: Yes = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Compare and count, and change nothing. Exit status 1 if it differs.")
     ] = False,
@@ -54,7 +66,7 @@ def adopt(
     region: Annotated[str | None, typer.Option(help="Where its data has to stay.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a tenant of a copy of an existing database or schema. The source is only read.
+    """Make a tenant of an existing database or schema: of a copy, for which the source is only read, or in place.
 
     Its schema is compared with that of its revision first. If it differs, nothing is changed, and the exit status is 1.
     """
@@ -64,6 +76,7 @@ def adopt(
         "schema": schema,
         "with_shared": with_shared or (),
         "at": at,
+        "in_place": in_place,
         "server": server,
         "region": region,
         "tier": tier,
@@ -76,13 +89,21 @@ def adopt(
             return await tenancy.adoption.check(slug, url, **where)
         try:
             return await tenancy.adoption.adopt(
-                slug, url, accept_differences=accept_differences, metadata=given, actor=operator(), **where
+                slug,
+                url,
+                accept_differences=accept_differences,
+                revoke=revoke,
+                metadata=given,
+                actor=operator(),
+                **where,
             )
         except AdoptionDifferencesError as exc:
             if as_json:
                 raise
             return exc
 
+    if in_place and not dry_run and not yes and not confirm(_QUESTION.format(slug=slug)):
+        fail("nothing was changed")
     try:
         found = run(command)
     except asyncio.CancelledError:
@@ -96,7 +117,7 @@ def adopt(
             kind=type(found).__name__,
         )
     _show(found, as_json)
-    if dry_run and (found.differences or found.refused):
+    if dry_run and (found.differences or found.refused or (found.foreign_rights and not revoke)):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -132,6 +153,8 @@ def _print_differences(texts: tuple[str, ...] | list[str]) -> None:
 
 
 def _remarks(report: AdoptionReport) -> Iterator[str]:
+    for one in report.foreign_rights:
+        yield f"rights that --revoke takes away: {one}"
     for one in report.refused:
         yield f"refused: {one}, which its revision does not make: it would run with the owner's rights"
     yield from (f"note: {one}" for one in report.notes)

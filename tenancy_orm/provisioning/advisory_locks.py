@@ -41,6 +41,15 @@ def restrictions(owner: str) -> Sequence[str]:
     )
 
 
+def releases(owner: str) -> Sequence[str]:
+    """The statements that undo ``restrictions``."""
+    functions = ", ".join(FUNCTIONS)
+    return (
+        f"REVOKE ALL ON FUNCTION {functions} FROM {quote_identifier(owner)} CASCADE",
+        f"GRANT EXECUTE ON FUNCTION {functions} TO PUBLIC",
+    )
+
+
 async def may_restrict(connection: Connection) -> bool:
     """Whether this administrator may change the rights on PostgreSQL's own functions."""
     return await roles.is_superuser(connection)

@@ -33,6 +33,7 @@ _CHECK_LOCK_TIMEOUT = "SET LOCAL lock_timeout = '1s'"
 
 # ALTER ... OWNER and REVOKE take locks, and the server's lock table has room for some thousands
 _BATCH = 500
+_ALL = 10_000_000
 _ROUNDS = 3  # objects that get their owner in one round get their rights in the next
 
 _OWNERS = """
@@ -211,6 +212,34 @@ class ContentsCheck:
         """Return what differs. This writes nothing; it does not ask the grant hook, see ``settle``."""
         await self._connection.execute(_SEARCH_PATH)
         return self._deviations(await self._snapshot(), await self._is_superuser())
+
+    async def owners(self) -> list[Owned]:
+        """Return every object that does not belong to the owner role."""
+        c = self._connection
+        await c.execute(_SEARCH_PATH)
+        found = [Owned(*row) for row in await c.fetch(_OWNERS, self._owner, self._role, event_trigger.NAME, _ALL)]
+        objects = await c.fetch(_LARGE_OBJECTS, self._owner, self._role, _ALL)
+        return found + [Owned("LARGE OBJECT", *row) for row in objects]
+
+    async def restoring_statements(self) -> list[str]:
+        """Return the statements that bring back owners and rights as they are now."""
+        statements = [
+            f"ALTER {one.kind} {one.name} OWNER TO {quote_identifier(one.owner)}" for one in await self.owners()
+        ]
+        rows = await self._connection.fetch(_RIGHTS, event_trigger.NAME, self._owner, self._role, _ALL)
+        for one in sorted(Held(*row) for row in rows):
+            grantee = quote_identifier(one.grantee) if one.grantee else "PUBLIC"
+            option = " WITH GRANT OPTION" if one.grantable else ""
+            if one.kind in _DEFAULT_KINDS:
+                where = f" IN SCHEMA {one.name}" if one.name else ""
+                statements.append(
+                    f"ALTER DEFAULT PRIVILEGES FOR ROLE {quote_identifier(one.owner)}{where} "
+                    f"GRANT {one.privilege} ON {one.kind} TO {grantee}{option}"
+                )
+            else:
+                part = f" ({one.part})" if one.part else ""
+                statements.append(f"GRANT {one.privilege}{part} ON {one.kind} {one.name} TO {grantee}{option}")
+        return statements
 
     async def settle(self, *, mend: bool) -> Result:
         """Mend what differs, in one transaction, or roll that back and return what would have been done.

@@ -152,7 +152,7 @@ class NewDatabase:
         names, owner = self._services.names, self._services.names.owner
         connection = await self.connect()
         try:
-            if found := [row[0] for row in await connection.fetch(_FORBIDDEN)]:
+            if found := await find_forbidden(connection):
                 raise OperationError(
                     f"the contents for tenant {tenant.slug!r} are refused: they have {enumeration(found)}"
                 )
@@ -462,6 +462,11 @@ class NewDatabases:
             ) from exc
 
 
+async def find_forbidden(connection: Connection) -> list[str]:
+    """Return what is in a database that runs or sends by itself, and that no login without further rights makes."""
+    return [row[0] for row in await connection.fetch(_FORBIDDEN)]
+
+
 async def drop_beside(services: ProvisioningServices, connection: Connection, beside: TenantDatabase) -> None:
     """Drop a database beside the one in use, its login, and its role if the tenant does not need that here any more.
 
@@ -530,4 +535,4 @@ async def _uses_role(services: ProvisioningServices, beside: TenantDatabase) -> 
     return any(one.name != beside.name and (one.server, one.role) == (beside.server, beside.role) for one in others)
 
 
-__all__ = ["ContentsPolicy", "NewDatabase", "NewDatabases", "drop_all_beside", "drop_beside"]
+__all__ = ["ContentsPolicy", "NewDatabase", "NewDatabases", "drop_all_beside", "drop_beside", "find_forbidden"]

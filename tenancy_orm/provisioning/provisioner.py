@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
@@ -49,6 +50,8 @@ from .reconcile import Reconciler, ReconcileReport
 from .role_settings import RoleSettings
 from .scratch import ScratchDatabases
 from .standbys import end_on_replicas
+from .taken_creation import TakenCreation
+from .takeover import DatabaseTakeover, Takeover, TakeoverFacts
 from .template_manager import TemplateManager
 from .template_records import TemplateRecords
 from .templates import SchemaSource, TemplateInfo, Templates
@@ -300,7 +303,7 @@ class Provisioner:
         scopes: Sequence[str] = (),
         strategy: Strategy = "wal_log",
         seed: bool = True,
-        filling: Filling | None = None,
+        filling: Filling | Takeover | None = None,
         actor: Actor = SYSTEM,
     ) -> Tenant:
         """Create a tenant, all or nothing: its row, role, database, rights and marker, then a login that proves them.
@@ -314,7 +317,8 @@ class Provisioner:
             scopes: The key's scopes.
             strategy: "wal_log" if a caller waits, "file_copy" for thousands in a row.
             seed: Whether the seeds run that are not in the template.
-            filling: Where the contents come from. Where None, from the template; otherwise no seeds run.
+            filling: Where the contents come from, or the database that is taken over. From the template where None;
+                otherwise no seeds run.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -373,11 +377,16 @@ class Provisioner:
         key_name: str,
         scopes: Sequence[str],
         strategy: Strategy,
-        filling: Filling,
+        filling: Filling | Takeover,
         actor: Actor,
     ) -> Tenant:
         # in none of the slots of creations that somebody waits for: it may take hours
-        creation = FilledCreation(
+        make = (
+            partial(TakenCreation, takeover=filling)
+            if isinstance(filling, Takeover)
+            else partial(FilledCreation, new_databases=self.new_databases, filling=filling)
+        )
+        creation = make(
             self._services,
             await self._prepared_server(draft.server),
             TemplateInfo(draft.server, "", None),
@@ -389,8 +398,6 @@ class Provisioner:
             strategy=strategy,
             seed=False,
             actor=actor,
-            new_databases=self.new_databases,
-            filling=filling,
         )
         return await creation.run()
 
@@ -546,6 +553,67 @@ class Provisioner:
         return await Reconciler(
             self._services, actor=actor, drop_unknown=drop_unknown, check=check, thorough=thorough, adopt=adopt
         ).run()
+
+    async def look_at_takeover(self, server: str, database: str, *, but: Iterable[int] = ()) -> TakeoverFacts:
+        """Look at a database that is to become a tenant's in place. Nothing is changed.
+
+        Args:
+            server: The server's name.
+            database: The database.
+            but: Process ids of sessions that are the caller's own.
+
+        Raises:
+            OperationError: there is no such database.
+            ServerUnavailableError: the server does not answer.
+        """
+        refuse_while_bound("looking at a database")
+        nobody = self.names.tenant(UUID(int=0))
+        return await DatabaseTakeover(self._services, server, database, nobody).look(but=but)
+
+    async def undo_takeover(self, tenant: Tenant, state: Mapping[str, Any], *, actor: Actor = SYSTEM) -> bool:
+        """Bring a database back to how it was before an interrupted takeover, and remove the tenant that it was for.
+
+        Args:
+            tenant: The tenant.
+            state: What the takeover has recorded; empty where it had not begun.
+            actor: Who does this, for the audit log.
+
+        Returns:
+            False if another process does it, or the takeover is under way.
+
+        Raises:
+            ProvisioningError: the server refused, or did not finish in time.
+            ServerUnavailableError: the server does not answer.
+        """
+        refuse_other_tenant(tenant)
+        if tenant.placement is None:
+            return True
+        return await run_unbound(self._undo_takeover(tenant, tenant.placement, state, actor))
+
+    async def _undo_takeover(self, tenant: Tenant, place: Placement, state: Mapping[str, Any], actor: Actor) -> bool:
+        services, server, key = self._services, self._services.servers[place.server], tenant_key(tenant.id)
+        try:
+            connection = await self._admin_connections.connect(server)
+            try:
+                if not await locks.try_lock(connection, key):
+                    return False
+                async with asyncio.timeout(self._timeout * 10):
+                    if state:
+                        taken = DatabaseTakeover(services, place.server, state["database"], place.role)
+                        await taken.undo(state, connection, name=place.database)
+                    await removal.remove_role(connection, services.blockers(server), self.names, place.role)
+                    await services.registry.discard(
+                        tenant.id, step="takeover", error="interrupted; undone", actor=actor
+                    )
+            finally:
+                await run_to_completion(self._admin_connections.release(server, connection, key))
+        except SERVER_FAILURES as exc:
+            raise ProvisioningError(
+                f"the takeover for tenant {tenant.slug!r} could not be undone ({describe(exc)}); try again",
+                tenant=tenant.slug,
+                step="takeover",
+            ) from exc
+        return True
 
     async def settle_creation(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> bool:
         """Finish or remove the creation of a tenant that a process which died has left, as ``reconcile`` does.

@@ -242,6 +242,12 @@ class Reconciler:
             one = await self._services.registry.find_unfinished(found.tenant.id)
             if one is None or one.tenant.placement is None:
                 return
+            if await self._services.registry.is_taken_over(one.tenant.id):
+                self._findings.errors.append(
+                    f"{one.tenant.slug}: an adoption in place was interrupted, and its database is left alone; repeat "
+                    "the command, which brings it back or goes on"
+                )
+                return
             if self._check:
                 await self._foresee(one, one.tenant.placement)
             elif one.kind == "purging":

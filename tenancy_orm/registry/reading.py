@@ -64,6 +64,12 @@ class TenantFilter:
 EVERY_TENANT = TenantFilter()
 
 
+_TAKEN_OVER = (
+    "SELECT EXISTS (SELECT FROM tenancy.operations WHERE tenant_id = $1::uuid AND kind = 'adopt' "
+    "AND state IN ('running', 'waiting') AND detail ->> 'in_place' = 'true') AS found"
+)
+
+
 class Reading(TenantTable):
     """Finds tenants and lists them."""
 
@@ -129,6 +135,14 @@ class Reading(TenantTable):
         """Return every unfinished creation and purge, oldest first."""
         refuse_while_bound("listing tenants")
         return await self._unfinished(true())
+
+    async def is_taken_over(self, tenant_id: UUID) -> bool:
+        """Whether an operation under way makes a tenant of a database in place: its database existed before.
+
+        It is not for ``reconcile`` to remove: the operation brings it back to how it was.
+        """
+        refuse_other_tenant(tenant_id)
+        return bool((await self._control.fetch(_TAKEN_OVER, tenant_id))[0].found)
 
     async def find_unfinished(self, tenant_id: UUID) -> Unfinished | None:
         """Return this tenant's unfinished creation or purge, or None; check it again once its lock is taken."""

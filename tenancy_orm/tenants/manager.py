@@ -29,6 +29,7 @@ from ..events import EventBus, TenantCreated, TenantUpdated
 from ..keys.format import KeyDigester, generate_key
 from ..provisioning import Provisioner
 from ..provisioning.filled_creation import Filling
+from ..provisioning.takeover import Takeover
 from ..quotas.overrides import check_overrides
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
@@ -143,7 +144,7 @@ class TenantManager(TenantLifecycle):
         key_name: str = "default",
         scopes: Sequence[str] = (),
         seed: bool = True,
-        filling: Filling | None = None,
+        filling: Filling | Takeover | None = None,
         actor: Actor = SYSTEM,
     ) -> CreatedTenant:
         """Create a tenant: its registry row, database, role and first API key.
@@ -163,7 +164,8 @@ class TenantManager(TenantLifecycle):
             key_name: Name of the first API key.
             scopes: Its scopes.
             seed: Whether the seeds run that are not in the template; ``tenancy.seeds.apply`` runs them later.
-            filling: Where its contents come from, as a restore or a clone makes it; from the template where None.
+            filling: Where its contents come from, as a restore or a clone makes it, or the database that is taken
+                over; from the template where None.
             actor: Who does this, for the audit log.
 
         Raises:

@@ -63,3 +63,20 @@ async def test_the_same_command_goes_on(fleet: Fleet, postgres: Postgres, at: st
     assert (await fleet.provisioner.reconcile(check=True)).clean
     (left,) = await fleet.services.control.fetch("SELECT count(*) AS n FROM tenancy.operations WHERE state <> 'done'")
     assert left.n == 0
+
+
+@pytest.mark.parametrize("at", ["take over", "close", "settle", "mark", "rename", "proved", "upgrade"])
+async def test_a_database_in_place_is_never_lost(fleet: Fleet, postgres: Postgres, at: str) -> None:
+    """Reconcile leaves it alone; the same command brings it back to how it was, and goes on."""
+    async with foreign_database(postgres, OLD) as source:
+        await killed(fleet, source.url, at, in_place=True, revoke=True)
+        report = await fleet.provisioner.reconcile()
+        assert (report.removed, report.finished, report.unknown) == ((), (), ())
+        if at != "upgrade":
+            assert any("an adoption in place was interrupted" in error for error in report.errors)
+        adopted = await fleet.tenancy.adoption.adopt("acme", source.url, in_place=True, revoke=True)
+        assert adopted.tenant is not None and adopted.tenant.status == "active"
+    assert await fleet.fetch("acme", "SELECT count(*) FROM notes") == [(50,)]
+    assert (await fleet.provisioner.reconcile(check=True)).clean
+    (left,) = await fleet.services.control.fetch("SELECT count(*) AS n FROM tenancy.operations WHERE state <> 'done'")
+    assert left.n == 0

@@ -1,6 +1,7 @@
 """A process that adopts a database and is killed: ``python -m tests.support.adoption_process``.
 
-It reads what to do as JSON from stdin, and kills itself by SIGKILL as the step ``at`` begins, or as it has ended.
+It reads what to do as JSON from stdin, and kills itself by SIGKILL as the step ``at`` begins, or as it has ended. For
+a database in place, ``at`` may be "close", "settle", "mark" or "rename": it dies once that is done.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.provisioning import pipeline
+from tenancy_orm.provisioning.takeover import DatabaseTakeover
 
 
 def die() -> None:
@@ -27,6 +29,8 @@ async def main() -> None:
     at = task["at"]
     if at == "proved":
         pipeline.prove = _die_in_proof
+    if hasattr(DatabaseTakeover, f"_{at}"):
+        _die_after(f"_{at}")
     async with Tenancy(TenancyConfig(**task["config"])) as tenancy:
 
         def tell(step: str) -> None:
@@ -35,6 +39,16 @@ async def main() -> None:
 
         await tenancy.adoption.adopt(*task["arguments"], **task["options"], tell=tell)
         die()
+
+
+def _die_after(name: str) -> None:
+    original = getattr(DatabaseTakeover, name)
+
+    async def dying(*given: Any, **options: Any) -> None:
+        await original(*given, **options)
+        die()
+
+    setattr(DatabaseTakeover, name, dying)
 
 
 async def _die_in_proof(*_: Any, **__: Any) -> Any:

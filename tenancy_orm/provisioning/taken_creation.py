@@ -1,0 +1,85 @@
+"""``TakenCreation``: the creation of a tenant of a database that exists already, which stays where it is.
+
+It never drops the database: an undo brings it back to how it was, and ``reconcile`` leaves it to the operation that
+takes it over, see ``Registry.is_taken_over``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Any
+
+from ..cancellation import run_to_completion
+from ..postgres import connections, locks
+from ..postgres.connections import Connection
+from . import grants
+from .new_databases import HOLDING
+from .pipeline import Creation, Step, tenant_key
+from .takeover import DatabaseTakeover, Takeover
+
+
+class TakenCreation(Creation):
+    """The creation of one tenant of an existing database.
+
+    Args:
+        takeover: The database.
+    """
+
+    def __init__(self, *args: Any, takeover: Takeover, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._takeover = takeover
+        self._timeout += takeover.timeout
+        self._state: Mapping[str, Any] | None = None
+
+    @property
+    def _proof_name(self) -> str:
+        return "taken"  # which no reconcile finishes, or removes
+
+    def _making_steps(self) -> tuple[Step, ...]:
+        return (
+            Step("role", self._create_role, self._drop_role),
+            Step("takeover", self._take, self._give_back),
+        )
+
+    def _ending(self, step: Step) -> AbstractAsyncContextManager[None]:
+        return super()._ending(step) if step.name == "role" else nullcontext()
+
+    async def _lock(self) -> Connection:
+        connection = await self._blockers.connect(settings=HOLDING)
+        try:
+            await locks.lock(connection, tenant_key(self._draft.id), timeout=self._timeout)
+        except BaseException:
+            await run_to_completion(connections.close(connection))
+            raise
+        return connection
+
+    async def _register(self) -> None:
+        await super()._register()
+        await self._takeover.begin(await self._services.registry.get(self._draft.id))
+
+    def _database(self) -> DatabaseTakeover:
+        draft = self._draft
+        return DatabaseTakeover(self._services, draft.server, self._takeover.database, draft.role)
+
+    async def _take(self) -> None:
+        database, draft, takeover = self._database(), self._draft, self._takeover
+        found = await database.undo_statements()
+        state = {**found, "statements": [*takeover.undo, *found["statements"]]}
+        await takeover.record(state)
+        self._state = state
+        tenant = await self._services.registry.get(draft.id)
+        await database.take(tenant, takeover, self._admin, name=draft.database)
+        owner = self._services.names.owner
+        connection = await self._blockers.connect(draft.database, role=owner)
+        try:
+            self._revision = await grants.revision(connection, owner)
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def _give_back(self) -> None:
+        if self._state is not None:
+            await self._database().undo(self._state, self._admin, name=self._draft.database)
+
+
+__all__ = ["TakenCreation"]
