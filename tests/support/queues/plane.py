@@ -67,6 +67,8 @@ async def queue_plane(postgres: Postgres, **env: str) -> AsyncIterator[QueuePlan
                 "TENANCY_ENCRYPTION_KEYS": "1:" + "a2V5" * 10 + "a2U=",
                 "TENANCY_NAME_PREFIX": prefix,
                 "TENANCY_METADATA": "tests.support.models:Base.metadata",
+                # a worker looks a tenant up for each task: a change of status need not have been notified by then
+                "TENANCY_DIRECTORY_TTL": "0.001",
                 "QUEUE_DIRECTORY": directory,
             }
             yield QueuePlane(tenancy, acme.tenant, globex.tenant, Path(directory), {**variables, **env})
