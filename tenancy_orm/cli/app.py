@@ -22,6 +22,7 @@ from . import (
     adopt,
     audit,
     backup,
+    backup_restore,
     call,
     config,
     dev,
@@ -79,6 +80,7 @@ app.add_typer(operations.app, name="operations")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
 app.add_typer(backup.app, name="backup")
+backup_restore.register(backup.app)
 app.add_typer(secrets.app, name="secrets")
 app.command("init")(dev.init)
 app.command("dev")(dev.dev)

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -209,7 +209,6 @@ def psql(
         found = await tenancy.tenants.get(tenant)
         if found.placement is None:
             raise ConfigurationError(f"tenant {found.slug!r} has no database")
-        program = _find_psql()
         server = tenancy.internals.servers[found.placement.server]
         password = tenancy.internals.provisioner.password(found)
         environment = {
@@ -224,12 +223,7 @@ def psql(
             await tenancy.audit.append(
                 connection, action="tenant.psql", tenant_id=found.id, slug=found.slug, actor=operator()
             )
-        process = await asyncio.create_subprocess_exec(program, *(arguments or []), env=environment)
-        try:
-            return await process.wait()
-        finally:
-            if process.returncode is None:
-                process.terminate()
+        return await run_psql(arguments or (), environment)
 
     # psql handles Ctrl-C itself
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -238,6 +232,20 @@ def psql(
     finally:
         signal.signal(signal.SIGINT, previous)
     raise typer.Exit(status)
+
+
+async def run_psql(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run psql to its end, with this terminal, and return its exit status.
+
+    Raises:
+        ConfigurationError: there is no psql.
+    """
+    process = await asyncio.create_subprocess_exec(_find_psql(), *arguments, env=environment)
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
 
 
 def _find_psql() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any, cast, get_args
@@ -9,7 +11,9 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from ..operations import Operation, OperationKind, OperationState
+from ..restores.manager import READ_ONLY
 from ..tenancy import Tenancy
+from .dev import run_psql
 from .output import Column, note, print_fields, print_json, print_table
 from .runtime import Json, Yes, confirm, fail, operator, run
 
@@ -108,6 +112,29 @@ def undo(number: Number, yes: Yes = False, as_json: Json = False) -> None:
         return await _method(manager, "discard", number)(number)
 
     _print(run(command), number, as_json)
+
+
+@app.command()
+def psql(
+    number: Number,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments for psql, after --.")] = None,
+) -> None:
+    """Open psql, read-only, on the database of a restore that waits for its swap."""
+
+    async def command(tenancy: Tenancy) -> int:
+        async with tenancy.restores.look(number) as login:
+            settings = " ".join(f"-c {name}={value}" for name, value in READ_ONLY.items())
+            environment = {**os.environ, **login.environment()}
+            environment["PGOPTIONS"] = f"{environment.get('PGOPTIONS', '')} {settings}".strip()
+            return await run_psql(arguments or (), environment)
+
+    # psql handles Ctrl-C itself
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status = run(command)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    raise typer.Exit(status)
 
 
 async def _manager(tenancy: Tenancy, number: int) -> Any:

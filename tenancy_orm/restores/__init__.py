@@ -2,6 +2,6 @@
 
 from .manager import RestoreManager
 from .report import RestoreReport
-from .sources import Archive, DumpSource, RestoreSource
+from .sources import Archive, BackupSource, DumpSource, RestoreSource
 
-__all__ = ["Archive", "DumpSource", "RestoreManager", "RestoreReport", "RestoreSource"]
+__all__ = ["Archive", "BackupSource", "DumpSource", "RestoreManager", "RestoreReport", "RestoreSource"]

@@ -32,6 +32,7 @@ from ..operations import Operation, Operations
 from ..postgres import connections as postgres_connections
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import Programs
+from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.filled_creation import Filling
 from ..provisioning.new_databases import NewDatabase
@@ -49,6 +50,9 @@ logger = logging.getLogger("tenancy_orm.restores")
 
 Tell = Callable[[str], None]
 """Called with what begins, for a progress display."""
+
+READ_ONLY = {"default_transaction_read_only": "on"}
+"""Settings of sessions that only look."""
 
 _FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 _LISTED = 1_000
@@ -470,6 +474,30 @@ class RestoreManager:
             await self._take_back(operation)
             await self._operations.finish(operation, claimant, "undone")
 
+    @asynccontextmanager
+    async def look(self, number: int, *, seconds: float = 3_600.0) -> AsyncIterator[CopyLogin]:
+        """Make a login that reads the restored database of a restore that waits for its swap, for the body.
+
+        Give ``READ_ONLY`` to its sessions, so that nobody writes by mistake.
+
+        Args:
+            number: The operation's number.
+            seconds: For how long the login is valid.
+
+        Raises:
+            OperationNotFoundError: there is no such operation.
+            OperationStateError: it does not wait.
+            ServerUnavailableError: the server does not answer.
+        """
+        refuse_while_bound("restoring a tenant")
+        operation = await self._operations.get(number)
+        if operation.kind != "restore" or operation.state != "waiting":
+            raise OperationStateError(f"operation {number} ({operation.kind}) does not wait: it is {operation.state}")
+        tenant = await self._registry.get(operation.tenant_id)
+        place = replace(_placement(tenant), database=operation.detail["database"])
+        async with self._provisioner.readers.open(replace(tenant, placement=place), seconds=seconds) as login:
+            yield login
+
     async def _claim(self, number: int) -> tuple[Operation, Claimant]:
         operation, claimant = await self._operations.get(number), Claimant()
         if operation.kind != "restore":
@@ -602,4 +630,4 @@ def _placement(tenant: Tenant) -> Placement:
     return tenant.placement
 
 
-__all__ = ["RestoreManager", "Tell"]
+__all__ = ["READ_ONLY", "RestoreManager", "Tell"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
 
+from ..backups import Backup, BackupManager
 from ..errors import OperationError
 
 
@@ -19,7 +20,7 @@ class Archive:
     Attributes:
         path: The directory (``pg_dump -Fd``) or the file.
         revision: The revision of its schema; None where that is not known before it is restored.
-        rows: Rows by table, as ``schema.table``; empty where nobody has counted them.
+        rows: Rows by table, as its quoted name with the schema; empty where nobody has counted them.
         server_version: The major version of the server that it was made on; None where that is not known.
     """
 
@@ -77,4 +78,52 @@ class DumpSource:
         yield Archive(path=self.path, revision=self.revision)
 
 
-__all__ = ["Archive", "DumpSource", "RestoreSource"]
+class BackupSource:
+    """A backup of a tenant, from ``tenancy.backups``.
+
+    Args:
+        backups: Opens it.
+        backup: Its row.
+
+    Raises:
+        OperationError: it is no complete backup of a tenant.
+    """
+
+    def __init__(self, backups: BackupManager, backup: Backup) -> None:
+        if backup.tenant_id is None:
+            raise OperationError(f"backup {backup.id} is one of the control database, and no tenant's")
+        if backup.state != "done":
+            raise OperationError(f"backup {backup.id} cannot be restored: it is {backup.state}")
+        self._backups = backups
+        self.backup = backup
+
+    @property
+    def tenant_id(self) -> UUID | None:
+        """The tenant, by the row; the signed manifest must say the same."""
+        return self.backup.tenant_id
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return its id, and when it was made."""
+        return {"kind": "backup", "backup": str(self.backup.id), "started_at": self.backup.started_at.isoformat()}
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Archive]:
+        """Decrypt it into temporary space.
+
+        Raises:
+            BackupNotFoundError: the store does not have it any more.
+            BackupDamagedError: it is not what was written.
+            BackupKeyDestroyedError: its key was destroyed.
+            BackupError: the store does not answer, or there is not enough temporary space.
+        """
+        async with self._backups.open(self.backup) as opened:
+            manifest = opened.manifest
+            yield Archive(
+                path=opened.directory,
+                revision=manifest.revision,
+                rows=manifest.tables,
+                server_version=int(manifest.server_version.split(".")[0]),
+            )
+
+
+__all__ = ["Archive", "BackupSource", "DumpSource", "RestoreSource"]

@@ -15,7 +15,6 @@ from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -44,7 +43,6 @@ from tenancy_orm.quotas.holds import HoldManager
 from tenancy_orm.quotas.leases import BlockManager
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.registry.rows import TenantDraft, uuid7
-from tenancy_orm.restores import DumpSource
 from tenancy_orm.tenant import Placement, Tenant
 from tests.support.models import Base
 from tests.support.postgres import Postgres
@@ -320,7 +318,6 @@ def others(plane: Plane) -> dict[str, Any]:
         "placement": Placement("default", "x", "x", b""),
         "allowed": False,
         "number": 1,
-        "source": DumpSource(Path("dump")),
         "operation": 1,
         "backup": uuid7(),
         "backup_id": uuid7(),

@@ -1,0 +1,162 @@
+"""``tenancy backup restore`` and ``undo-restore``: bring one tenant's database back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+
+from ..errors import ContentsRefusedError
+from ..restores import BackupSource, RestoreReport, RestoreSource
+from ..tenancy import Tenancy
+from .backup import run_stoppable
+from .output import note, print_fields, print_json
+from .runtime import Json, TenantArgument, Yes, confirm, fail, given_url, operator
+
+_LATEST = "latest"
+
+
+def restore(
+    tenant: TenantArgument,
+    backup: Annotated[
+        str | None, typer.Argument(help="A backup's id, or latest; see: tenancy backup list TENANT.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="A time with its offset, such as 2026-11-28T14:03+00, in place of a backup."),
+    ] = None,
+    recovered_server: Annotated[
+        str | None,
+        typer.Option(
+            "--recovered-server", help="The URL of a server that was recovered already; $NAME reads a variable."
+        ),
+    ] = None,
+    as_slug: Annotated[
+        str | None,
+        typer.Option("--as", help="Make another tenant of it, with this slug; the first one is not touched."),
+    ] = None,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Stop before the swap, and say how to look into the restored database.")
+    ] = False,
+    accept_differences: Annotated[
+        bool,
+        typer.Option("--accept-differences", help="Let functions, triggers and views through that no revision makes."),
+    ] = False,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Restore a tenant's database beside the one in use, and swap the two. The old one is kept for a time."""
+    given = sum(one is not None for one in (backup, to)) + (to is None and recovered_server is not None)
+    if given != 1:
+        fail("give a backup, or --to, or --recovered-server", kind="ConfigurationError")
+    if as_slug is not None and inspect:
+        fail("--as and --inspect exclude each other: another tenant is looked at by its own login")
+    if as_slug is None and not inspect and not yes:
+        question = (
+            f"Replace the database of tenant {tenant!r}? What it has now is kept beside, and undo-restore swaps back."
+        )
+        if not confirm(question):
+            fail("nothing was changed")
+
+    async def command(tenancy: Tenancy) -> RestoreReport:
+        source = await _source(tenancy, tenant, backup, to, recovered_server)
+        if as_slug is not None:
+            return await tenancy.restores.restore_as(
+                as_slug, source, accept=accept_differences, tell=_tell(as_json), actor=operator()
+            )
+        return await tenancy.restores.restore(
+            tenant, source, inspect=inspect, accept=accept_differences, tell=_tell(as_json), actor=operator()
+        )
+
+    _print(run_stoppable(_listing_findings(command)), as_json)
+
+
+def undo_restore(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> None:
+    """Swap back to the database that the last restore of a tenant has replaced, while it is kept."""
+    if not yes and not confirm(f"Swap back? What tenant {tenant!r} has written since is kept in the other database."):
+        fail("nothing was changed")
+
+    async def command(tenancy: Tenancy) -> RestoreReport:
+        return await tenancy.restores.undo(tenant, tell=_tell(as_json), actor=operator())
+
+    _print(run_stoppable(command), as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``tenancy backup``."""
+    app.command("restore")(restore)
+    app.command("undo-restore")(undo_restore)
+
+
+async def _source(
+    tenancy: Tenancy, tenant: str, backup: str | None, to: str | None, recovered_server: str | None
+) -> RestoreSource:
+    if backup is None:
+        url = None if recovered_server is None else given_url(recovered_server)
+        return await tenancy.recovery.source(tenant, to, recovered_server=url)
+    if backup == _LATEST:
+        found = await tenancy.backups.list(tenant, states=("done",), limit=1)
+        if not found:
+            fail(f"tenant {tenant!r} has no backup; make one with: tenancy backup run {tenant}")
+        return BackupSource(tenancy.backups, found[0])
+    try:
+        number = UUID(backup)
+    except ValueError:
+        fail(f"{backup!r} is no backup's id; list them with: tenancy backup list {tenant}")
+    return BackupSource(tenancy.backups, await tenancy.backups.get(number))
+
+
+def _listing_findings(command: Any) -> Any:
+    """Print everything that was refused, a line each, before the error."""
+
+    async def listing(tenancy: Tenancy) -> RestoreReport:
+        try:
+            report: RestoreReport = await command(tenancy)
+        except ContentsRefusedError as exc:
+            for finding in exc.findings:
+                note(f"refused: {finding}")
+            raise
+        return report
+
+    return listing
+
+
+def _tell(as_json: bool) -> Any:
+    return (lambda what: None) if as_json else (lambda what: note(f"{what} ..."))
+
+
+def _print(report: RestoreReport, as_json: bool) -> None:
+    fields: dict[str, Any] = {
+        "operation": report.operation,
+        "tenant": report.slug,
+        "tenant_id": str(report.tenant_id),
+        "state": report.state,
+        "server": report.server,
+        "database": report.database,
+        "revision": report.revision,
+        "replaced": report.replaced,
+        "kept_until": report.kept_until,
+        "differences": list(report.differences),
+        "left_out": list(report.left_out),
+        "seconds": round(report.seconds, 3),
+        "pause_seconds": round(report.pause_seconds, 3),
+    }
+    if report.api_key is not None:
+        fields["api_key"] = report.api_key
+    if as_json:
+        print_json(fields)
+        return
+    shown = {name: value for name, value in fields.items() if value not in (None, []) and name != "pause_seconds"}
+    if report.state == "done" and report.replaced is not None:
+        shown["pause_seconds"] = fields["pause_seconds"]
+    print_fields("restore", shown)
+    if report.state == "waiting":
+        note(f"look into it with: tenancy operations psql {report.operation}")
+        note(f"swap with: tenancy operations resume {report.operation}")
+        note(f"or drop it with: tenancy operations undo {report.operation}")
+    elif report.replaced is not None:
+        note(f"swap back until {report.kept_until:%Y-%m-%d %H:%M} with: tenancy backup undo-restore {report.slug}")
+
+
+__all__ = ["register"]
