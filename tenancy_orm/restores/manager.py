@@ -32,11 +32,11 @@ from ..operations import Operation, Operations
 from ..postgres import connections as postgres_connections
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import Programs
-from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.filled_creation import Filling
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.pipeline import describe
+from ..provisioning.readers import Reader
 from ..provisioning.restoring import Restored, check_rows, extensions_in, programs_for, restore_archive
 from ..registry.databases import TenantDatabase
 from ..runs import FleetMigrator
@@ -475,7 +475,7 @@ class RestoreManager:
             await self._operations.finish(operation, claimant, "undone")
 
     @asynccontextmanager
-    async def look(self, number: int, *, seconds: float = 3_600.0) -> AsyncIterator[CopyLogin]:
+    async def look(self, number: int, *, seconds: float = 3_600.0) -> AsyncIterator[Reader]:
         """Make a login that reads the restored database of a restore that waits for its swap, for the body.
 
         Give ``READ_ONLY`` to its sessions, so that nobody writes by mistake.
