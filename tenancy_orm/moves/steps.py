@@ -346,14 +346,14 @@ class Move:
                 f"{now.migrating_to or now.schema_revision} during its move; move it again"
             )
 
-    async def _refuse_other_schema(self, connection: Connection, expected: Catalogue) -> None:
+    async def _refuse_other_schema(
+        self, connection: Connection, expected: Catalogue, *, remedy: str = "during its move: {}; move it again"
+    ) -> None:
         owner = self._provisioning.names.owner
         found = await catalogue.read(connection, owner=owner, role=self.old.role)
         if differences := list(schema_differences(expected, found)):
             told = "; ".join(one.text for one in differences[:_SHOWN])
-            raise OperationError(
-                f"the schema of tenant {self._tenant.slug!r} was changed by hand during its move: {told}; move it again"
-            )
+            raise OperationError(f"the schema of tenant {self._tenant.slug!r} was changed {remedy.format(told)}")
 
     async def _renew_password(self, now: Tenant, place: Placement) -> None:
         """Give the role the password that the registry has now: it may have been rotated since."""
@@ -369,9 +369,11 @@ class Move:
     async def _run_offline(self) -> None:
         source = await self._forward.connect(self.old)
         try:
-            found = await self._look(source)
-            del found
-            reader = await self._forward.create_login(seconds=2 * self._config.timeout, replicates=False)
+            await self._look(source)
+            # large objects belong to the tenant's role
+            reader = await self._forward.create_login(
+                seconds=2 * self._config.timeout, replicates=False, member_of=[self.old.role]
+            )
             before = self._tenant.status
             await self._advance("copying", status=before.value, maintenance=before in _SERVED)
             if before in _SERVED:
@@ -516,7 +518,8 @@ class Move:
             await lock_migrations(four.from_admin, timeout=self._provisioning.config.provisioning.timeout)
             found = await self._look(four.from_admin)
             expected = await self._read(self.old, four.to_admin)
-            await self._refuse_other_schema(four.from_admin, expected)
+            remedy = "since its move: {}; confirm that, and move the tenant back"
+            await self._refuse_other_schema(four.from_admin, expected, remedy=remedy)
             await back.wait(four.from_admin, timeout=self._config.timeout)
             async with self._pause() as paused:
                 await asyncio.gather(

@@ -85,12 +85,15 @@ class Stream:
         listed = f" FOR TABLE {', '.join(f'ONLY {table}' for table in tables)}" if tables else ""
         await connection.execute(f"DROP PUBLICATION IF EXISTS {name}; CREATE PUBLICATION {name}{listed}")
 
-    async def create_login(self, *, seconds: float, replicates: bool = True) -> CopyLogin:
+    async def create_login(
+        self, *, seconds: float, replicates: bool = True, member_of: Sequence[str] = ()
+    ) -> CopyLogin:
         """Create the login that reads the source and replicates it.
 
         Args:
             seconds: For how long it is valid.
             replicates: Whether it may replicate.
+            member_of: Roles that it has the rights of, beside the owner of tenants' databases.
 
         Raises:
             OperationError: the administrator may not let a login replicate.
@@ -105,7 +108,7 @@ class Stream:
                 self.login_name,
                 self.source.database,
                 seconds=seconds,
-                member_of=[self._services.names.owner],
+                member_of=[self._services.names.owner, *member_of],
             )
             if replicates:
                 await self._let_replicate(connection, server)

@@ -38,23 +38,24 @@ class Pair:
         assert tenant.placement is not None
         return rows(self.on(tenant.placement.server), tenant.placement.database, query)
 
-    def left(self) -> list[str]:
-        """The slots, subscriptions, publications and logins of moves that are on either server."""
+    def left(self, prefix: str) -> list[str]:
+        """The slots, subscriptions, publications and logins of moves that an installation has on either server."""
         found = []
         for server in (self.one, self.two):
             for query in (
                 "SELECT 'slot ' || slot_name FROM pg_replication_slots",
                 "SELECT 'subscription ' || subname FROM pg_subscription",
-                "SELECT 'login ' || rolname FROM pg_roles WHERE rolname LIKE '%\\_v\\_%' OR rolname LIKE '%\\_x\\_%'",
+                f"SELECT 'login ' || rolname FROM pg_roles WHERE rolname ~ '^{prefix}_.*_[vx]_'",
             ):
                 found += [row[0] for row in rows(server, "postgres", query)]
-            for (name,) in rows(server, "postgres", _TENANTS):
+            for (name,) in rows(server, "postgres", f"{_TENANTS} AND starts_with(datname, '{prefix}')"):
                 found += [row[0] for row in rows(server, name, "SELECT 'publication ' || pubname FROM pg_publication")]
         return found
 
-    def databases(self) -> list[str]:
-        """The names of tenants' databases, each with its server's name."""
-        return [f"{name}:{row[0]}" for name in ("one", "two") for row in rows(self.on(name), "postgres", _TENANTS)]
+    def databases(self, prefix: str) -> list[str]:
+        """The names of an installation's tenants' databases, each with its server's name."""
+        query = f"{_TENANTS} AND starts_with(datname, '{prefix}')"
+        return [f"{name}:{row[0]}" for name in ("one", "two") for row in rows(self.on(name), "postgres", query)]
 
     def writable(self, tenant: Tenant) -> list[str]:
         """The servers on which the tenant's role can connect to a tenant's database."""

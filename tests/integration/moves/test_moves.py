@@ -40,6 +40,6 @@ async def test_a_tenant_moves_under_writes_and_back_and_nothing_is_lost(
     assert pair.writable(back) == ["one"]
     found = sorted(row[0] for row in pair.rows(back, "SELECT body FROM notes"))
     assert found == sorted(body for writer in writers for body in writer.written)
-    assert pair.left() == []
+    assert pair.left(moving.name_prefix) == []
     assert back.placement is not None
-    assert pair.databases() == [f"one:{back.placement.database}"]
+    assert pair.databases(moving.name_prefix) == [f"one:{back.placement.database}"]

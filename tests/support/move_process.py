@@ -1,0 +1,92 @@
+"""A process that moves a tenant and is killed: ``python -m tests.support.move_process``.
+
+It reads what to do as JSON from stdin. It kills itself, by SIGKILL, at the point that is named there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import pytest
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.moves.steps import Move
+from tenancy_orm.moves.streams import Stream
+from tenancy_orm.operations import Operations, Switch
+from tenancy_orm.provisioning.new_databases import NewDatabase, NewDatabases
+from tenancy_orm.registry.registry import Registry
+from tests.support.models import Base
+
+# by the name of a point: what is wrapped, at which call, and whether the signal comes after it
+POINTS: dict[str, tuple[Any, str, int, bool]] = {
+    "begun": (Operations, "begin", 1, True),
+    "recorded": (Registry, "record_database", 1, True),
+    "published": (Stream, "publish", 1, True),
+    "login": (Stream, "create_login", 1, True),
+    "slot": (Move, "_copy", 1, False),
+    "copied": (NewDatabase, "hand_over", 1, False),
+    "handed over": (NewDatabase, "hand_over", 1, True),
+    "subscribed": (Stream, "subscribe", 1, True),
+    "way back": (Stream, "create_slot", 1, True),
+    "paused": (Registry, "pause", 1, True),
+    "closed": (Switch, "_close", 1, True),
+    "before the switch": (Registry, "switch_database", 1, False),
+    "after the switch": (Registry, "switch_database", 1, True),
+    "before the pause ends": (Registry, "end_pause", 1, False),
+    "switched": (Stream, "drop", 1, False),
+    "dropped": (Stream, "drop", 1, True),
+    "followed": (Stream, "subscribe", 2, True),
+    "waiting": (Operations, "finish", 1, False),
+    "back: paused": (Switch, "_close", 1, True),
+    "back: before the switch": (Registry, "switch_database", 1, False),
+    "back: after the switch": (Registry, "switch_database", 1, True),
+    "back: dropped": (Stream, "drop", 1, True),
+    "back: done": (NewDatabases, "drop", 1, True),
+    "confirm: dropped": (Stream, "drop", 1, True),
+    "confirm: done": (NewDatabases, "drop", 1, True),
+}
+
+
+def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
+    """Have this process kill itself when it comes to the point."""
+    owner, method, which, after = POINTS[point]
+    original = getattr(owner, method)
+    calls = 0
+
+    async def wrapped(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = await original(*args, **options) if after else None
+        if calls == which:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result if after else await original(*args, **options)
+
+    patch.setattr(owner, method, wrapped)
+
+
+def config_of(task: dict[str, Any]) -> TenancyConfig:
+    """The configuration of the test."""
+    return TenancyConfig(metadata=Base.metadata, **task["config"])
+
+
+async def main(task: dict[str, Any]) -> None:
+    """Move the tenant, or go back, or confirm."""
+    async with Tenancy(config_of(task)) as tenancy:
+        if task["point"].startswith("back"):
+            await tenancy.moves.rollback("acme")
+        elif task["point"].startswith("confirm"):
+            await tenancy.moves.confirm("acme")
+        else:
+            await tenancy.moves.move("acme", to="two", offline=task.get("offline", False))
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.stdin.read())
+    with pytest.MonkeyPatch.context() as patching:
+        arrange(patching, given["point"])
+        asyncio.run(main(given))
