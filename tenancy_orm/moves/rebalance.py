@@ -161,9 +161,9 @@ class Planner:
             row = load.row
             if row.state == "drain" or row.capacity is None:
                 continue
-            excess = len(load.tenants) - row.capacity
-            for tenant in sorted(load.tenants, key=lambda one: load.tenants[one])[: max(excess, 0)]:
-                yield name, tenant, f"{name} holds {len(load.tenants)} tenants, and may hold {row.capacity}"
+            held = len(load.tenants)
+            for tenant in sorted(load.tenants, key=lambda one: load.tenants[one])[: max(held - row.capacity, 0)]:
+                yield name, tenant, f"{name} holds {held} tenants, and may hold {row.capacity}"
 
     async def _place(
         self,

@@ -1,0 +1,167 @@
+"""Many moves: a server that is emptied, a plan, and what housekeeping does."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.config import ServerAddresses
+from tenancy_orm.config.placement import LeastBytes
+from tenancy_orm.errors import OperationError, OperationStateError
+from tenancy_orm.moves import MovePlan
+from tests.support.moving import Pair, moving_config, rows
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.new_installation
+
+
+async def test_a_server_in_drain_is_emptied_and_its_moves_confirmed_when_they_are_due(
+    plane: Tenancy, moving: TenancyConfig, pair: Pair
+) -> None:
+    for slug in ("acme", "globex", "hooli"):
+        await plane.tenants.create(slug)
+    await plane.tenants.suspend("globex", reason="unpaid")
+    await plane.tenants.delete("hooli")
+    with pytest.raises(OperationError, match="takes new tenants; first run: tenancy servers drain one"):
+        await plane.moves.move_all("one", to="two")
+    await plane.servers.drain("one")
+    report = await plane.moves.move_all("one", to="two", concurrency=3)
+    assert {one.slug: (one.moved_to, one.error) for one in report.outcomes} == {
+        "acme": ("two", None),
+        "globex": ("two", None),
+        "hooli": ("two", None),
+    }
+    acme, globex = await plane.tenants.get("acme"), await plane.tenants.get("globex")
+    assert pair.writable(acme) == ["two"]
+    assert pair.writable(globex) == []  # it is suspended there as well
+    await plane.tenants.activate("globex")
+    async with plane.session("globex") as session:
+        assert await session.scalar(text("SELECT count(*) FROM notes")) == 0
+    # a deleted tenant's is confirmed at once, since a purge removes what is in use; the others' when they are due
+    tidied = await plane.moves.tidy()
+    assert (len(tidied.confirmed), tidied.errors) == (1, ())
+    await until_following(plane)
+    over = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
+    async with plane.internals.control.transaction() as connection:
+        await connection.execute(
+            text(
+                "UPDATE tenancy.operations SET detail = detail || jsonb_build_object('confirm_by', CAST(:by AS text))"
+            ),
+            {"by": over},
+        )
+    await plane.run_housekeeping()
+    assert {one.state for one in await plane.moves.list()} == {"done"}
+    assert pair.left(moving.name_prefix) == []
+    assert [name for name in pair.databases(moving.name_prefix) if name.startswith("one:")] == []
+
+
+async def until_following(plane: Tenancy) -> None:
+    """Wait until every former database has followed."""
+
+    async def follows() -> bool:
+        moves = await plane.moves.list()
+        return all(one.state == "done" or one.detail.get("reverse") == "following" for one in moves)
+
+    await until(follows, seconds=60.0)
+
+
+async def test_a_way_back_that_fills_the_disk_is_given_up_and_what_is_left_over_is_removed(
+    plane: Tenancy, moving: TenancyConfig, pair: Pair
+) -> None:
+    acme = (await plane.tenants.create("acme")).tenant
+    assert acme.placement is not None
+    operation = await plane.moves.move("acme", to="two")
+    # it does not follow any more, and what is written is kept for it
+    name = f"{plane.internals.provisioner.names.stream_stem}{operation.id}r"
+    rows(pair.one, acme.placement.database, f"ALTER SUBSCRIPTION {name} DISABLE")
+    await until(
+        lambda: rows(pair.two, "postgres", "SELECT active FROM pg_replication_slots") == [(False,)], seconds=60.0
+    )
+    rows(pair.two, "postgres", "SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000000))")
+    assert (await plane.moves.tidy()).given_up == ()
+    small = moving.move.model_copy(update={"max_slot_bytes": 100_000})
+    async with Tenancy(moving.replace(move=small)) as strict:
+        assert (await strict.moves.tidy()).given_up == (operation.id,)
+        with pytest.raises(OperationStateError, match=r"does not follow \(it kept .* bytes of the log"):
+            await strict.moves.rollback("acme")
+    await plane.moves.confirm("acme")
+    # of a move that nobody knows any more: a control database that was restored from a backup, for example
+    stem = plane.internals.provisioner.names.stream_stem
+    moved = await plane.tenants.get("acme")
+    assert moved.placement is not None
+    rows(pair.two, moved.placement.database, f"SELECT pg_create_logical_replication_slot('{stem}999f', 'pgoutput')")
+    login = plane.internals.provisioner.names.replicator(999, "f")
+    rows(pair.two, "postgres", f'CREATE ROLE "{login}" LOGIN REPLICATION')
+    assert (await plane.moves.tidy()).removed == (f"login {login} on two", f"slot {stem}999f on two")
+    assert pair.left(moving.name_prefix) == []
+
+
+async def test_a_plan_empties_servers_in_drain_relieves_full_ones_and_shares_out_the_rest(
+    plane: Tenancy, pair: Pair, moving: TenancyConfig
+) -> None:
+    def told(plan: MovePlan) -> list[tuple[str, str | None]]:
+        return [(one.moved_from, one.moved_to) for one in plan.moves]
+
+    for number in range(4):
+        await plane.tenants.create(f"tenant-{number}")
+    plan = await plane.moves.plan()
+    assert told(plan) == [("one", "two"), ("one", "two")]
+    assert plan.moves[0].reason == "one holds 100% of the tenants, and its weight is 50%; two holds 0%"
+    assert [(one.server, one.tenants, one.tenants_after) for one in plan.servers] == [("one", 4, 2), ("two", 0, 2)]
+    assert len((await plane.moves.plan(limit=1)).moves) == 1
+    await plane.servers.update("one", weight=3.0)
+    assert told(await plane.moves.plan()) == [("one", "two")]
+    await plane.servers.update("one", capacity=1)
+    full = await plane.moves.plan()
+    assert [one.reason for one in full.moves] == ["one holds 4 tenants, and may hold 1"] * 3
+    await plane.servers.update("two", capacity=2)
+    await plane.servers.drain("one")
+    drained = await plane.moves.plan()
+    assert [one.reason for one in drained.moves] == ["one is in drain"] * 2
+    assert sorted(drained.stuck) == ["tenant-2", "tenant-3"]
+    assert drained.stuck["tenant-3"] == "one is in drain; two is full"
+    async with Tenancy(moving.replace(placement=LeastBytes())) as by_size:
+        # no sizes are known, so nothing is uneven
+        assert len((await by_size.moves.plan()).moves) == 2
+    report = await plane.moves.apply(await plane.moves.plan(limit=1))
+    assert [one.moved_to for one in report.outcomes] == ["two"]
+    await plane.moves.confirm(report.outcomes[0].slug)
+
+
+async def test_an_administrator_who_is_no_superuser_moves_tenants(
+    pair: Pair, control_url: str, name_prefix: str
+) -> None:
+    """With CREATEDB, CREATEROLE, REPLICATION and pg_create_subscription; without the last, the remedy is named."""
+    admin = f"{name_prefix}_admin"
+    for server in (pair.one, pair.two):
+        rows(server, "postgres", f"CREATE ROLE {admin} LOGIN CREATEDB CREATEROLE REPLICATION PASSWORD 'secret'")
+        rows(server, "postgres", f"GRANT CONNECT ON DATABASE postgres TO {admin}")
+        rows(server, "postgres", f"GRANT pg_read_all_stats, pg_signal_backend TO {admin}")
+    addresses = {
+        name: ServerAddresses(admin=f"postgresql://{admin}:secret@127.0.0.1:{pair.on(name).port}/postgres")
+        for name in ("one", "two")
+    }
+    config = moving_config(pair, control_url, name_prefix, servers=addresses)
+    tenancy = Tenancy(config)
+    await tenancy.open(initialise=True)
+    try:
+        await tenancy.tenants.create("acme")
+        with pytest.raises(OperationError, match="GRANT pg_create_subscription TO"):
+            await tenancy.moves.move("acme", to="two")
+        for server in (pair.one, pair.two):
+            rows(server, "postgres", f"GRANT pg_create_subscription TO {admin}")
+        async with tenancy.session("acme") as session:
+            await session.execute(text("INSERT INTO notes (body) VALUES ('kept')"))
+            await session.commit()
+        operation = await tenancy.moves.move("acme", to="two")
+        assert operation.detail["reverse"] == "following"
+        await tenancy.moves.rollback("acme")
+        async with asyncio.timeout(60), tenancy.session("acme") as session:
+            assert await session.scalar(text("SELECT body FROM notes")) == "kept"
+    finally:
+        await tenancy.close()
+    assert pair.left(name_prefix) == []
