@@ -10,8 +10,8 @@ import asyncio
 import json
 import re
 import shlex
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +23,15 @@ from ...postgres.programs import Programs, environment_of, find_server_programs
 from .keeper import Keeper
 from .providers import RecoveryRequest, RecoveryWindow, ScratchOptions
 from .scratch import RecoveredDatabase
-from .wal_files import Segment, last_time, segment_number, stretches
+from .wal_files import Segment, last_time, read_header, segment_number, stretches
 
 _DONE = "DONE"
 _SEGMENT = re.compile(r"[0-9A-F]{24}")
 _SHOWN = 300
+_ARCHIVE_SECONDS = 30.0
+_LOOK_SECONDS = 0.5
+_SEGMENT_BYTES = 16 * 1024**2  # where Barman does not say it: what initdb uses
+_CREDENTIALS = re.compile(r"://[^@\s]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,8 @@ class BarmanRecovery:
             return RecoveryWindow(server=server, oldest=None, newest=None)
         programs = await self._programs(name, backups[0])
         parts = stretches(await self._segments(name, backups[0]))
-        ends = [await last_time(programs, part[-3:]) for part in parts]
+        readable = await asyncio.to_thread(_are_readable, [segment for part in parts for segment in part])
+        ends = [await last_time(programs, part[-3:]) if readable else None for part in parts]
         newest = next((end for end in reversed(ends) if end is not None), None)
         gaps = tuple((end, None) for end in ends[:-1])
         return RecoveryWindow(server=server, oldest=backups[0].ended_at, newest=newest, gaps=gaps)
@@ -71,7 +76,7 @@ class BarmanRecovery:
         backup, segments = await self._choose(name, request)
         programs = await self._programs(name, backup)
         details = await self._show(name, backup.id)
-        size = backup.size_bytes + sum(segment.path.stat().st_size for segment in segments if segment.path.exists())
+        size = backup.size_bytes + len(segments) * _SEGMENT_BYTES
         async with self._options.open(size) as keeper:
             await self._recover(keeper, name, backup, request.time, details)
             if not (keeper.home / "data" / "barman_wal").is_dir():
@@ -97,10 +102,13 @@ class BarmanRecovery:
             )
         backup = able[-1]
         programs = await self._programs(name, backup)
-        newest = None
-        for attempt in range(2):
+        deadline: float | None = None
+        while True:
             segments = await self._segments(name, backup)
             parts = stretches(segments)
+            if not await asyncio.to_thread(_are_readable, segments):
+                # PostgreSQL finds out, at the end of the WAL
+                return backup, segments
             newest = await last_time(programs, parts[0]) if parts else None
             if newest is not None and newest > target:
                 return backup, parts[0]
@@ -109,9 +117,16 @@ class BarmanRecovery:
                     f"WAL of server {name!r} is missing after file {parts[0][-1].name}: {target.isoformat()} cannot be "
                     f"reached from barman's backup {backup.id}"
                 )
-            if attempt == 0:
-                # what is in the file that is still written has not been archived
-                await self._run("switch-wal", "--force", "--archive", "--archive-timeout=60", name, may_fail=True)
+            now = asyncio.get_running_loop().time()
+            if deadline is None:
+                deadline = now + _ARCHIVE_SECONDS
+                # what is in the file that is still written is not archived; where this fails, it stays so
+                await self._run("switch-wal", "--force", name, may_fail=True)
+            elif now > deadline:
+                break
+            else:
+                await asyncio.sleep(_LOOK_SECONDS)
+            await self._run("archive-wal", name, may_fail=True)
         ended = "" if newest is None else f", which ended at {newest.isoformat()}"
         raise RecoveryTargetError(
             f"{target.isoformat()} is after the last transaction in barman's WAL of server {name!r}{ended}"
@@ -153,7 +168,8 @@ class BarmanRecovery:
         for one in listed:
             if one.get("status") not in (_DONE, "WAITING_FOR_WALS"):
                 continue
-            ended_at = datetime.fromtimestamp(int(one["end_time_timestamp"]), UTC)
+            # it is in whole seconds
+            ended_at = datetime.fromtimestamp(int(one["end_time_timestamp"]) + 1, UTC)
             found.append(_Backup(one["backup_id"], ended_at, int(one["size_bytes"])))
         return sorted(found, key=lambda backup: backup.ended_at)
 
@@ -163,16 +179,16 @@ class BarmanRecovery:
 
     async def _segments(self, name: str, backup: _Backup) -> list[Segment]:
         """The WAL from a backup on, as far as it is archived."""
-        listed = await self._run("list-files", "--target", "standalone", name, backup.id)
-        further = await self._run("list-files", "--target", "wal", name, backup.id)
+        listed = await self._run("list-files", "--target", "wal", name, backup.id)
         information = await self._show(name, backup.id)
-        size = int(_found(information, "xlog_segment_size") or 16 * 1024**2)
-        found = {}
-        for line in (*listed.splitlines(), *further.splitlines()):
-            path = Path(line.strip())
-            if _SEGMENT.fullmatch(path.name) and "base" not in path.parts[-3:-1]:
-                found[path.name] = Segment(segment_number(path.name, size), int(path.name[:8], 16), path)
-        return sorted(found.values())
+        size = int(_found(information, "xlog_segment_size") or _SEGMENT_BYTES)
+        found = [Path(line.strip()) for line in listed.splitlines()]
+        return sorted(
+            Segment(segment_number(path.name, size), int(path.name[:8], 16), path)
+            for path in found
+            # Barman lists what it has archived, also where the file was lost since
+            if _SEGMENT.fullmatch(path.name) and not _is_lost(path)
+        )
 
     async def _json(self, *arguments: str) -> dict[str, Any]:
         printed = await self._run("-f", "json", *arguments)
@@ -208,9 +224,31 @@ class BarmanRecovery:
         return output
 
 
+def _is_lost(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _are_readable(segments: Sequence[Segment]) -> bool:
+    """Whether the files are WAL as PostgreSQL writes it: not compressed, and this account may read them."""
+    try:
+        return all(read_header(segment.path) is not None for segment in segments)
+    except OSError:
+        return False
+
+
 def _reason(output: str, errors: str) -> str:
+    with suppress(ValueError, TypeError, AttributeError):
+        output = "\n".join(f"ERROR: {one}" for one in json.loads(output).get("_ERROR", ()))
     lines = [line for line in (*errors.splitlines(), *output.splitlines()) if line.startswith(("ERROR", "CRITICAL"))]
-    return (lines or errors.strip().splitlines()[-1:] or ["no reason was given"])[0][:_SHOWN]
+    reason = (lines or errors.strip().splitlines()[-1:] or ["no reason was given"])[0]
+    # with JSON, Barman shows the password of a URL that it cannot read
+    return _CREDENTIALS.sub("://...@", reason)[:_SHOWN]
 
 
 def _found(value: Any, key: str) -> Any:
