@@ -23,6 +23,7 @@ from . import (
     audit,
     backup,
     backup_restore,
+    backup_recovery,
     call,
     config,
     dev,
@@ -81,6 +82,7 @@ app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
 app.add_typer(backup.app, name="backup")
 backup_restore.register(backup.app)
+backup_recovery.register(backup.app)
 app.add_typer(secrets.app, name="secrets")
 app.command("init")(dev.init)
 app.command("dev")(dev.dev)
