@@ -151,7 +151,7 @@ class AdoptionFrame:
         found = await self._operations.list(tenant_id=tenant.id, kinds=("adopt",), limit=1)
         operation = found[0] if found else None
         if tenant.status is Status.PROVISIONING:
-            await self._settle(tenant, operation, actor)
+            await self.settle(tenant, operation, actor=actor)
             return await self.settle_former(slug, source, actor=actor)
         if operation is not None and operation.is_abandoned and operation.detail.get("in_place"):
             # killed between the tenant's activation and the end of the record
@@ -162,8 +162,13 @@ class AdoptionFrame:
             return None  # TenantExistsError follows
         return tenant, operation
 
-    async def _settle(self, tenant: Tenant, operation: Operation | None, actor: Actor) -> None:
-        """Finish or remove a creation that nobody does any more; a database in place is brought back to how it was."""
+    async def settle(self, tenant: Tenant, operation: Operation | None, *, actor: Actor) -> None:
+        """Finish or remove a creation that nobody does any more; a database in place is brought back to how it was.
+
+        Raises:
+            AdoptionError: a process does it now.
+            ProvisioningError: what is left could not be removed.
+        """
         provisioner = self._services.provisioner
         settle = partial(provisioner.settle_creation, tenant, actor=actor)
         if operation is not None and operation.detail.get("in_place"):

@@ -13,7 +13,8 @@ from ..cancellation import run_to_completion
 from ..config.placement import PlacementRequest
 from ..context import refuse_while_bound
 from ..drift.policy import RevisionPolicy
-from ..errors import AdoptionDifferencesError, AdoptionError, ConfigurationError, MigrationError
+from ..errors import AdoptionDifferencesError, AdoptionError, ConfigurationError, MigrationError, OperationStateError
+from ..jobs.claims import Claimant
 from ..migrations.connections import Connections
 from ..migrations.plan import format_revision
 from ..migrations.scripts import Environment
@@ -23,7 +24,7 @@ from ..provisioning.new_databases import NewDatabase
 from ..routing.marker import marker_text
 from ..runs import FleetMigrator
 from ..servers.placement import Placer
-from ..tenant import Tenant
+from ..tenant import Status, Tenant
 from ..tenants.manager import TenantManager
 from .frame import AdoptionFrame, Steps, Tell
 from .in_place import InPlace, InPlaceLook
@@ -206,6 +207,52 @@ class AdoptionManager:
             notes=(*report.notes, *notes),
             seconds=time.monotonic() - started,
         )
+
+    async def resume(self, operation: int, *, actor: Actor = SYSTEM) -> Operation:
+        """End the record of an adoption that was interrupted after the tenant became active.
+
+        Any other one goes on by ``adopt`` with the same arguments: the source's URL is stored nowhere.
+
+        Args:
+            operation: The operation's number.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            OperationNotFoundError: there is no such operation.
+            OperationStateError: it has ended, a process does it now, or it needs its URL.
+        """
+        refuse_while_bound("resuming an adoption")
+        found = await self._operations.get(operation)
+        tenant = await self._services.registry.get(found.tenant_id)
+        if found.kind != "adopt" or tenant.status is Status.PROVISIONING:
+            raise OperationStateError(
+                f"operation {operation} needs the URL of its source, which is stored nowhere: repeat tenancy adopt "
+                f"{tenant.slug}, or end it with: tenancy operations undo {operation}"
+            )
+        claimant = Claimant()
+        await self._operations.finish(await self._operations.claim(operation, claimant), claimant, "done")
+        return await self._operations.get(operation)
+
+    async def discard(self, operation: int, *, actor: Actor = SYSTEM) -> None:
+        """Remove what an interrupted adoption has made; a database in place is brought back to how it was.
+
+        Args:
+            operation: The operation's number.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            OperationNotFoundError: there is no such operation.
+            OperationStateError: its tenant is complete.
+            AdoptionError: a process does it now.
+        """
+        refuse_while_bound("discarding an adoption")
+        found = await self._operations.get(operation)
+        tenant = await self._services.registry.get(found.tenant_id)
+        if found.kind != "adopt" or tenant.status is not Status.PROVISIONING:
+            raise OperationStateError(
+                f"operation {operation} has made tenant {tenant.slug!r}, which is {tenant.status.value}: delete that"
+            )
+        await self._frame.settle(tenant, found, actor=actor)
 
     async def _take(
         self,

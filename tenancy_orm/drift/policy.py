@@ -67,6 +67,13 @@ _EXPRESSIONS: Final = frozenset({"default", "generated", "partition key", "bound
 _CALL: Final = re.compile(r'(?:\w|")\s*\(')
 _SEQUENCE: Final = re.compile(r"nextval\('(?:[^']|'')*'::regclass\)")
 _TYPE: Final = re.compile(r"\b(?:varying|character|varchar|char|bit|numeric|timestamp|time|interval)\s*\(\d[\d, ]*\)")
+# Before a bracket: words of SQL, which PostgreSQL prints in capitals, and functions of its own that change nothing. It
+# prints other functions with their schema, since only its own are in the path.
+_HARMLESS: Final = re.compile(
+    r'(?<![\w."])(?:CHECK|AND|OR|NOT|IN|ANY|ALL|ARRAY|CASE|WHEN|THEN|ELSE|COALESCE|NULLIF|GREATEST|LEAST|EXTRACT'
+    r"|now|clock_timestamp|statement_timestamp|transaction_timestamp|date_trunc|gen_random_uuid|uuidv4|uuidv7"
+    r"|length|char_length|octet_length|lower|upper|btrim|ltrim|rtrim|abs|jsonb_typeof|array_length|cardinality)\s*\("
+)
 # a definition that names columns in parentheses, and calls nothing
 _PLAIN: Final = re.compile(
     r"(?:PRIMARY KEY|UNIQUE(?: NULLS NOT DISTINCT)?|FOREIGN KEY) \([^()]*\)(?: REFERENCES [^()]* ?\([^()]*\))?[^()]*"
@@ -241,7 +248,7 @@ def _without_comment(fields: Mapping[str, str]) -> dict[str, str]:
 def _calls(key: Key, expression: str) -> bool:
     if key.kind in ("index", "constraint") and _PLAIN.fullmatch(expression):
         return False
-    return _CALL.search(_TYPE.sub("", _SEQUENCE.sub("", expression))) is not None
+    return _CALL.search(_HARMLESS.sub("(", _TYPE.sub("", _SEQUENCE.sub("", expression)))) is not None
 
 
 def _name(key: Key) -> str:

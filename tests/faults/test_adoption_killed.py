@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from tenancy_orm.errors import OperationStateError, TenantNotFoundError
 from tests.integration.adoption.conftest import config, fleet, project
 from tests.integration.adoption.test_databases import OLD, state_of
+from tests.integration.adoption.test_in_place import RIGHTS
 from tests.support.fleet import Fleet
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment
@@ -80,3 +82,25 @@ async def test_a_database_in_place_is_never_lost(fleet: Fleet, postgres: Postgre
     assert (await fleet.provisioner.reconcile(check=True)).clean
     (left,) = await fleet.services.control.fetch("SELECT count(*) AS n FROM tenancy.operations WHERE state <> 'done'")
     assert left.n == 0
+
+
+async def test_an_interrupted_adoption_can_be_undone_by_its_number(fleet: Fleet, postgres: Postgres) -> None:
+    """Without its URL; what goes on needs that, unless only the record is left to end."""
+    async with foreign_database(postgres, OLD) as source:
+        before = await source.fetch(RIGHTS)
+        for at, options in (("rename", {"in_place": True, "revoke": True}), ("verify", {})):
+            await killed(fleet, source.url, at, **options)
+            (operation,) = await fleet.tenancy.operations.list("acme")
+            with pytest.raises(OperationStateError, match="the URL of its source, which is stored nowhere"):
+                await fleet.tenancy.adoption.resume(operation.id)
+            await fleet.tenancy.adoption.discard(operation.id)
+            assert await source.fetch(RIGHTS) == before
+            with pytest.raises(TenantNotFoundError):
+                await fleet.tenancy.tenants.get("acme")
+            await fleet.provisioner.reconcile()
+            assert (await fleet.provisioner.reconcile(check=True)).clean
+        report = await fleet.tenancy.adoption.adopt("acme", source.url)
+        assert report.operation is not None
+        for method in (fleet.tenancy.adoption.resume, fleet.tenancy.adoption.discard):
+            with pytest.raises(OperationStateError):
+                await method(report.operation)

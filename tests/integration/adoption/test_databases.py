@@ -92,7 +92,8 @@ async def test_a_schema_that_differs_is_shown_and_refused(fleet: Fleet, postgres
     async with foreign_database(
         postgres,
         OLD.replace("created_at timestamptz", "created_at timestamp")
-        + "CREATE TABLE extra (n int DEFAULT 1); DROP INDEX notes_author_id_idx",
+        + "CREATE TABLE extra (n int DEFAULT 1 CHECK (n > 0 AND n IN (1, 2)), at date DEFAULT now());"
+        "DROP INDEX notes_author_id_idx",
     ) as source:
         with pytest.raises(AdoptionDifferencesError) as refused:
             await fleet.tenancy.adoption.adopt("acme", source.url)
@@ -111,6 +112,15 @@ async def test_a_schema_that_differs_is_shown_and_refused(fleet: Fleet, postgres
         with pytest.raises(AdoptionError, match=re.escape("function public.raise_rights()")):
             await fleet.tenancy.adoption.adopt("acme", source.url, accept_differences=True)
         await source.execute("DROP FUNCTION raise_rights() CASCADE")
+        # one of PostgreSQL's own that does something, and one of the source's by the name of a harmless one
+        for condition in ("set_config('role', 'none', false) > ''", "public.lower('x') > ''"):
+            await source.execute(
+                "CREATE FUNCTION public.lower(text) RETURNS text LANGUAGE sql AS 'SELECT $1'; "
+                f"ALTER TABLE extra ADD CONSTRAINT hostile CHECK ({condition})"
+            )
+            with pytest.raises(AdoptionError, match="constraint hostile on table public"):
+                await fleet.tenancy.adoption.adopt("acme", source.url, accept_differences=True)
+            await source.execute("ALTER TABLE extra DROP CONSTRAINT hostile; DROP FUNCTION public.lower(text)")
         report = await fleet.tenancy.adoption.adopt("acme", source.url, accept_differences=True)
         assert len(report.differences) == 3
     assert await fleet.fetch("acme", "SELECT count(*) FROM notes") == [(50,)]

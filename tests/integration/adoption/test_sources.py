@@ -1,0 +1,101 @@
+"""Sources on other servers, over TLS, of older versions; and what they can do to the installation: nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url
+
+from tenancy_orm.adoption.source import Source, open_source
+from tenancy_orm.errors import AdoptionError, ConfigurationError, TenantNotFoundError
+from tests.integration.adoption.test_databases import OLD, state_of
+from tests.support.fleet import Fleet
+from tests.support.postgres import Postgres
+from tests.support.provisioning import VERSIONS, running_server
+from tests.support.sources import foreign_database
+from tests.support.tls import tls_proxy, write_certificate
+
+
+async def test_a_database_of_an_older_server(fleet: Fleet, postgres: Postgres, tmp_path: Path) -> None:
+    """With the ``sslmode`` of its URL, for ``pg_dump`` too."""
+    certificate = tmp_path / "server.pem"
+    write_certificate(certificate)
+    with running_server(VERSIONS[0], postgres.worker) as older:
+        async with foreign_database(older, OLD) as source:
+            before = await state_of(source)
+            report = await fleet.tenancy.adoption.adopt("acme", f"{source.url}?sslmode=prefer")
+            assert report.version == VERSIONS[0]
+            assert await state_of(source) == before
+            async with tls_proxy(make_url(source.url).port or 5432, certificate) as proxy:
+                url = make_url(source.url).set(host="localhost", port=proxy.port)
+                url = url.update_query_dict({"sslmode": "verify-full", "sslrootcert": str(certificate)})
+                async with open_source(Source.parse(url.render_as_string(False)), timeout=30) as opened:
+                    assert proxy.encrypted["tenancy-adopt"]
+                    assert opened.environment()["PGSSLMODE"] == "verify-full"
+    assert await fleet.fetch("acme", "SELECT count(*) FROM notes") == [(50,)]
+    assert await fleet.revision("acme") == "0002"
+
+
+async def test_a_source_is_only_read(fleet: Fleet, postgres: Postgres) -> None:
+    """By a session and a transaction that refuse to write, whatever its URL asks for; by the dump too."""
+    async with foreign_database(postgres, OLD) as source:
+        own = Source.parse(f"{source.url}?options=-c%20default_transaction_read_only%3Doff")
+        async with open_source(own, timeout=30) as opened:
+            assert opened.environment()["PGOPTIONS"].rindex("read_only=on") > opened.environment()["PGOPTIONS"].rindex(
+                "read_only=off"
+            )
+            assert source.password not in repr(opened) + repr(own) + str(own)
+            with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+                await opened.connection.execute("DELETE FROM public.notes")
+        async with open_source(own, timeout=30) as opened:
+            await opened.connection.execute("COMMIT")
+            with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+                await opened.connection.execute("DELETE FROM public.notes")
+
+
+async def test_what_a_login_may_not_see_is_refused_and_not_left_out(fleet: Fleet, postgres: Postgres) -> None:
+    """A table without SELECT, and rows that row security hides."""
+    async with (
+        foreign_database(postgres) as other,
+        foreign_database(postgres, OLD) as source,
+    ):
+        reader = make_url(source.url).set(username=other.name, password=other.password)
+        url = reader.render_as_string(hide_password=False)
+        await source.execute(f'GRANT SELECT ON notes, alembic_version TO "{other.name}"')
+        with pytest.raises(AdoptionError, match=r"may not read public\.authors.*grant it SELECT"):
+            await fleet.tenancy.adoption.adopt("acme", url)
+        await source.execute(
+            f'GRANT SELECT ON ALL TABLES IN SCHEMA public TO "{other.name}"; '
+            "ALTER TABLE notes ENABLE ROW LEVEL SECURITY; CREATE POLICY few ON notes USING (id < 5)"
+        )
+        with pytest.raises(AdoptionError, match=r"table public\.notes .* cannot be read: .*row-level security"):
+            await fleet.tenancy.adoption.adopt("acme", url)
+        with pytest.raises(AdoptionError, match="cannot be read: password authentication failed"):
+            await fleet.tenancy.adoption.adopt("acme", url.replace(other.password, "wrong"))
+        with pytest.raises(ConfigurationError, match="source's URL must begin with postgresql://"):
+            await fleet.tenancy.adoption.adopt("acme", "mysql://u:secret@h/d")
+    with pytest.raises(TenantNotFoundError):
+        await fleet.tenancy.tenants.get("acme")
+
+
+async def test_rows_that_refer_to_nothing_are_refused(fleet: Fleet, postgres: Postgres) -> None:
+    """Where the source has its foreign key as NOT VALID; a valid one is validated, and told."""
+    loose = (
+        OLD.replace(" CONSTRAINT notes_author_id_fkey REFERENCES authors (id)", "")
+        + "ALTER TABLE notes ADD CONSTRAINT notes_author_id_fkey FOREIGN KEY (author_id) REFERENCES authors NOT VALID;"
+    )
+    async with foreign_database(postgres, loose) as source:
+        report = await fleet.tenancy.adoption.adopt("acme", source.url, accept_differences=True)
+        assert any("was NOT VALID, and holds for all rows" in note for note in report.notes)
+        await source.execute(
+            "ALTER TABLE notes DROP CONSTRAINT notes_author_id_fkey; DELETE FROM authors WHERE id = 1; "
+            "ALTER TABLE notes ADD CONSTRAINT notes_author_id_fkey FOREIGN KEY (author_id) REFERENCES authors NOT VALID"
+        )
+        with pytest.raises(AdoptionError, match=r"rows of table public\.notes refer to rows that do not exist"):
+            await fleet.tenancy.adoption.adopt("globex", source.url, accept_differences=True)
+    with pytest.raises(TenantNotFoundError):
+        await fleet.tenancy.tenants.get("globex")
+    assert (await fleet.migrations.drift()).ok
+    assert (await fleet.provisioner.reconcile(check=True)).clean
