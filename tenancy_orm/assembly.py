@@ -33,6 +33,7 @@ from .errors import (
     TenancyError,
 )
 from .events import EventBus, ServerChanged
+from .exports import ExportManager
 from .housekeeping import Housekeeping
 from .internals import Internals
 from .jobs import Job, Jobs
@@ -154,6 +155,7 @@ class Assembly:
     tier_policies: TierPolicies
     usage_exporter: UsageExporter | None
     moves: MoveManager
+    exports: ExportManager
     internals: Internals
 
     def __init__(
@@ -368,6 +370,7 @@ class Assembly:
         )
         self.recovery = RecoveryManager(config, self.control, self.registry, self.servers, self.names, self.audit)
         self.adoption = AdoptionManager(self.migrations, self.tenants, operations, placer)
+        self.exports = ExportManager(config, self.registry, self.router, self.provisioner.readers, operations)
         self.jobs = Jobs(self.control)
         upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)
         self.built_in_jobs = built_in_jobs(

@@ -94,6 +94,8 @@
     │   └── RecoveryError                    a server could not be recovered, or a base backup not be taken
     │   └── AdoptionError                    what exists cannot become a tenant; it is as it was
     │       └── AdoptionDifferencesError     its schema is not that of its revision
+    │   └── ExportError                      an export would not be whole, or cannot be written there
+    │       └── ExportRunningError           another export of the tenant is under way
     ├── JobLostError                         another process does by now what this one had claimed
     ├── MigrationError
     │   ├── FleetMigrationError
@@ -1369,6 +1371,18 @@ class AdoptionDifferencesError(AdoptionError):
         self.source = source
         self.revision = revision
         self.differences = tuple(differences)
+class ExportError(OperationError):
+    """An export would not be whole, or cannot be written to that place. What was written is not a complete archive."""
+
+
+class ExportRunningError(ExportError):
+    """Another export of the tenant is under way; one at a time is made on request."""
+
+    def __init__(self, tenant: str, operation: int) -> None:
+        """Give the tenant's slug, and the number of the export that is under way."""
+        super().__init__(f"operation {operation}, an export of tenant {tenant!r}, is under way; wait for its end")
+        self.tenant = tenant
+        self.operation = operation
 
 
 class JobLostError(TenancyError):

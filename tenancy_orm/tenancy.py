@@ -24,6 +24,7 @@ from .config import TenancyConfig
 from .context import bind, refuse_while_bound
 from .errors import ConfigurationError
 from .events import DRAIN_TIMEOUT, EventBus
+from .exports import ExportManager
 from .housekeeping import HousekeepingReport
 from .internals import Internals
 from .jobs import Job, JobResult, Jobs
@@ -554,6 +555,11 @@ class Tenancy:
     def warm_pool(self) -> WarmPool:
         """The databases that are made before their tenants come: count them, make what is missing, drop them."""
         return self._lifetime.parts.provisioner.warm_pool
+
+    @property
+    def exports(self) -> ExportManager:
+        """Export a tenant's data as an archive that needs no PostgreSQL."""
+        return self._lifetime.parts.exports
 
     @property
     def internals(self) -> Internals:

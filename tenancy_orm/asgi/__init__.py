@@ -3,6 +3,7 @@
 from ..authentication.credential import Credential, Membership
 from .authenticators import ApiKeyAuthenticator, Authenticator, Presented, TextAuthenticator
 from .exempt import ExemptPaths
+from .exports import ExportEndpoint
 from .middleware import TenancyMiddleware
 from .origins import Origins
 from .problems import Problem, problem_for
@@ -27,6 +28,7 @@ __all__ = [
     "BearerToken",
     "Credential",
     "ExemptPaths",
+    "ExportEndpoint",
     "HeaderResolver",
     "JwtAuthenticator",
     "KeyResolver",

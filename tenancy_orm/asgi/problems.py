@@ -26,6 +26,7 @@ from ..errors import (
     CredentialsUnavailableError,
     CrossOriginError,
     CrossTenantError,
+    ExportRunningError,
     InvalidCredentialError,
     InvalidInvitationError,
     MalformedRequestError,
@@ -130,6 +131,13 @@ INVALID_CREDENTIAL = Problem(
 )
 CROSS_TENANT = Problem(
     403, "cross-tenant", "Another tenant", "the request names a tenant that its credential does not allow"
+)
+EXPORTING = Problem(
+    409,
+    "export-running",
+    "Export under way",
+    "an export of this tenant is under way; try again when it has ended",
+    _retry_after(30),
 )
 NO_TENANT = Problem(403, "no-tenant", "No tenant", "this credential allows no tenant")
 CROSS_ORIGIN = Problem(
@@ -298,6 +306,7 @@ _ANSWERS: Mapping[type[BaseException], Problem | Callable[[Any, Tenant | None], 
     MalformedRequestError: _malformed,
     InvalidInvitationError: INVALID_INVITATION,
     CrossTenantError: CROSS_TENANT,
+    ExportRunningError: EXPORTING,
     CrossOriginError: CROSS_ORIGIN,
     CredentialsUnavailableError: CONTROL_AWAY,
     TenantNotAllowedError: _not_allowed,

@@ -29,6 +29,7 @@ from . import (
     dev,
     domains,
     each,
+    export,
     jobs,
     keys,
     members,
@@ -91,6 +92,7 @@ app.command("secret")(dev.secret)
 app.command("sql")(sql.sql)
 app.command("each", cls=each.EachCommand)(each.each)
 app.command("url")(each.url)
+app.command("export")(export.export)
 app.command("run")(call.call)
 app.command("seed")(seed.seed)
 app.command("adopt")(adopt.adopt)

@@ -575,6 +575,20 @@ class DomainConfig(Section, frozen=True):
         return given
 
 
+class ExportConfig(Section, frozen=True):
+    """Exports of tenants' data."""
+
+    exclude: Names = ()
+    """What no export has: tables (``users``, ``public.users``, ``audit.*``) and columns (``users:password_hash``,
+    ``*:*_secret``). As text: separated by commas."""
+    large_value_bytes: Annotated[int, Field(ge=65_536)] = 1_048_576
+    """A value of more bytes is a file of its own in the archive, beside the file of its table."""
+    request_timeout: Seconds = 3_600.0
+    """How long an export that is sent as the answer to a request may take, in seconds."""
+    stall_timeout: Seconds = 60.0
+    """How long its client may read nothing, in seconds, before it is ended."""
+
+
 class WorkerConfig(Section, frozen=True):
     """Workers: the processes that do what is due, on any number of machines."""
 

@@ -24,6 +24,7 @@ from .sections import (
     ControlConfig,
     DirectoryConfig,
     DomainConfig,
+    ExportConfig,
     KeyConfig,
     LockoutConfig,
     MembersConfig,
@@ -151,6 +152,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """What is done with what tenants use."""
     domains: DomainConfig = Field(default_factory=DomainConfig)
     """Tenants' own domains."""
+    export: ExportConfig = Field(default_factory=ExportConfig)
+    """Exports of tenants' data."""
     retention: RetentionConfig = Field(default_factory=RetentionConfig)
     """For how long things are kept that nobody uses any more."""
     backup: BackupConfig = Field(default_factory=BackupConfig)

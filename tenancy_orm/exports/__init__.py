@@ -1,1 +1,8 @@
 """Exports of a tenant's data that need no PostgreSQL, and certificates of its erasure."""
+
+from .manager import ExportManager, ExportStream
+from .plan import LeftOut
+from .running import ExportProgress, ExportReport
+from .values import ExportFormat
+
+__all__ = ["ExportFormat", "ExportManager", "ExportProgress", "ExportReport", "ExportStream", "LeftOut"]

@@ -322,6 +322,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "backup": uuid7(),
         "backup_id": uuid7(),
         "store": None,
+        "path": "/nowhere/acme.zip",
         "sql": "SELECT 1",
         "statement": "SELECT 1",
     }

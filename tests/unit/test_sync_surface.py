@@ -32,6 +32,8 @@ ASYNCHRONOUS_ALONE = {
             *("jobs", "warm_pool", "recovery"),
             *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
             *("jobs", "warm_pool", "adoption"),
+            *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
+            *("jobs", "warm_pool", "exports"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),

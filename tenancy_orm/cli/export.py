@@ -1,0 +1,95 @@
+"""``tenancy export``: a tenant's data as an archive that needs no PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..exports import ExportFormat, ExportProgress, ExportReport
+from ..tenancy import Tenancy
+from .output import console, errors, note, print_json, printable
+from .runtime import Json, TenantArgument, fail, operator, run
+
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+_FORMATS: tuple[ExportFormat, ...] = ("jsonl", "csv")
+
+
+def export(
+    tenant: TenantArgument,
+    to: Annotated[Path, typer.Option("--to", help="A .zip file, or a directory; nothing is overwritten.")],
+    row_format: Annotated[str, typer.Option("--format", help="What the rows are: jsonl or csv.")] = "jsonl",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave this table out, or with table:column this column; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an export to that place that was interrupted.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a tenant's data as an archive that its owner can use without PostgreSQL."""
+    wanted = next((one for one in _FORMATS if one == row_format), None)
+    if wanted is None:
+        fail(f"{row_format!r} is no format: give {' or '.join(_FORMATS)}")
+
+    async def command(tenancy: Tenancy) -> ExportReport:
+        main = asyncio.current_task()
+        assert main is not None  # noqa: S101 - for the type checker
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # once: a second cancellation would interrupt the clean-up that the first one has started
+            asyncio.get_running_loop().add_signal_handler(number, lambda: main.cancelling() or main.cancel())
+        with _bar(shown=not as_json) as bar:
+            task = bar.add_task("export", total=None)
+
+            def show(progress: ExportProgress) -> None:
+                text = printable(f"{progress.part} ({_size(progress.bytes)})")
+                bar.update(task, description=text, completed=progress.done, total=progress.total)
+
+            return await tenancy.exports.write(
+                tenant,
+                to,
+                row_format=wanted,
+                exclude=exclude or (),
+                resume=resume,
+                on_progress=show,
+                actor=operator(),
+            )
+
+    try:
+        report = run(command)
+    except asyncio.CancelledError:
+        note("stopped: go on with --resume")
+        raise typer.Exit(128 + signal.SIGTERM) from None
+    if as_json:
+        print_json(report)
+        return
+    for one in report.left_out:
+        note(f"left out: {one.name}: {one.reason}")
+    if len(report.snapshots) > 1:
+        note(f"its tables are of {len(report.snapshots)} moments, since it was resumed: see its manifest.json")
+    console.print(
+        f"[bold]{report.slug}[/]: {report.rows:,} rows of {report.tables:,} tables in {printable(str(report.path))} "
+        f"({report.files:,} files, {_size(report.bytes)} unpacked)",
+        highlight=False,
+    )
+
+
+def _bar(*, shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=errors, disable=not (shown and errors.is_terminal))
+
+
+def _size(count: float) -> str:
+    for unit in _UNITS[:-1]:
+        if count < 1_000:
+            return f"{count:.0f} {unit}"
+        count /= 1_000
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+__all__ = ["export"]
