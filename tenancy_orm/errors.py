@@ -1371,6 +1371,8 @@ class AdoptionDifferencesError(AdoptionError):
         self.source = source
         self.revision = revision
         self.differences = tuple(differences)
+
+
 class ExportError(OperationError):
     """An export would not be whole, or cannot be written to that place. What was written is not a complete archive."""
 
