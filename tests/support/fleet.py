@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
-from tenancy_orm.migrations import FleetServices
+from tenancy_orm.migrations import FleetServices, waits
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.runs import FleetMigrator
@@ -125,6 +125,23 @@ async def activity(connection: asyncpg.Connection[Any], condition: str) -> int:
     await connection.execute("SELECT pg_stat_clear_snapshot()")
     query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND "
     return int(await connection.fetchval(query + condition))
+
+
+def look_before_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let migrations begin to wait for locks only when what looks who holds them is connected."""
+    watched = waits.watched
+
+    @asynccontextmanager
+    async def connected(pid: int, connect: Callable[[], Awaitable[Any]]) -> AsyncIterator[waits.LockWatch]:
+        connection = await connect()
+
+        async def opened() -> Any:
+            return connection
+
+        async with watched(pid, opened) as watch:
+            yield watch
+
+    monkeypatch.setattr(waits, "watched", connected)
 
 
 def fleet_config(postgres: Postgres, control_url: str, name_prefix: str, project: Project) -> TenancyConfig:

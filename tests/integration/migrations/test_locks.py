@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.runs import FleetMigrator
 from tests.support.alembic_program import Alembic
-from tests.support.fleet import Fleet, activity, open_fleet, until
+from tests.support.fleet import Fleet, activity, look_before_waiting, open_fleet, until
 from tests.support.projects import NOTES, Project
 from tests.support.warm import Program, start_module
 
@@ -53,7 +53,9 @@ async def is_waiting(connection: asyncpg.Connection[Any], event: str) -> bool:
 
 async def test_a_lock_conflict_is_tried_again(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
     project.add("0002", RATING, down="0001")
-    async with impatient(config, migration={"lock_timeout": 0.2}) as migrations, fleet.connect("acme") as holder:
+    # as many attempts as it takes until two of them were seen
+    settings = {"lock_timeout": 0.2, "attempts": 1_000}
+    async with impatient(config, migration=settings) as migrations, fleet.connect("acme") as holder:
         transaction = holder.transaction()
         await transaction.start()
         await holder.execute("LOCK TABLE notes")
@@ -124,8 +126,11 @@ async def test_a_migration_ends_by_its_deadline(fleet: Fleet, config: TenancyCon
         await until(lambda: activity(connection, "wait_event = 'PgSleep'"), 0)
 
 
-async def test_who_holds_the_lock_is_named_in_the_error(fleet: Fleet, config: TenancyConfig, project: Project) -> None:
+async def test_who_holds_the_lock_is_named_in_the_error(
+    fleet: Fleet, config: TenancyConfig, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By pid, application_name, state and age; never by a query, which may hold values."""
+    look_before_waiting(monkeypatch)
     project.add("0002", RATING, down="0001")
     settings = {"lock_timeout": 0.8, "attempts": 2, "retry_pause": 0.01}
     async with impatient(config, migration=settings) as migrations, fleet.connect("acme") as holder:
@@ -290,7 +295,7 @@ async def test_an_index_that_a_lock_timeout_interrupted_is_built(
     fleet: Fleet, config: TenancyConfig, project: Project
 ) -> None:
     project.add("0002", CONCURRENTLY, down="0001")
-    async with impatient(config, migration={"lock_timeout": 0.2}) as migrations:
+    async with impatient(config, migration={"lock_timeout": 0.2, "attempts": 1_000}) as migrations:
         async with writer(fleet, "acme"):
             run = asyncio.create_task(migrations.upgrade())
             await until(lambda: fleet.fetch("acme", INDEXES), [("ix_notes_body", False)])

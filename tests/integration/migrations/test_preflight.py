@@ -14,7 +14,7 @@ from tenancy_orm.migrations import Check, checks
 from tenancy_orm.migrations.checks import MOST_ROWS
 from tenancy_orm.migrations.plan import Plan
 from tests.support.alembic_program import Alembic
-from tests.support.fleet import Fleet, activity, open_fleet, until
+from tests.support.fleet import Fleet, activity, look_before_waiting, open_fleet, until
 from tests.support.postgres import Postgres
 from tests.support.projects import NOTES, Project
 
@@ -177,31 +177,33 @@ async def test_a_check_that_cannot_be_executed_fails_in_the_template(fleet: Flee
 
 
 async def test_asking_is_bounded_and_a_lock_is_waited_for_again(
-    fleet: Fleet, config: TenancyConfig, project: Project
+    fleet: Fleet, config: TenancyConfig, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project.add(
         "0002", RATING, down="0001", preflight='yield Check("slow", "SELECT FROM notes, LATERAL pg_sleep(60 + id)")'
     )
     await fleet.execute("acme", "INSERT INTO notes (body) VALUES ('one')")
-    limits = {"preflight_timeout": 1, "lock_timeout": 0.2}
-    async with open_fleet(config.replace(migration=limits)) as other:
+    async with open_fleet(config.replace(migration={"preflight_timeout": 1})) as other:
         report = await other.migrations.preflight()
         assert report.reasons == {"acme": "0002 slow: no answer within 1 s; migration.preflight_timeout is the limit"}
-        project.add("0002", RATING, down="0001", preflight=NOT_EMPTY)
-        async with fleet.connect("acme") as holder:
-            transaction = holder.transaction()
-            await transaction.start()
-            await holder.execute("LOCK TABLE notes")
+    project.add("0002", RATING, down="0001", preflight=NOT_EMPTY)
+    # as many attempts as it takes until two of them were seen
+    settings = {"lock_timeout": 0.2, "attempts": 1_000}
+    async with open_fleet(config.replace(migration=settings)) as other, fleet.connect("acme") as holder:
+        transaction = holder.transaction()
+        await transaction.start()
+        await holder.execute("LOCK TABLE notes")
 
-            async def is_waiting() -> bool:
-                return await activity(holder, "wait_event_type = 'Lock'") > 0
+        async def is_waiting() -> bool:
+            return await activity(holder, "wait_event_type = 'Lock'") > 0
 
-            asking = asyncio.create_task(other.migrations.preflight())
-            for _ in range(2):
-                await until(is_waiting)
-                await until(is_waiting, False)
-            await transaction.commit()
-            assert (await asking).ok
+        asking = asyncio.create_task(other.migrations.preflight())
+        for _ in range(2):
+            await until(is_waiting)
+            await until(is_waiting, False)
+        await transaction.commit()
+        assert (await asking).ok
+    look_before_waiting(monkeypatch)
     settings = {"lock_timeout": 0.8, "attempts": 1}
     async with open_fleet(config.replace(migration=settings)) as other, fleet.connect("acme") as holder:
         async with holder.transaction():
