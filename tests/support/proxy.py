@@ -14,6 +14,9 @@ from sqlalchemy.engine import make_url
 _BACKEND_KEY = re.compile(rb"(K\x00\x00\x00\x0c)....(?=....Z\x00\x00\x00\x05)", re.DOTALL)
 
 
+_LOGIN_BYTES = 512
+
+
 class Proxy:
     """Forwards connections to a server, until told otherwise.
 
@@ -38,6 +41,13 @@ class Proxy:
         self.port = 0
         self.connections = 0
         self.forwarded = 0
+        # of each connection, what its client has sent first, and the pieces of data
+        self._carried: list[tuple[bytearray, list[int]]] = []
+
+    def forwarded_of(self, user: str) -> int:
+        """The pieces of data of the connections of one role: others, such as the administrator's, are never idle."""
+        login = f"user\0{user}\0".encode()
+        return sum(len(pieces) for first, pieces in self._carried if login in first)
 
     async def start(self) -> None:
         """Listen on a free port."""
@@ -109,9 +119,11 @@ class Proxy:
             await self._open.wait()
             inward, outward = await asyncio.open_connection(*self._target)
             self._writers.add(outward)
+            first, pieces = carried = bytearray(), list[int]()
+            self._carried.append(carried)
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(reader, outward))
-                group.create_task(self._pump(inward, writer))
+                group.create_task(self._pump(reader, outward, pieces, first))
+                group.create_task(self._pump(inward, writer, pieces))
         except* OSError:
             pass  # one side is gone; so is the other, below
         finally:
@@ -120,8 +132,17 @@ class Proxy:
                     self._writers.discard(end)
                     end.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        pieces: list[int],
+        first: bytearray | None = None,
+    ) -> None:
         while data := await reader.read(65_536):
+            if first is not None and len(first) < _LOGIN_BYTES:
+                first += data
+            pieces.append(len(data))
             if self._latency:
                 await asyncio.sleep(self._latency * (10 if self._random.random() < self._lost else 1))
             await self._open.wait()
