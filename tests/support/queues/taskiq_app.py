@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+from contextlib import suppress
 
+from redis.asyncio import Redis
+from redis.exceptions import LockError
 from taskiq import BrokerMessage, SimpleRetryMiddleware, TaskiqFormatter, TaskiqMessage, TaskiqScheduler
 from taskiq_redis import ListRedisScheduleSource, RedisAsyncResultBackend, RedisStreamBroker
 
@@ -63,7 +66,16 @@ async def write_second_time(body: str) -> str:
 
 @broker.task
 async def write_after_death(body: str) -> str:
-    return await tasks.write_after_death(tenancy, body)
+    # The broker takes this lock now and then, without an end: killed with it, nobody would get what it has not done.
+    lock = Redis(connection_pool=broker.connection_pool).lock(
+        f"autoclaim:{broker.consumer_group_name}:{broker.queue_name}", timeout=5.0
+    )
+    await lock.acquire()
+    try:
+        return await tasks.write_after_death(tenancy, body)
+    finally:
+        with suppress(LockError):
+            await lock.release()
 
 
 @broker.task
