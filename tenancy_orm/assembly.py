@@ -336,7 +336,8 @@ class Assembly:
         self._build_billing()
         operations = Operations(self.control)
         self.operations = OperationManager(operations, self.registry)
-        self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events)
+        self._build_backups()
+        self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events, self.backups)
         self.moves = MoveManager(
             config=config,
             registry=self.registry,
@@ -346,7 +347,6 @@ class Assembly:
             placer=placer,
             control=self.control,
         )
-        self._build_backups()
         self.housekeeping = Housekeeping(
             config=config,
             registry=self.registry,

@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..audit.actor import SYSTEM, Actor
+from ..backups import BackupManager
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
@@ -45,6 +46,7 @@ from ..tenants.manager import TenantManager
 from .report import RestoreReport, UpkeepReport
 from .sources import Archive, RestoreSource
 from .switching import Swapped, Switching, check_swappable
+from .tombstones import Tombstones
 
 logger = logging.getLogger("tenancy_orm.restores")
 
@@ -72,6 +74,7 @@ class RestoreManager:
         tenants: Creates tenants.
         migrations: Loads the migrations.
         events: Receives ``TenantRestored``.
+        backups: Has the store with tombstones.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class RestoreManager:
         tenants: TenantManager,
         migrations: FleetMigrator,
         events: EventBus,
+        backups: BackupManager,
     ) -> None:
         services = migrations.services
         self._config = config
@@ -91,6 +95,7 @@ class RestoreManager:
         self._registry = services.registry
         self._provisioner = services.provisioner
         self._events = events
+        self._tombstones = Tombstones(config, services.control, backups)
         self._connections = Connections(services)
         self._switching = Switching(config, services.registry, services.provisioner, self._connections)
 
@@ -136,6 +141,7 @@ class RestoreManager:
                 f"this is a backup of another tenant ({source.tenant_id}) than {found.slug!r}, and never restored into "
                 "it; make a tenant of it with --as (as_slug in Python)"
             )
+        await self._tombstones.refuse(found.id, found.slug)
         place = _placement(found)
         database, claimant = self._provisioner.new_databases.new_name(), Claimant()
         operation = await self._operations.begin(
@@ -273,6 +279,7 @@ class RestoreManager:
         origin = await self._registry.get(source.tenant_id)
         if origin.status is Status.PURGED or origin.placement is None:
             raise TenantNotFoundError(origin.slug)
+        await self._tombstones.refuse(origin.id, origin.slug)
         if await self._registry.find_unfinished(origin.id):
             raise OperationError(f"tenant {origin.slug!r} is being created or purged")
         return origin
@@ -553,6 +560,9 @@ class RestoreManager:
     async def settle(self, *, actor: Actor = SYSTEM) -> UpkeepReport:
         """End the restores that no process does any more, and drop replaced databases that are kept no longer.
 
+        Purged tenants get a tombstone beside their backups, so that none of them is restored any more, even if the
+        control database is restored to a time when the tenant was alive.
+
         One that was left behind while it swapped is finished; others are undone. Housekeeping does this.
 
         Raises:
@@ -560,6 +570,10 @@ class RestoreManager:
         """
         refuse_while_bound("settling restores")
         settled, dropped, errors = list[int](), list[str](), list[str]()
+        try:
+            await self._tombstones.write()
+        except _FAILURES as exc:
+            errors.append(f"tombstones in the store of backups: {exc}")
         for operation in await self._operations.list(kinds=("restore",), states=("running", "waiting"), limit=_LISTED):
             if not operation.is_abandoned and not await self._is_over(operation):
                 continue

@@ -1,0 +1,69 @@
+"""Restores of backups: what the signed manifest says is checked, and a purged tenant is never restored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tenancy_orm.config import BackupConfig, TenancyConfig
+from tenancy_orm.errors import BackupError, OperationError, TenantNotFoundError
+from tenancy_orm.restores import BackupSource
+from tests.integration.restores.test_restores import add, databases, notes
+from tests.support.fleet import Fleet, fleet_config
+from tests.support.postgres import Postgres
+from tests.support.projects import Project
+
+
+@pytest.fixture
+def config(postgres: Postgres, name_prefix: str, control_url: str, project: Project, tmp_path: Path) -> TenancyConfig:
+    made = fleet_config(postgres, control_url, name_prefix, project)
+    return made.replace(backup=BackupConfig(store=f"file:{tmp_path / 'store'}"))
+
+
+async def test_a_backup_is_restored_and_never_after_a_purge(fleet: Fleet, tmp_path: Path) -> None:
+    """Not into the tenant, not as another one, and not where the control database has lost its tombstone."""
+    tenancy, restores = fleet.tenancy, fleet.tenancy.restores
+    (backup,) = (await tenancy.backups.run(["acme"])).done
+    await add(fleet, "acme", "after the backup")
+    source = BackupSource(tenancy.backups, backup)
+    with pytest.raises(OperationError, match="another tenant"):
+        await restores.restore("globex", source)
+    assert (await restores.restore("acme", source)).revision == "0001"
+    assert await notes(fleet, "acme") == 100
+
+    acme = await fleet.registry.find("acme")
+    await tenancy.tenants.delete("acme")
+    await tenancy.tenants.purge("acme")
+    assert (await restores.settle()).errors == ()
+    left = await databases(fleet)
+    for attempt, error in enumerate((TenantNotFoundError, OperationError)):
+        with pytest.raises(error):
+            await restores.restore(acme.id, source)
+        with pytest.raises(error):
+            await restores.restore_as("acme-copy", source)
+        if attempt == 0:
+            # as an older backup of the control database has it
+            alive = "status = 'active', sealed_password = 'x', purge_started_at = NULL, deleted_at = NULL"
+            async with fleet.services.control.transaction() as connection:
+                await connection.execute(sa.text("ALTER TABLE tenancy.tenants DISABLE TRIGGER USER"))
+                await connection.execute(sa.text(f"UPDATE tenancy.tenants SET {alive} WHERE id = '{acme.id}'"))
+                await connection.execute(sa.text("ALTER TABLE tenancy.tenants ENABLE TRIGGER USER"))
+            assert (await fleet.registry.find("acme")).status.value == "active"
+    assert await databases(fleet) == left
+
+
+async def test_a_backup_that_was_changed_is_refused(fleet: Fleet, tmp_path: Path) -> None:
+    """A flipped byte, before anything is made; and rows that are not those that were counted, after it."""
+    tenancy, restores = fleet.tenancy, fleet.tenancy.restores
+    (backup,) = (await tenancy.backups.run(["acme"])).done
+    before = await databases(fleet)
+    path = tmp_path / "store" / backup.archive_path
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(bytes(contents))
+    with pytest.raises(BackupError):
+        await restores.restore("acme", BackupSource(tenancy.backups, backup))
+    assert await databases(fleet) == before
+    assert await notes(fleet, "acme") == 100
