@@ -76,6 +76,7 @@ SELECT pg_get_userbyid(a.grantee)::text AS name FROM pg_database d, aclexplode(d
 _LARGE_OBJECTS = """
 SELECT l.oid FROM pg_largeobject_metadata l WHERE pg_get_userbyid(lomowner) = $1 AND l.oid > $2::oid ORDER BY 1 LIMIT $3
 """
+_STARTED = "SELECT pg_postmaster_start_time()"
 _BATCH = 500
 
 
@@ -519,8 +520,11 @@ async def drop_all_beside(
             await drop_beside(services, connection, beside)
             continue
         other = services.servers[beside.server]
-        held = await services.admin_connections.acquire(other, key, timeout=timeout)
+        held = await services.admin_connections.connect(other)
         try:
+            # one that is configured under two names has one lock, and ``connection`` holds it
+            if await connection.fetchval(_STARTED) != await held.fetchval(_STARTED):
+                await locks.lock(held, key, timeout=timeout)
             await drop_beside(services, held, beside)
         finally:
             await run_to_completion(services.admin_connections.release(other, held, key))

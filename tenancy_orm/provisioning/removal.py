@@ -58,6 +58,12 @@ WHERE r.rolname = $1 AND d.datname = current_database() AND s.classid = 'pg_larg
   AND s.deptype = 'a' AND s.objid > $2::oid
 ORDER BY 1 LIMIT $3
 """
+# of a database, those who own something in it
+_OWNERS = """
+SELECT DISTINCT r.rolname::text FROM pg_shdepend s
+JOIN pg_roles r ON s.refclassid = 'pg_authid'::regclass AND s.refobjid = r.oid
+JOIN pg_database d ON d.oid = s.dbid WHERE s.deptype = 'o' AND d.datname = current_database()
+"""
 _MEMBERSHIPS = """
 SELECT g.rolname::text AS granted, m.rolname::text AS member
 FROM pg_auth_members a JOIN pg_roles g ON g.oid = a.roleid JOIN pg_roles m ON m.oid = a.member
@@ -243,9 +249,9 @@ async def _revoke_rights(blockers: Blockers, names: Names, role: str, database: 
     """Revoke all rights of a role in a database, and on shared objects."""
     connection = await blockers.connect(database)
     try:
-        # Revoking needs the rights of the object's owner. A large object is owned by the role of the tenant that the
-        # database belongs to; that role has the database's name.
-        needed = [role] if database is None or names.parse(database) is None else [role, database]
+        # revoking needs the rights of the owner: of large objects and default privileges that is the tenant's role
+        owners = [] if database is None else [row[0] for row in await connection.fetch(_OWNERS)]
+        needed = dict.fromkeys([role, *(owner for owner in owners if names.parse(owner) is not None)])
         async with roles.joined(connection, *needed):
             await _revoke_large_objects(connection, blockers, role)
             await blockers.run(connection, partial(connection.execute, f"DROP OWNED BY {quote_identifier(role)}"))

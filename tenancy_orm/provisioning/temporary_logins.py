@@ -59,6 +59,11 @@ SELECT rolname::text AS name FROM pg_roles
  WHERE starts_with(rolname::text, $1) AND rolname ~ '_[a-z2-7]{6}$'
    AND (NOT rolcanlogin OR rolvaliduntil IS NULL OR rolvaliduntil <= clock_timestamp() OR rolvaliduntil = 'infinity')
 """
+# that name a role: after a restore, a tenant's database has another name than its role
+_DATABASES = """
+SELECT DISTINCT d.datname::text FROM pg_shdepend s JOIN pg_database d ON d.oid = s.dbid
+  JOIN pg_roles r ON s.refclassid = 'pg_authid'::regclass AND s.refobjid = r.oid WHERE r.rolname = $1
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,26 +298,26 @@ async def drop(connection: Connection, blockers: Blockers, names: Names, role: s
         await blockers.run(connection, partial(roles.drop, connection, role))
     except asyncpg.DependentObjectsStillExistError:
         # a session has left the tenant's role (SET ROLE NONE) and created something, or was granted something
-        await _give_away(blockers, names, role)
+        await _give_away(connection, blockers, names, role)
         await removal.remove_role(connection, blockers, names, role)
 
 
-async def _give_away(blockers: Blockers, names: Names, role: str) -> None:
-    """Give what a temporary login owns in the tenant's database to the tenant's role."""
+async def _give_away(connection: Connection, blockers: Blockers, names: Names, role: str) -> None:
+    """Give what a temporary login owns in the tenant's databases to the tenant's role."""
     owner = names.role_of(role)
     assert owner is not None  # noqa: S101 - for the type checker
-    # the tenant's database has the name of its role
-    with suppress(TenancyError, asyncpg.InvalidCatalogNameError):
-        connection = await blockers.connect(owner)
-        try:
-            async with roles.joined(connection, role, owner):
-                give = (
-                    f"REASSIGN OWNED BY {quote_identifier(role)} TO {quote_identifier(owner)}; "
-                    f"DROP OWNED BY {quote_identifier(role)}"
-                )
-                await blockers.run(connection, partial(connection.execute, give))
-        finally:
-            await run_to_completion(connections.close(connection))
+    for (database,) in await connection.fetch(_DATABASES, role):
+        with suppress(TenancyError, asyncpg.InvalidCatalogNameError, asyncpg.ObjectNotInPrerequisiteStateError):
+            inside = await blockers.connect(database)
+            try:
+                async with roles.joined(inside, role, owner):
+                    give = (
+                        f"REASSIGN OWNED BY {quote_identifier(role)} TO {quote_identifier(owner)}; "
+                        f"DROP OWNED BY {quote_identifier(role)}"
+                    )
+                    await blockers.run(inside, partial(inside.execute, give))
+            finally:
+                await run_to_completion(connections.close(inside))
 
 
 async def _create(

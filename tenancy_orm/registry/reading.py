@@ -221,11 +221,20 @@ class Reading(TenantTable):
             return set(await connection.scalars(query))
 
     async def id_by_database(self, name: str) -> UUID | None:
-        """Return the id of the tenant that has, or had, the database of this name on any server; None if none has."""
+        """Return the id of the tenant that has, or had, the database or role of this name on any server, or None.
+
+        A database beside the one in use is the tenant's too; so is a role that has the name of another database.
+        """
         refuse_while_bound("finding a tenant by its database")
         # by server, as the index is
-        query = select(tenants.c.id).where(
+        placed = select(tenants.c.id).where(
             tenants.c.server.in_(select(servers.c.name)), tenants.c.database_name == name
         )
+        by_role = select(tenants.c.id).where(tenants.c.role_name == name)
+        beside = select(tenant_databases.c.tenant_id).where(
+            or_(tenant_databases.c.name == name, tenant_databases.c.role_name == name)
+        )
         async with self._control.connect() as connection:
-            return await connection.scalar(query)
+            found = await connection.scalar(placed)
+            # rarely: a restore or a move has given the tenant another database
+            return found or await connection.scalar(by_role.union_all(beside).limit(1))

@@ -24,7 +24,7 @@ from tests.support.waiting import until
 from tests.support.warm import start_module
 
 # what is left on the server is compared as a whole
-pytestmark = pytest.mark.new_installation
+pytestmark = [pytest.mark.new_installation, pytest.mark.timeout(600)]
 
 SECONDS = 120.0
 PRESENT = """
