@@ -34,9 +34,6 @@ def move(
     confirmed: Annotated[
         bool, typer.Option("--confirm", help="Drop the former database; there is no way back then.")
     ] = False,
-    resume: Annotated[
-        int | None, typer.Option("--resume", help="Finish or undo the move of this number, which was interrupted.")
-    ] = None,
     all_from: Annotated[
         str | None, typer.Option("--all-from", help="Move all tenants of this server, which is in drain.")
     ] = None,
@@ -45,8 +42,8 @@ def move(
     as_json: Json = False,
 ) -> None:
     """Move a tenant to another server while it is used; its sessions wait for a moment. See also: tenancy rebalance."""
-    if sum((tenant is not None, resume is not None, all_from is not None)) != 1:
-        fail("name a tenant, or give --all-from SERVER, or --resume NUMBER", kind="ConfigurationError")
+    if (tenant is None) == (all_from is None):
+        fail("name a tenant, or give --all-from SERVER", kind="ConfigurationError")
     if (rollback or confirmed) and (tenant is None or to is not None or offline or (rollback and confirmed)):
         fail("--rollback and --confirm take a tenant, and nothing else", kind="ConfigurationError")
     if all_from is not None:
@@ -54,8 +51,6 @@ def move(
         return
 
     async def command(tenancy: Tenancy) -> Operation:
-        if resume is not None:
-            return await tenancy.moves.resume(resume, actor=operator())
         assert tenant is not None  # noqa: S101 - for the type checker: one of them is given
         if rollback:
             return await tenancy.moves.rollback(tenant, actor=operator())
@@ -70,8 +65,6 @@ def move(
         print_json(found)
     else:
         _show(found)
-    if found.state == "failed":
-        raise typer.Exit(EXIT_FAILED)
 
 
 def rebalance(

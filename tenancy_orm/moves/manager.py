@@ -278,7 +278,7 @@ class MoveManager:
         if listed[0].state == "running":
             one = listed[0]
             remedy = (
-                f"run: tenancy move --resume {one.id}"
+                f"run: tenancy operations resume {one.id}"
                 if one.is_abandoned
                 else "end that process to undo it, or wait until it is done"
             )
@@ -489,7 +489,13 @@ class MoveManager:
         unfinished = await self._operations.list(kinds=("move",), states=("running", "waiting"), limit=_PAGE)
         for found in unfinished:
             try:
-                if found.is_abandoned:
+                if (await self._registry.get(found.tenant_id)).status is Status.PURGED:
+                    # its databases are gone; what is left on the servers is removed below
+                    claimant = Claimant()
+                    await self._operations.finish(
+                        await self._operations.claim(found.id, claimant), claimant, "done", detail={"purged": True}
+                    )
+                elif found.is_abandoned:
                     await self.resume(found.id, actor=actor)
                     resumed.append(found.id)
                 elif found.state == "waiting" and await self._is_due(found):

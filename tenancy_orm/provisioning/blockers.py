@@ -140,6 +140,11 @@ class Blockers:
         self._names = names
         self._registry = registry
 
+    @property
+    def stream_stem(self) -> str:
+        """The prefix of the names of slots and subscriptions by which this installation moves tenants."""
+        return self._names.stream_stem
+
     def may_end(self, role: str) -> bool:
         """Whether this role's sessions may be ended: it is a tenant's, or the owner of their databases."""
         return self._names.role_of(role) is not None or role == self._names.owner

@@ -38,6 +38,14 @@ _MARGIN_SECONDS = 1.0  # ... and how long before its deadline it stops trying
 _BATCH = 2000  # large objects in one transaction
 
 _PREPARED = "SELECT gid, owner::text AS role, database::text AS database FROM pg_prepared_xacts WHERE database = $1"
+_SUBSCRIPTIONS = """
+SELECT subname::text FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid
+ WHERE d.datname = $1 AND starts_with(subname::text, $2)
+"""
+_STREAMING = """
+SELECT DISTINCT a.usename::text FROM pg_replication_slots s JOIN pg_stat_activity a ON a.pid = s.active_pid
+ WHERE s.database = $1 AND starts_with(s.slot_name::text, $2) AND a.usename IS NOT NULL
+"""
 # The databases that name a role, and whether it owns something there. 'o' is SHARED_DEPENDENCY_OWNER. Rights on shared
 # objects (to connect to a database, for example) can be revoked in any database; here they have no database.
 _REFERENCES = """
@@ -159,6 +167,7 @@ async def drop_database(connection: Connection, blockers: Blockers, name: str) -
         for found in await connection.fetch(_PREPARED, name):
             if blockers.may_end(found["role"]):
                 await blockers.roll_back(PreparedTransaction(**found))
+        await _end_streams(connection, blockers, name)
         try:
             await blockers.run(connection, drop)
         except asyncpg.ObjectInUseError as exc:
@@ -166,6 +175,24 @@ async def drop_database(connection: Connection, blockers: Blockers, name: str) -
             raise ProvisioningError(
                 f"database {name!r} is in use and cannot be dropped" + (f"; run: {remedies}" if remedies else "")
             ) from exc
+
+
+async def _end_streams(connection: Connection, blockers: Blockers, name: str) -> None:
+    """End what replicates a database for a move: its subscriptions, and who uses its slots, which are dropped with it.
+
+    The slots of its subscriptions, on other servers, are left to housekeeping.
+    """
+    for (subscription,) in await connection.fetch(_SUBSCRIPTIONS, name, blockers.stream_stem):
+        quoted = quote_identifier(subscription)
+        inside = await blockers.connect(name)
+        try:
+            for statement in ("DISABLE", "SET (slot_name = NONE)"):
+                await inside.execute(f"ALTER SUBSCRIPTION {quoted} {statement}")
+            await inside.execute(f"DROP SUBSCRIPTION {quoted}")
+        finally:
+            await connections.close(inside)
+    for (login,) in await connection.fetch(_STREAMING, name, blockers.stream_stem):
+        await roles.end_connections(connection, login)
 
 
 async def _remedies(connection: Connection, name: str) -> list[str]:

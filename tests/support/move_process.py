@@ -17,38 +17,27 @@ import pytest
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.moves.steps import Move
 from tenancy_orm.moves.streams import Stream
-from tenancy_orm.operations import Operations, Switch
-from tenancy_orm.provisioning.new_databases import NewDatabase, NewDatabases
+from tenancy_orm.operations import Switch
+from tenancy_orm.provisioning.new_databases import NewDatabase
 from tenancy_orm.registry.registry import Registry
 from tests.support.models import Base
 
 # by the name of a point: what is wrapped, at which call, and whether the signal comes after it
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
-    "begun": (Operations, "begin", 1, True),
     "recorded": (Registry, "record_database", 1, True),
-    "published": (Stream, "publish", 1, True),
     "login": (Stream, "create_login", 1, True),
     "slot": (Move, "_copy", 1, False),
-    "copied": (NewDatabase, "hand_over", 1, False),
     "handed over": (NewDatabase, "hand_over", 1, True),
     "subscribed": (Stream, "subscribe", 1, True),
     "way back": (Stream, "create_slot", 1, True),
-    "paused": (Registry, "pause", 1, True),
     "closed": (Switch, "_close", 1, True),
     "before the switch": (Registry, "switch_database", 1, False),
     "after the switch": (Registry, "switch_database", 1, True),
-    "before the pause ends": (Registry, "end_pause", 1, False),
     "switched": (Stream, "drop", 1, False),
-    "dropped": (Stream, "drop", 1, True),
     "followed": (Stream, "subscribe", 2, True),
-    "waiting": (Operations, "finish", 1, False),
-    "back: paused": (Switch, "_close", 1, True),
     "back: before the switch": (Registry, "switch_database", 1, False),
     "back: after the switch": (Registry, "switch_database", 1, True),
-    "back: dropped": (Stream, "drop", 1, True),
-    "back: done": (NewDatabases, "drop", 1, True),
     "confirm: dropped": (Stream, "drop", 1, True),
-    "confirm: done": (NewDatabases, "drop", 1, True),
 }
 
 

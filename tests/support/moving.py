@@ -119,6 +119,8 @@ class Writer:
                         )
                         await session.commit()
                         self.written.append(body)
+                        # other processes need the machine as well
+                        await asyncio.sleep(0.005)
             except Exception as exc:  # noqa: BLE001 - the test looks at them
                 self.errors.append(exc)
                 await asyncio.sleep(0.01)

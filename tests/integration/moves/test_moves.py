@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import pytest
+from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.errors import OperationError
+from tenancy_orm.operations import Switch
 from tests.support.moving import Pair, Writer, writing
 from tests.support.waiting import until
 
@@ -43,3 +49,85 @@ async def test_a_tenant_moves_under_writes_and_back_and_nothing_is_lost(
     assert pair.left(moving.name_prefix) == []
     assert back.placement is not None
     assert pair.databases(moving.name_prefix) == [f"one:{back.placement.database}"]
+
+
+async def test_a_process_that_hears_nothing_and_threads_go_on_in_the_new_database(
+    plane: Tenancy, moving: TenancyConfig, pair: Pair
+) -> None:
+    """PostgreSQL refuses the old database; sessions that were opened before the move are led to the new one."""
+    acme = (await plane.tenants.create("acme")).tenant
+    where = text("SELECT current_setting('port')")
+    async with Tenancy(moving) as deaf:
+        # it has no listener any more, and believes what it has cached
+        await deaf.internals.directory._listener.close()
+        moved, asked = threading.Event(), threading.Event()
+        ports: list[str] = []
+
+        def in_thread() -> None:
+            with deaf.sync.session("acme") as session:
+                ports.append(session.scalar(where))
+                session.rollback()
+                asked.set()
+                assert moved.wait(120)
+                ports.append(session.scalar(where))
+
+        thread = asyncio.create_task(asyncio.to_thread(in_thread))
+        async with deaf.session("acme") as held:
+            assert await held.scalar(where) == str(pair.one.port)
+            await held.rollback()
+            await until(asked.is_set, seconds=60.0)
+            await plane.moves.move("acme", to="two")
+            moved.set()
+            assert await held.scalar(where) == str(pair.two.port)
+            await held.rollback()
+            await thread
+            assert ports == [str(pair.one.port), str(pair.two.port)]
+            # a second one that was opened before, and a new one
+            async with deaf.session("acme") as fresh:
+                assert await fresh.scalar(where) == str(pair.two.port)
+    await plane.tenants.delete("acme")
+    # the former database, which follows, is purged with the other one
+    await plane.tenants.purge("acme")
+    await plane.run_housekeeping()
+    assert pair.databases(moving.name_prefix) == []
+    assert pair.left(moving.name_prefix) == []
+    assert acme.placement is not None
+    assert pair.writable(acme) == []
+
+
+async def test_a_change_of_the_schema_during_a_move_is_noticed_and_a_migration_waits(
+    plane: Tenancy, moving: TenancyConfig, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acme = (await plane.tenants.create("acme")).tenant
+    assert acme.placement is not None
+    owner = plane.internals.provisioner.names.owner
+    original = Switch._close
+    locked: list[bool] = []
+
+    async def change(switch: Switch, *arguments: object) -> None:
+        # by hand, at the worst moment: the schema has been copied, and nobody has looked at it since
+        await original(switch, *arguments)  # type: ignore[arg-type]
+        locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = "
+        locked.append(
+            pair.rows(acme, f"{locks} (SELECT oid FROM pg_database WHERE datname = current_database())") != [(0,)]
+        )
+        pair.rows(acme, f'SET ROLE "{owner}"; ALTER TABLE notes ADD COLUMN more text; SELECT 1')
+
+    monkeypatch.setattr(Switch, "_close", change)
+    with pytest.raises(OperationError, match=r"was changed during its move: .*column more.*; move it again"):
+        await plane.moves.move("acme", to="two")
+    assert locked == [True]  # what a migration waits for
+    async with plane.session("acme") as session:
+        assert await session.scalar(text("SELECT count(more) FROM notes")) == 0
+    assert pair.writable(acme) == ["one"]
+    assert pair.left(moving.name_prefix) == []
+    monkeypatch.undo()
+    await plane.moves.move("acme", to="two")
+    # the old database cannot follow a schema that was changed since
+    moved = await plane.tenants.get("acme")
+    pair.rows(moved, f'SET ROLE "{owner}"; ALTER TABLE notes ADD COLUMN even_more text; SELECT 1')
+    with pytest.raises(OperationError, match=r"was changed since its move: .*even_more.*; confirm that"):
+        await plane.moves.rollback("acme")
+    assert pair.writable(moved) == ["two"]
+    assert (await plane.moves.confirm("acme")).state == "done"
+    assert pair.left(moving.name_prefix) == []

@@ -1,0 +1,77 @@
+"""``tenancy move`` and ``tenancy rebalance``, between two real servers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.moving import Pair, pair_of_servers
+from tests.support.shell import ROOT, environment
+from tests.support.warm import Finished, run_module
+
+pytestmark = pytest.mark.new_installation
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    """Two servers with wal_level = logical."""
+    with pair_of_servers() as running:
+        yield running
+
+
+async def test_a_tenant_is_moved_back_and_confirmed_by_command(
+    pair: Pair, control_url: str, name_prefix: str, tmp_path: Path
+) -> None:
+    (tmp_path / "models.py").write_text("from tests.support.models import Base\nmetadata = Base.metadata\n")
+    variables = environment(
+        TENANCY_CONTROL_URL=control_url,
+        TENANCY_SERVERS=f"one={pair.one.url('postgres')},two={pair.two.url('postgres')}",
+        TENANCY_DEFAULT_SERVER="one",
+        TENANCY_METADATA="models:metadata",
+        TENANCY_ENCRYPTION_KEYS="1:" + base64.b64encode(secrets.token_bytes(32)).decode(),
+        TENANCY_NAME_PREFIX=name_prefix,
+        PYTHONPATH=str(ROOT),
+        COLUMNS="200",
+        NO_COLOR="1",
+    )
+
+    async def cli(*arguments: str, stdin: str = "") -> Finished:
+        return await run_module("tenancy_orm.cli", *arguments, cwd=tmp_path, env=variables, stdin=stdin)
+
+    async def told(*arguments: str) -> Any:
+        done = await cli(*arguments, "--json")
+        assert done.status == 0, done.err
+        return json.loads(done.out)
+
+    await told("create", "acme")
+    for arguments in (("acme", "--all-from", "one"), ("acme", "--rollback", "--confirm")):
+        refused = await cli("move", *arguments)
+        assert refused.status == 1 and "error:" in refused.err
+    moved = await cli("move", "acme", "--to", "two")
+    assert moved.status == 0 and moved.out.startswith("acme is on two, it was on one; its sessions waited for "), (
+        moved.err
+    )
+    assert "tenancy move acme --rollback; or: --confirm" in moved.err + moved.out
+    back = await cli("move", "acme", "--rollback")
+    assert (back.status, back.out) == (0, "acme is on one again\n"), back.err
+    assert (await told("move", "acme", "--to", "two"))["state"] == "waiting"
+    sure = await cli("move", "acme", "--confirm", "--yes")
+    assert (sure.status, sure.out) == (0, "acme stays on two; its database on one was dropped\n"), sure.err
+    await told("create", "globex")
+    await told("create", "hooli")
+    await told("create", "umbrel")
+    plan = await told("rebalance")
+    assert [(one["from"], one["to"]) for one in plan["moves"]] == [("one", "two")]
+    applied = await cli("rebalance", "--apply", "--yes", "--offline")
+    assert "one holds 75% of the tenants, and its weight is 50%; two holds 25%" in applied.out
+    assert applied.status == 0 and "moved 1, failed 0" in applied.out, applied.err
+    await told("servers", "drain", "one")
+    emptied = await told("move", "--all-from", "one", "--to", "two", "--offline")
+    assert [one["error"] for one in emptied["outcomes"]] == [None, None]
+    assert pair.left(name_prefix) == []
