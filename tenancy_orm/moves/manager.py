@@ -527,9 +527,15 @@ class MoveManager:
     async def _give_up_return(self, operation: Operation, actor: Actor) -> Numbers:
         move = Move(self._services(Claimant()), operation, await self._registry.get(operation.tenant_id), actor=actor)
         kept = await move.kept_bytes()
-        if kept is not None and kept <= self._config.max_slot_bytes:
+        revision = (await self._registry.get(operation.tenant_id)).schema_revision
+        if revision != operation.detail["revision"]:
+            reason = f"the schema was migrated to {revision} since"
+        elif kept is None:
+            reason = "its slot is gone"
+        elif kept > self._config.max_slot_bytes:
+            reason = f"it kept {kept:,} bytes of the log, so housekeeping ended it"
+        else:
             return []
-        reason = "its slot is gone" if kept is None else f"it kept {kept:,} bytes of the log, so housekeeping ended it"
         claimed, _ = await self._claim(operation, actor)
         await run_unbound(claimed.give_up_return(reason))
         logger.error("move %d of tenant %s has no way back any more: %s", operation.id, operation.slug, reason)

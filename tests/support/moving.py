@@ -75,9 +75,13 @@ def rows(server: TestServer, database: str, query: str) -> list[tuple[Any, ...]]
 
 
 @contextmanager
-def pair_of_servers() -> Iterator[Pair]:
-    """Run two servers for the body."""
-    with primary_server(settings=_SETTINGS) as one, primary_server(settings=_SETTINGS) as two:
+def pair_of_servers(*versions: int) -> Iterator[Pair]:
+    """Run two servers for the body, of these versions of PostgreSQL."""
+    first, second = versions or (18, 18)
+    with (
+        primary_server(version=first, settings=_SETTINGS) as one,
+        primary_server(version=second, settings=_SETTINGS) as two,
+    ):
         yield Pair(one, two)
 
 
