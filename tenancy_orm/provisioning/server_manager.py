@@ -20,7 +20,7 @@ from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.models import servers as table
 from ..control.models import templates as template_table
-from ..control.models import tenants, warm_databases
+from ..control.models import tenant_databases, tenants, warm_databases
 from ..errors import (
     ConfigurationError,
     PlacementError,
@@ -339,8 +339,8 @@ class ServerManager:
 
         Raises:
             UnknownServerError: there is none of this name.
-            ConfigurationError: it holds tenants, deleted ones count too until they are purged, templates or warm
-                databases; or the settings of this process have its address, which would add it again.
+            ConfigurationError: it holds tenants, deleted ones count too until they are purged, their former databases,
+                templates or warm databases; or the settings of this process have its address, which would add it again.
             ProvisioningError: a warm database could not be dropped.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
             CrossTenantError: a tenant is bound.
@@ -372,6 +372,15 @@ class ServerManager:
                         f"tenancy servers remove {name} --drop-templates; if the server does not exist any more: "
                         "--forget-templates"
                     )
+            beside = tenant_databases.c.server == name
+            if templates == "forget":
+                await connection.execute(delete(tenant_databases).where(beside))
+            elif held := await connection.scalar(select(func.count()).select_from(tenant_databases).where(beside)):
+                raise ConfigurationError(
+                    f"server {name!r} has {held} database{'s' * (held != 1)} that a move or a restore has left there; "
+                    "confirm the moves (tenancy move TENANT --confirm), or wait until housekeeping drops them; if the "
+                    "server does not exist any more: --forget-templates"
+                )
             await connection.execute(delete(table).where(table.c.name == name))
             await forget_server(connection, name)
             await self._write_audit(connection, "server.remove", name, actor, before, None)
