@@ -119,7 +119,7 @@ async def test_a_failed_upgrade_is_recorded_and_left_alone_by_every_process(
         assert heard + also_heard == ["acme failed"]
         [failed] = await one.fleet.registry.failed_upgrades()
         assert (failed.slug, failed.target, failed.failures, failed.sqlstate) == ("acme", "0003", 1, "42701")
-        assert 50 < (failed.next_at - failed.failed_at).total_seconds() <= 60
+        assert 50 < (failed.next_at - failed.failed_at).total_seconds() < 61  # each by a clock of its own
 
         async def again() -> None:
             await control(one, "UPDATE tenancy.tenant_upgrades SET next_at = now()")
