@@ -20,7 +20,7 @@ from .authentication.invitation_text import InvitationSigner
 from .authentication.keys import KeyManager
 from .authentication.members import MemberManager
 from .authentication.revocations import RevocationManager
-from .backups import BackupKeys, BackupManager, BackupServices
+from .backups import BackupKeys, BackupManager, BackupServices, Stores
 from .config import TenancyConfig
 from .connections import ConnectionLeases
 from .control.database import ControlDatabase, head
@@ -525,6 +525,8 @@ class Assembly:
             requests_wait=lambda server: bool(self.router.waiting().get(server)),
         )
         self._opened.append(self.provisioner.close)
+        self._stores = Stores(config.backup)
+        self._backup_keys = BackupKeys(self.control, self.audit, self.keyring, self._data_keys, self._stores)
         self.secrets = SecretManager(
             config=config,
             registry=self.registry,
@@ -535,6 +537,7 @@ class Assembly:
             data_keys=self._data_keys,
             addresses=self.addresses,
             audit=self.audit,
+            backup_keys=self._backup_keys,
         )
         self._opened.append(self.secrets.close)
         services = FleetServices(
@@ -568,7 +571,8 @@ class Assembly:
             servers=self.servers,
             provisioner=self.provisioner,
             names=self.names,
-            keys=BackupKeys(self.control, self.audit, self.keyring, self._data_keys),
+            keys=self._backup_keys,
+            stores=self._stores,
             events=self.events,
         )
         self.backups = BackupManager(services)

@@ -1,13 +1,13 @@
 """Backups: encrypted copies of tenants' databases, and of the control database, in a store."""
 
-from .keys import BackupKey, BackupKeys
+from .keys import BackupKey, BackupKeys, ResealedKeys
 from .making import BackupServices
 from .manager import BackupManager, BackupReport
 from .manifest import BackupExtension, BackupFile, Manifest
 from .opening import OpenBackup
 from .pruning import PruneReport
 from .records import Backup, BackupState
-from .stores import DirectoryStore, ObjectStore, Store, StoredObject, open_store
+from .stores import DirectoryStore, ObjectStore, Store, StoredObject, Stores, open_store
 from .verification import Verification
 
 __all__ = [
@@ -25,8 +25,10 @@ __all__ = [
     "ObjectStore",
     "OpenBackup",
     "PruneReport",
+    "ResealedKeys",
     "Store",
     "StoredObject",
+    "Stores",
     "Verification",
     "open_store",
 ]

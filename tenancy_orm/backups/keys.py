@@ -13,7 +13,7 @@ import base64
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -24,12 +24,13 @@ from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
-from ..control.models import backup_keys, tenants
+from ..control.models import backup_keys, backups, data_keys, tenants
 from ..errors import (
     BackupDamagedError,
     BackupError,
     BackupKeyDestroyedError,
     BackupNotFoundError,
+    ConfigurationError,
     SecretError,
     TenantNotFoundError,
 )
@@ -37,12 +38,20 @@ from ..secrets.data_keys import DataKeys
 from ..secrets.keyring import Keyring
 from ..tenant import Status
 from .encryption import new_identity
-from .stores import Store
+from .stores import Store, Stores
 
 logger = logging.getLogger("tenancy_orm.backups")
 
 CONTROL = "control"
 """What stands in a path where a tenant's id would, for the control database."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResealedKeys:
+    """How many backup keys were sealed again, and why others, by id, were not."""
+
+    resealed: int
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +73,19 @@ class BackupKeys:
         audit: Where changes are recorded.
         keyring: Seals and opens.
         data_keys: The source of the keyring's keys, with envelope encryption.
+        stores: The stores.
     """
 
     def __init__(
-        self, control: ControlDatabase, audit: AuditLog, keyring: Keyring, data_keys: DataKeys | None = None
+        self,
+        control: ControlDatabase,
+        audit: AuditLog,
+        keyring: Keyring,
+        data_keys: DataKeys | None,
+        stores: Stores,
     ) -> None:
+        self._stores = stores
+        self._stored: set[tuple[str, str]] = set()  # stores, by URL, and keys that are known to be in them
         self._control = control
         self._audit = audit
         self._keyring = keyring
@@ -95,6 +112,7 @@ class BackupKeys:
         """
         for key in await self.of(tenant_id):
             if key.destroyed_at is None:
+                await self._keep_in(store, key)
                 return key
         return await self._make(tenant_id, store, actor)
 
@@ -127,29 +145,23 @@ class BackupKeys:
             await self._data_keys.update(self._keyring)
         return unseal(self._keyring, sealed, key_id, tenant_id)
 
-    async def destroy(self, tenant_id: UUID, store: Store | None, *, actor: Actor = SYSTEM) -> tuple[BackupKey, ...]:
-        """Destroy all keys of a tenant, in the store and in the control database: no backup of it can be read then.
+    async def destroy(self, tenant_id: UUID, *, actor: Actor = SYSTEM) -> tuple[BackupKey, ...]:
+        """Destroy all keys of a tenant, in all stores and in the control database: no backup of it can be read then.
 
-        The store is first. Repeating it changes nothing.
+        The stores come first. Repeating it changes nothing. ``prune`` removes what is left of the backups.
 
         Args:
             tenant_id: The tenant.
-            store: The store; None where there never was one.
             actor: Who does this.
 
         Returns:
             The keys that were destroyed, now or before.
 
         Raises:
-            BackupError: the store cannot be reached; the keys that are left in it still open backups.
+            BackupError: a store cannot be reached; the keys that are left in it still open backups.
         """
         refuse_while_bound("destroying the keys of backups")
-        known = await self.of(tenant_id)
-        if store is not None:
-            listed = [found.path for found in await store.list(self._directory(tenant_id))]
-            await store.delete(*listed)
-        elif any(key.destroyed_at is None for key in known):
-            raise BackupError("backup.store is not set: the keys that are in the store would stay there")
+        await self._delete_stored(tenant_id)
         async with self._control.transaction() as connection:
             destroyed = update(backup_keys).where(_is_of(tenant_id), backup_keys.c.destroyed_at.is_(None))
             values = {"sealed_identity": None, "destroyed_at": func.clock_timestamp()}
@@ -163,7 +175,106 @@ class BackupKeys:
                     actor=actor,
                     detail={"keys": sorted(row.id for row in changed)},
                 )
+        # a backup that ran until now may have put it there again
+        await self._delete_stored(tenant_id)
         return await self.of(tenant_id)
+
+    async def _delete_stored(self, tenant_id: UUID) -> None:
+        for store in await self._all_stores(tenant_id):
+            listed = [found.path for found in await store.list(self._directory(tenant_id))]
+            await store.delete(*listed)
+
+    async def reseal(self, audit: AuditLog, *, actor: Actor = SYSTEM) -> ResealedKeys:
+        """Seal the identities that are sealed under an older key under the newest one, in the store as well.
+
+        Args:
+            audit: Where that is recorded.
+            actor: Who does this.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        refuse_while_bound("the keys of backups")
+        resealed, failed = 0, dict[str, str]()
+        async with self._control.connect() as connection:
+            usable = select(backup_keys).where(backup_keys.c.destroyed_at.is_(None))
+            rows = (await connection.execute(usable.order_by(backup_keys.c.created_at))).all()
+        for row in rows:
+            sealed = bytes(row.sealed_identity)
+            try:
+                if self._keyring.key_id(sealed) == self._keyring.current:
+                    continue
+                renewed = self._keyring.seal(
+                    unseal(self._keyring, sealed, row.id, row.tenant_id).encode(),
+                    associated=_associated(row.id, row.tenant_id),
+                )
+                # first: what the row says is in the store is there
+                for store in await self._all_stores(row.tenant_id):
+                    await self._put(store, renewed, row.id, row.tenant_id, row.recipient)
+            except (SecretError, BackupError, ConfigurationError) as exc:
+                logger.error("the backup key %s was not resealed: %s", row.id, exc)
+                failed[row.id] = str(exc)
+                continue
+            async with self._control.transaction() as connection:
+                # unless somebody has changed it in between
+                unchanged = (backup_keys.c.id == row.id) & (backup_keys.c.sealed_identity == sealed)
+                changed = await connection.execute(update(backup_keys).where(unchanged).values(sealed_identity=renewed))
+                if changed.rowcount:
+                    detail = {"key_id": self._keyring.current, "backup_key": row.id}
+                    await audit.append(connection, action="secrets.reseal", actor=actor, detail=detail)
+                    resealed += 1
+        return ResealedKeys(resealed, failed)
+
+    async def keys_in_use(self) -> frozenset[str]:
+        """Return the ids of the encryption keys that identities are sealed under.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        refuse_while_bound("the keys of backups")
+        async with self._control.connect() as connection:
+            usable = select(backup_keys.c.sealed_identity).where(backup_keys.c.destroyed_at.is_(None))
+            found = [bytes(sealed) for sealed in await connection.scalars(usable)]
+        return frozenset(self._keyring.key_id(sealed) for sealed in found)
+
+    async def _all_stores(self, tenant_id: UUID | None) -> list[Store]:
+        """Return the stores that have had backups of a tenant, and the configured one."""
+        async with self._control.connect() as connection:
+            query = select(backups.c.store).where(
+                backups.c.tenant_id.is_(None) if tenant_id is None else backups.c.tenant_id == tenant_id
+            )
+            urls = set(await connection.scalars(query.distinct()))
+        found = {url: self._stores.at(url) for url in sorted(urls)}
+        if self._stores.is_configured:
+            found.setdefault(self._stores.current.url, self._stores.current)
+        return list(found.values())
+
+    async def _keep_in(self, store: Store, key: BackupKey) -> None:
+        """See that the sealed identity is in a store: the key may be older than the store."""
+        if (store.url, key.id) in self._stored:
+            return
+        try:
+            await store.get(self._path(key.id, key.tenant_id))
+        except BackupNotFoundError:
+            query = select(backup_keys.c.sealed_identity).where(backup_keys.c.id == key.id)
+            async with self._control.connect() as connection:
+                sealed = await connection.scalar(query)
+            if sealed is None:
+                raise BackupKeyDestroyedError(f"the key {key.id} was destroyed") from None
+            await self._put(store, bytes(sealed), key.id, key.tenant_id, key.recipient)
+        self._stored.add((store.url, key.id))
+
+    async def _put(self, store: Store, sealed: bytes, key_id: str, tenant_id: UUID | None, recipient: str) -> None:
+        data_key = None
+        if self._data_keys is not None:
+            # the control database has it alone; with it, and the service that wraps, the store can be read
+            query = select(data_keys.c.id, data_keys.c.wrapped).where(data_keys.c.id == self._keyring.key_id(sealed))
+            async with self._control.connect() as connection:
+                row = (await connection.execute(query)).one_or_none()
+            data_key = None if row is None else (row.id, bytes(row.wrapped))
+        await store.put(
+            self._path(key_id, tenant_id), write_object(sealed, key_id, tenant_id, recipient, data_key=data_key)
+        )
 
     async def _make(self, tenant_id: UUID | None, store: Store, actor: Actor) -> BackupKey:
         if self._data_keys is not None:
@@ -174,7 +285,7 @@ class BackupKeys:
         sealed = self._keyring.seal(identity.encode(), associated=_associated(key_id, tenant_id))
         del identity  # the frames of a traceback would contain it
         # before the row: a backup that was made with a key that is not in the store is lost with the control database
-        await store.put(self._path(key_id, tenant_id), write_object(sealed, key_id, tenant_id, recipient))
+        await self._put(store, sealed, key_id, tenant_id, recipient)
         values = {"id": key_id, "tenant_id": tenant_id, "recipient": recipient, "sealed_identity": sealed}
         kept: BackupKey | None = None
         try:
@@ -225,14 +336,17 @@ def keys_directory(installation: UUID, tenant_id: UUID | None) -> str:
     return f"{installation}/keys/{tenant_id or CONTROL}"
 
 
-def write_object(sealed: bytes, key_id: str, tenant_id: UUID | None, recipient: str) -> bytes:
-    """Return a sealed identity as an object in a store."""
+def write_object(
+    sealed: bytes, key_id: str, tenant_id: UUID | None, recipient: str, *, data_key: tuple[str, bytes] | None = None
+) -> bytes:
+    """Return a sealed identity as an object in a store, with the wrapped data key that it is sealed under."""
     values = {
         "format": "tenancy-backup-key-1",
         "id": key_id,
         "tenant_id": None if tenant_id is None else str(tenant_id),
         "recipient": recipient,
         "sealed": base64.b64encode(sealed).decode(),
+        "data_key": data_key and {"id": data_key[0], "wrapped": base64.b64encode(data_key[1]).decode()},
     }
     return json.dumps(values, indent=2).encode() + b"\n"
 

@@ -38,7 +38,7 @@ from .manifest import Manifest
 from .records import Backup, BackupRecords
 from .sources import CONTROL_SCOPE, TENANT_SCOPE, ControlSource, Facts, facts_of
 from .spool import Spool
-from .stores import Store
+from .stores import Store, Stores
 
 logger = logging.getLogger("tenancy_orm.backups")
 
@@ -60,6 +60,7 @@ class BackupServices:
     provisioner: Provisioner
     names: Names
     keys: BackupKeys
+    stores: Stores
     events: EventBus
 
 

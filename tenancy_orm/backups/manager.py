@@ -20,7 +20,7 @@ from ..tenant import Tenant, TenantRef
 from .keys import CONTROL, BackupKeys
 from .making import FAILURES, BackupMaker, BackupServices
 from .manifest import Manifest
-from .opening import BackupReader, OpenBackup, Stores
+from .opening import BackupReader, OpenBackup
 from .pruning import BackupPruner, PruneReport
 from .records import Backup, BackupRecords, BackupState
 from .stores import Store
@@ -58,7 +58,7 @@ class BackupManager:
         self._services = services
         self._config = services.config.backup
         self._records = records = BackupRecords(services.control, services.audit)
-        self._stores = stores = Stores(self._config)
+        self._stores = stores = services.stores
         self._maker = BackupMaker(services, records)
         self._reader = BackupReader(self._config, services.control.installation, services.audit, services.keys, stores)
         self._verifier = BackupVerifier(services, records, self._reader)

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from ..audit.log import AuditLog
 from ..config import BackupConfig
-from ..errors import BackupDamagedError, BackupError, BackupNotFoundError, ConfigurationError
+from ..errors import BackupDamagedError, BackupError, BackupNotFoundError
 from .archive import Digest, unpack
 from .dump import in_thread
 from .encryption import decrypt
@@ -18,7 +18,7 @@ from .keys import BackupKeys
 from .manifest import Manifest
 from .records import Backup
 from .spool import Spool
-from .stores import Store, open_store
+from .stores import Store, Stores
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,38 +34,6 @@ class OpenBackup:
     backup: Backup
     manifest: Manifest
     directory: Path
-
-
-class Stores:
-    """Opens stores: that of new backups, and those of older ones.
-
-    Args:
-        config: ``store`` and ``store_options`` are read from it.
-    """
-
-    def __init__(self, config: BackupConfig) -> None:
-        self._config = config
-        self._opened: dict[str, Store] = {}
-
-    @property
-    def current(self) -> Store:
-        """The store of new backups.
-
-        Raises:
-            ConfigurationError: ``backup.store`` is not set.
-        """
-        if self._config.store is None:
-            raise ConfigurationError(
-                "backup.store is not set: name a directory, as file:/var/backups/tenancy, or a bucket, as s3://bucket"
-            )
-        return self.at(self._config.store)
-
-    def at(self, url: str) -> Store:
-        """Return the store at a URL, with the configured options where it is of the same kind."""
-        if url not in self._opened:
-            own = url.partition(":")[0] == (self._config.store or "").partition(":")[0]
-            self._opened[url] = open_store(url, self._config.store_options if own else {})
-        return self._opened[url]
 
 
 class BackupReader:
@@ -177,4 +145,4 @@ async def fetch(store: Store, path: str, manifest: Manifest, identity: str, dire
     await in_thread(work, reading.stop)
 
 
-__all__ = ["BackupReader", "OpenBackup", "Stores", "fetch"]
+__all__ = ["BackupReader", "OpenBackup", "fetch"]

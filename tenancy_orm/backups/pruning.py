@@ -12,9 +12,9 @@ from ..audit.actor import Actor
 from ..config import BackupConfig
 from ..errors import TenancyError
 from ..events import BackupPruned, EventBus
-from .opening import Stores
 from .records import Backup, BackupRecords
 from .retention import expired
+from .stores import Stores
 
 logger = logging.getLogger("tenancy_orm.backups")
 
@@ -70,7 +70,10 @@ class BackupPruner:
     async def _remove(self, backup: Backup) -> str | None:
         """Remove a backup's objects, the manifest first; returns why that failed."""
         try:
-            await self._stores.at(backup.store).delete(backup.manifest_path, backup.archive_path)
+            store = self._stores.at(backup.store)
+            # what has no manifest is no backup
+            await store.delete(backup.manifest_path)
+            await store.delete(*[found.path for found in await store.list(backup.path)])
             await self._records.finish_pruning(backup)
         except TenancyError as exc:
             logger.warning("the backup %s could not be removed: %s", backup.id, exc)

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..config import BackupConfig
 from ..errors import BackupError, BackupNotFoundError, ConfigurationError, MissingExtraError
 
 CHUNK_BYTES = 1024 * 1024
@@ -131,6 +132,43 @@ def open_store(url: str, options: Mapping[str, str]) -> Store:
             raise ConfigurationError("backup.store_options are for object stores; a directory has none")
         return DirectoryStore(Path("/" + url.removeprefix("file:").lstrip("/")))
     return ObjectStore(url, options)
+
+
+class Stores:
+    """Opens stores: that of new backups, and those of older ones.
+
+    Args:
+        config: ``store`` and ``store_options`` are read from it.
+    """
+
+    def __init__(self, config: BackupConfig) -> None:
+        self._config = config
+        self._opened: dict[str, Store] = {}
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether ``backup.store`` is set."""
+        return self._config.store is not None
+
+    @property
+    def current(self) -> Store:
+        """The store of new backups.
+
+        Raises:
+            ConfigurationError: ``backup.store`` is not set.
+        """
+        if self._config.store is None:
+            raise ConfigurationError(
+                "backup.store is not set: name a directory, as file:/var/backups/tenancy, or a bucket, as s3://bucket"
+            )
+        return self.at(self._config.store)
+
+    def at(self, url: str) -> Store:
+        """Return the store at a URL, with the configured options where it is of the same kind."""
+        if url not in self._opened:
+            own = url.partition(":")[0] == (self._config.store or "").partition(":")[0]
+            self._opened[url] = open_store(url, self._config.store_options if own else {})
+        return self._opened[url]
 
 
 class DirectoryStore(Store):
@@ -328,4 +366,4 @@ def _sync_directory(directory: Path) -> None:
         os.close(opened)
 
 
-__all__ = ["CHUNK_BYTES", "DirectoryStore", "ObjectStore", "Store", "StoredObject", "open_store"]
+__all__ = ["CHUNK_BYTES", "DirectoryStore", "ObjectStore", "Store", "StoredObject", "Stores", "open_store"]

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
@@ -45,6 +46,24 @@ class RotationReport:
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
+class _Resealed(Protocol):
+    @property
+    def resealed(self) -> int: ...
+
+    @property
+    def failed(self) -> Mapping[str, str]: ...
+
+
+class SealedElsewhere(Protocol):
+    """Further secrets that are sealed by the same keys: the keys of backups."""
+
+    async def reseal(self, audit: AuditLog, *, actor: Actor) -> _Resealed:
+        """Seal those that are sealed under an older key under the newest one."""
+
+    async def keys_in_use(self) -> frozenset[str]:
+        """Return the ids of the keys that they are sealed under."""
+
+
 class SecretManager:
     """Rotates passwords and keys while requests are served; ``tenancy.secrets``.
 
@@ -65,8 +84,10 @@ class SecretManager:
         data_keys: DataKeys | None = None,
         addresses: SealedAddresses | None = None,
         audit: AuditLog | None = None,
+        backup_keys: SealedElsewhere | None = None,
     ) -> None:
         self._addresses = addresses
+        self._backup_keys = backup_keys
         self._audit = audit
         self._timeout = config.provisioning.timeout
         self._role_settings = config.provisioning.role_settings
@@ -189,7 +210,7 @@ class SecretManager:
     # --- keys -------------------------------------------------------------------------------------------------------
 
     async def rotate_encryption_key(self, *, actor: Actor = SYSTEM) -> ResealReport:
-        """Seal every tenant's password, and the addresses in the rows of servers, under the newest key.
+        """Seal all passwords, the addresses in the rows of servers and the keys of backups under the newest key.
 
         With envelope encryption, a new data key is created first. Without it, the newest key is the last of
         ``encryption_keys``: every process must know that key before it becomes the last one.
@@ -223,6 +244,14 @@ class SecretManager:
         if self._addresses is None or self._audit is None:
             return report
         servers = await self._addresses.reseal(self._audit, actor=actor)
+        if self._backup_keys is not None:
+            backups = await self._backup_keys.reseal(self._audit, actor=actor)
+            report = replace(
+                report,
+                resealed=report.resealed + backups.resealed,
+                failed={**report.failed, **{f"backup key {name}": reason for name, reason in backups.failed.items()}},
+                keys_in_use=report.keys_in_use | await self._backup_keys.keys_in_use(),
+            )
         return replace(
             report,
             resealed=report.resealed + servers.resealed,
@@ -231,7 +260,7 @@ class SecretManager:
         )
 
     async def keys_in_use(self) -> frozenset[str]:
-        """Return the ids of the keys that tenants' passwords and servers' addresses are sealed under.
+        """Return the ids of the keys that tenants' passwords, servers' addresses and backup keys are sealed under.
 
         Every other key can be removed.
 
@@ -240,7 +269,8 @@ class SecretManager:
         """
         refuse_while_bound("listing keys")
         servers = frozenset[str]() if self._addresses is None else await self._addresses.keys_in_use()
-        return servers | await self._sealed.keys_in_use()
+        backups = frozenset[str]() if self._backup_keys is None else await self._backup_keys.keys_in_use()
+        return servers | backups | await self._sealed.keys_in_use()
 
     async def forget_unused_keys(self) -> list[str]:
         """Delete the data keys that nothing is sealed under, except the newest; return their ids.

@@ -178,6 +178,10 @@ _DELETE_UNUSED = text("""
         SELECT FROM tenancy.servers s
         WHERE substring(s.sealed_addresses from 3 for length(k.id)) = convert_to(k.id, 'UTF8')
       )
+      AND NOT EXISTS (
+        SELECT FROM tenancy.backup_keys b
+        WHERE substring(b.sealed_identity from 3 for length(k.id)) = convert_to(k.id, 'UTF8')
+      )
     RETURNING k.id
 """)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import secrets
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm import Tenancy
+from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import Backup
 from tenancy_orm.backups.encryption import decrypt, new_identity
 from tenancy_orm.errors import (
@@ -22,7 +25,9 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.events import BackupCompleted, BackupEvent, BackupFailed, BackupVerified
 from tenancy_orm.postgres.programs import find_programs, run_program
+from tenancy_orm.secrets.providers import EnvironmentSecrets, SecretKeyWrapper
 from tests.support.postgres import Postgres
+from tests.support.processes import opened
 
 
 def stored(tmp_path: Path) -> dict[str, bytes]:
@@ -248,7 +253,7 @@ async def test_a_destroyed_key_ends_all_backups(tenancy: Tenancy, backup: Backup
     async with tenancy.backups.open(backup):
         pass
     (again,) = (await tenancy.backups.run(["acme"])).done
-    await keys.destroy(tenant_id, tenancy.backups.store)
+    await keys.destroy(tenant_id)
     assert not any("/keys/" in path for path in stored(tmp_path))
     for one in (backup, again):
         with pytest.raises((BackupKeyDestroyedError, BackupNotFoundError)):
@@ -256,7 +261,7 @@ async def test_a_destroyed_key_ends_all_backups(tenancy: Tenancy, backup: Backup
                 pass
     (key,) = await keys.of(tenant_id)
     assert key.destroyed_at is not None
-    assert (await keys.destroy(tenant_id, tenancy.backups.store)) == (key,)
+    assert (await keys.destroy(tenant_id)) == (key,)
     assert await statement(tenancy, "SELECT sealed_identity FROM tenancy.backup_keys") == [(None,)]
     report = await tenancy.backups.prune()
     assert [one.id for one in report.pruned] == [again.id]
@@ -291,3 +296,27 @@ async def test_further_recipients_read_the_control_database_and_no_tenant(tenanc
     (of_tenant,) = (await tenancy.backups.run(["acme"])).done
     with pytest.raises(BackupDamagedError):
         list(decrypt(store.read(of_tenant.archive_path), identity))
+
+
+async def test_keys_are_sealed_again_with_the_passwords(
+    tenancy_config: TenancyConfig, tenancy: Tenancy, tmp_path: Path
+) -> None:
+    """In the control database and in the store; a data key that still seals one is not deleted."""
+    await tenancy.close()
+    wrapping = {"W_WRAPPING_KEYS": "1:" + base64.b64encode(secrets.token_bytes(32)).decode()}
+    wrapper = SecretKeyWrapper(EnvironmentSecrets("W_", wrapping))
+    config = tenancy_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})
+    async with opened(config) as other:
+        await other.tenants.create("acme")
+        (made,) = (await other.backups.run(["acme"])).done
+        (first,) = await other.secrets.keys_in_use()
+        await other.secrets.rotate_encryption_key()
+        (second,) = await other.secrets.keys_in_use()
+        assert await other.secrets.forget_unused_keys() == [first]
+        async with other.backups.open(made):
+            pass
+        await statement(other, "DELETE FROM tenancy.backup_keys")
+        async with other.backups.open(made):
+            pass
+        (path,) = [path for path in stored(tmp_path) if "/keys/" in path]
+        assert json.loads(stored(tmp_path)[path])["data_key"]["id"] == second

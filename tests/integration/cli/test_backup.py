@@ -1,0 +1,54 @@
+"""``tenancy backup``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.integration.cli.test_cli import Cli, cli
+
+__all__ = ["cli"]
+
+
+async def test_backups_are_made_listed_verified_kept_extracted_and_pruned(cli: Cli, tmp_path: Path) -> None:
+    """Tables for people, JSON for programs."""
+    await cli("init")
+    for slug in ("acme", "globex"):
+        await cli("create", slug)
+    none = await cli("backup", "run", "acme")
+    assert (none.status, "backup.store is not set" in none.err) == (1, True)
+    with (tmp_path / "tenancy.toml").open("a") as settings:
+        settings.write(f'\n[backup]\nstore = "file:{tmp_path / "store"}"\n')
+    refused = await cli("backup", "run", "--control", "acme")
+    assert (refused.status, "name no tenants" in refused.err) == (1, True)
+    made = await cli("backup", "run", "--all")
+    assert made.status == 0, made.err
+    lines = [line.split() for line in made.out.splitlines()]
+    assert lines[0] == ["TENANT", "BACKUP", "SIZE", "SECONDS", "RESULT"]
+    assert sorted(line[0] for line in lines[1:]) == ["acme", "globex"]
+    control = (await cli("backup", "run", "--control", "--json")).json["done"][0]
+    assert (control["slug"], control["state"]) == (None, "done")
+    due = (await cli("backup", "run", "--due", "--json")).json
+    assert due == {"done": [], "failed": {}, "skipped": ["control"]}
+    acme = (await cli("backup", "list", "acme", "--json")).json[0]
+    assert acme["id"] in (await cli("backup", "list")).out
+    assert control["id"] in (await cli("backup", "list", "--control")).out
+    verified = await cli("backup", "verify", "acme", "control", "--json")
+    assert verified.status == 0, verified.err
+    assert [(one["good"], one["restored"]) for one in verified.json] == [(True, True), (True, True)]
+    quick = await cli("backup", "verify", "globex", "--quick")
+    assert quick.out.splitlines()[1].split()[-1] == "good"
+    directory = tmp_path / "acme"
+    assert (await cli("backup", "extract", "acme", str(directory))).out.strip() == str(directory)
+    assert (directory / "toc.dat").is_file()
+    again = await cli("backup", "extract", "acme", str(directory))
+    assert (again.status, "exists already" in again.err) == (1, True)
+    kept = await cli("backup", "keep", acme["id"], "--for", "90d", "--json")
+    assert kept.json["kept_until"] is not None
+    archive = tmp_path / "store" / acme["path"] / "dump.tar.age"
+    archive.write_bytes(archive.read_bytes()[:-1])
+    bad = await cli("backup", "verify", "acme")
+    assert (bad.status, "checksum" in bad.out or "decrypted" in bad.out) == (1, True)
+    assert (await cli("backup", "prune", "--dry-run", "--json")).json["pruned"] == []
+    assert (await cli("backup", "prune", "--yes")).status == 0
+    missing = await cli("backup", "verify", "nobody")
+    assert missing.status == 1
