@@ -7,6 +7,7 @@ from .manifest import BackupExtension, BackupFile, Manifest
 from .opening import OpenBackup
 from .pruning import PruneReport
 from .records import Backup, BackupState
+from .recovering import recover_control
 from .stores import DirectoryStore, ObjectStore, Store, StoredObject, Stores, open_store
 from .verification import Verification
 
@@ -31,4 +32,5 @@ __all__ = [
     "Stores",
     "Verification",
     "open_store",
+    "recover_control",
 ]

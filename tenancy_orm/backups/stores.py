@@ -75,7 +75,7 @@ class Store(ABC):
 
     @abstractmethod
     def find(self, prefix: str) -> Iterator[StoredObject]:
-        """Return the objects below a path, in no order.
+        """Return the objects below a path, in no order; all where it is empty.
 
         Raises:
             BackupError: the store refuses, or does not answer.
@@ -211,7 +211,7 @@ class DirectoryStore(Store):
 
     def find(self, prefix: str) -> Iterator[StoredObject]:
         """Return the files below a directory."""
-        for directory, _, names in os.walk(self._path(prefix)):
+        for directory, _, names in os.walk(self._path(prefix) if prefix else self._directory):
             for name in names:
                 file = Path(directory, name)
                 with suppress(FileNotFoundError):
@@ -293,7 +293,7 @@ class ObjectStore(Store):
     def find(self, prefix: str) -> Iterator[StoredObject]:
         """Return the objects below a prefix."""
         with self._failures(prefix):
-            for chunk in self._obstore.list(self._store, prefix):
+            for chunk in self._obstore.list(self._store, prefix or None):
                 for meta in chunk:
                     yield StoredObject(meta["path"], meta["size"], meta["last_modified"])
 

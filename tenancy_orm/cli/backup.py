@@ -13,12 +13,12 @@ from uuid import UUID
 
 import typer
 
-from ..backups import Backup, BackupReport, PruneReport, Verification
+from ..backups import Backup, BackupReport, PruneReport, Verification, recover_control
 from ..errors import BackupNotFoundError
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import Column, TenantBar, failures_listed, note, print_json, print_table, progress_bar
-from .runtime import EXIT_FAILED, Json, Yes, confirm, duration, fail, operator, run
+from .runtime import EXIT_FAILED, Json, Yes, confirm, duration, exit_on_error, fail, load_tenancy, operator, run
 from .selection import All, Named, Selection, Statuses, Tiers
 
 T = TypeVar("T")
@@ -185,11 +185,21 @@ def keep_backup(
 def extract_backup(
     backup: Annotated[str, typer.Argument(help="The id of a backup, or a slug: its newest backup.")],
     directory: Annotated[Path, typer.Argument(help="A new directory, which pg_restore reads.")],
+    from_store: Annotated[
+        bool,
+        typer.Option("--from-store", help="Of the control database, which is lost: connect to nothing but the store."),
+    ] = False,
+    installation: Annotated[
+        str | None, typer.Option("--installation", help="With --from-store: its id, if the store has several.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Decrypt a backup into a directory, for pg_restore. What is in it is not encrypted."""
     if directory.exists():
         fail(f"{directory} exists already: name a new directory", kind="ConfigurationError")
+    if from_store:
+        _recover(backup, directory, installation, as_json)
+        return
 
     async def command(tenancy: Tenancy) -> Backup:
         found = await find_backup(tenancy, backup)
@@ -211,6 +221,21 @@ def extract_backup(
         print_json({**backup_fields(found), "directory": str(directory)})
     else:
         print(directory)
+
+
+def _recover(backup: str, directory: Path, installation: str | None, as_json: bool) -> None:
+    if backup != "control":
+        fail("--from-store is for the control database: tenancy backup extract control DIRECTORY --from-store")
+    named = None if installation is None else parse_id(installation)
+    if installation is not None and named is None:
+        fail(f"{installation!r} is not the id of an installation")
+    config = load_tenancy().config
+    manifest = exit_on_error(lambda: asyncio.run(recover_control(config, directory, installation=named)))
+    if as_json:
+        print_json({"directory": str(directory), **manifest.to_fields()})
+    else:
+        print(directory)
+        note(f"the control database at {manifest.snapshot_at:%Y-%m-%d %H:%M:%S} UTC, schema {manifest.revision}")
 
 
 async def find_backup(tenancy: Tenancy, name: str) -> Backup:

@@ -42,6 +42,17 @@ async def test_backups_are_made_listed_verified_kept_extracted_and_pruned(cli: C
     assert (directory / "toc.dat").is_file()
     again = await cli("backup", "extract", "acme", str(directory))
     assert (again.status, "exists already" in again.err) == (1, True)
+    # nothing but the store and the settings is needed
+    lost = await cli(
+        "backup", "extract", "control", "lost", "--from-store", TENANCY_CONTROL_URL="postgresql://x@127.0.0.1:1/x"
+    )
+    assert (lost.status, lost.out.strip()) == (0, "lost"), lost.err
+    assert (tmp_path / "lost" / "toc.dat").is_file()
+    assert (await cli("backup", "extract", "acme", "other", "--from-store")).status == 1
+    wrong = await cli(
+        "backup", "extract", "control", "other", "--from-store", TENANCY_ENCRYPTION_KEYS="1:" + "A" * 43 + "="
+    )
+    assert (wrong.status, "signature" in wrong.err, (tmp_path / "other").exists()) == (1, True, False)
     kept = await cli("backup", "keep", acme["id"], "--for", "90d", "--json")
     assert kept.json["kept_until"] is not None
     archive = tmp_path / "store" / acme["path"] / "dump.tar.age"
