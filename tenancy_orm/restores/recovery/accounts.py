@@ -42,7 +42,7 @@ def choose_account(name: str) -> Account:
     if entry is None or entry.pw_uid == 0:
         raise ConfigurationError(
             f"PostgreSQL does not run as root, and there is no account {name!r} for a recovered server: run this as "
-            "another account, or name one in backup.recovery_account"
+            "another account, or name one in recovery.account"
         )
     return Account(entry.pw_uid, entry.pw_gid)
 

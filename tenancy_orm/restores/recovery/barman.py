@@ -211,7 +211,7 @@ class BarmanRecovery:
         except OSError as exc:
             raise ConfigurationError(
                 f"{self._command[0]!r} cannot be run ({exc.strerror}): install the package barman, or correct "
-                "backup.barman_command"
+                "recovery.barman_command"
             ) from exc
         try:
             output, errors = (one.decode(errors="replace") for one in await process.communicate())

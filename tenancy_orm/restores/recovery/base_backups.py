@@ -323,7 +323,7 @@ def check_space(directory: Path, needed: int, *, most: int | None = None) -> Non
     free = shutil.disk_usage(directory).free
     if most is not None and needed > most:
         raise RecoveryError(
-            f"{needed:,} bytes are needed in {str(directory)!r}, more than backup.recovery_max_bytes, {most:,}"
+            f"{needed:,} bytes are needed in {str(directory)!r}, more than recovery.max_bytes, {most:,}"
         )
     if needed > free:
         raise RecoveryError(f"{needed:,} bytes are needed in {str(directory)!r}, and {free:,} are free")

@@ -106,6 +106,8 @@ async def open_keeper(parent: Path, account: Account) -> AsyncIterator[Keeper]:
     Raises:
         OSError: the directory cannot be written.
     """
+    # another account may go through it, into a directory that it alone can read
+    await asyncio.to_thread(parent.mkdir, mode=0o711, parents=True, exist_ok=True)
     await asyncio.to_thread(_sweep, parent)
     home = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     sockets = Path(tempfile.mkdtemp(prefix="tenancy-s-", dir="/tmp"))

@@ -73,7 +73,7 @@ class RecoveryWindow:
 
 
 class Recovery(Protocol):
-    """Recovers servers at a point in time (``backup.recovery``)."""
+    """Recovers servers at a point in time (``recovery.provider``)."""
 
     async def window(self, server: str) -> RecoveryWindow:
         """Return the times that a server can be recovered at."""

@@ -213,8 +213,8 @@ class ScratchServer:
         """
         name, secret = self._administrator, scram_verifier(self._passwords[self._administrator])
         statements = (
-            "SET log_statement = 'none'",
-            # settings of the server's own logins, libraries among them
+            # the server's own settings are in force here, until they are reset
+            "SET default_transaction_read_only = off",
             "ALTER ROLE ALL RESET ALL",
             f"CREATE ROLE {quote_identifier(name)} LOGIN SUPERUSER PASSWORD {quote_literal(secret)}",
             f"ALTER DATABASE {_ADMINISTRATION} WITH ALLOW_CONNECTIONS true",

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
+import psycopg
 import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import (
+    ConfigurationError,
     MarkerMismatchError,
     OperationStateError,
+    RecoveryError,
     RecoveryTargetError,
 )
 from tenancy_orm.postgres import login
 from tenancy_orm.postgres.connections import Connection
 from tenancy_orm.restores.recovery import RecoveredDatabase
+from tenancy_orm.routing.marker import marker_text
 from tenancy_orm.tenant import Tenant
+from tenancy_orm.testing.embedded import SUPERUSER
 from tests.support.recovery import backup_directory, left_in, now, receiving, recovery_settings
-from tests.support.replication import TestServer, primary_server
+from tests.support.replication import TestServer, primary_server, standby_of
 
 SECONDS = 60.0
 
@@ -243,3 +250,132 @@ async def test_what_cannot_be_recovered_is_refused_before_anything_is_started(
         async with tenancy.recovery.open(acme, after) as recovered:
             assert await read(recovered) == ["unreceived", "received", "in the gap", "after the gap"]
     assert [backup.id for backup in await tenancy.recovery.bases()] == [base.id, newer.id]
+
+
+async def test_what_the_servers_administrators_have_set_is_without_effect(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, primary: TestServer, directory: Path
+) -> None:
+    """Libraries, commands, settings of roles and login triggers of the server; and tablespaces are copied."""
+    acme = await create(tenancy, "acme")
+    assert acme.placement is not None
+    database = acme.placement.database
+    place = directory / "tablespace"
+    place.mkdir()
+    owner = primary.data_dir.joinpath("pgdata").resolve().stat()
+    os.chown(place, owner.st_uid, owner.st_gid)
+    login_trigger = """
+        CREATE FUNCTION public.refuse() RETURNS event_trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE 'a login trigger ran'; END $$;
+        CREATE EVENT TRIGGER refuse ON login EXECUTE FUNCTION public.refuse();
+        ALTER EVENT TRIGGER refuse ENABLE ALWAYS
+    """
+    undone = (
+        "ALTER SYSTEM RESET ALL",
+        "ALTER ROLE ALL RESET ALL",
+        "ALTER DATABASE template1 RESET ALL",
+    )
+    try:
+        primary.query(f"CREATE TABLESPACE side LOCATION '{place}'")
+        primary.query("CREATE TABLE aside (body text) TABLESPACE side", database=database)
+        primary.query("INSERT INTO aside VALUES ('in a tablespace')", database=database)
+        # nothing of this has come into force on the server itself
+        primary.query("ALTER SYSTEM SET shared_preload_libraries = 'no_such_library'")
+        primary.query("ALTER SYSTEM SET archive_command = 'no-such-command'")
+        primary.query("ALTER SYSTEM SET listen_addresses = '*'")
+        primary.query("ALTER ROLE ALL SET lock_timeout = '12345'")
+        async with receiving(tenancy):
+            await tenancy.recovery.take_base()
+            if primary.version >= 17:
+                primary.query(login_trigger, database="template1")
+            primary.query("ALTER DATABASE template1 SET default_transaction_read_only = on")
+            target = now(primary)
+            async with tenancy.recovery.open(acme, target) as recovered:
+                assert await read(recovered, "SELECT body FROM aside") == ["in a tablespace"]
+                assert await read(recovered, "SHOW lock_timeout") == ["0"]
+                assert await read(
+                    recovered,
+                    "SELECT pg_tablespace_location(oid) LIKE '%/tenancy-recovery-%' "
+                    "FROM pg_tablespace WHERE spcname = 'side'",
+                ) == [True]
+
+            # ... and with the protection off: the same library, named by this installation's own settings
+            settings = recovery_settings(primary, directory, settings={"shared_preload_libraries": "no_such_library"})
+            async with Tenancy(tenancy_config.replace(**settings)) as other:
+                with pytest.raises(RecoveryError, match=r"does not start: could not access file .no_such_library"):
+                    async with other.recovery.open(acme, target):
+                        pass
+            settings = recovery_settings(primary, directory, max_bytes=1_000_000)
+            async with Tenancy(tenancy_config.replace(**settings)) as other:
+                with pytest.raises(RecoveryError, match=r"more than recovery.max_bytes, 1,000,000"):
+                    await other.recovery.source(acme, target)
+            assert left_in(directory) == []
+
+            # only what the last milliseconds need is kept
+            settings = recovery_settings(primary, directory, keep_seconds=0.001)
+            async with Tenancy(tenancy_config.replace(**settings)) as other:
+                first, report = (await other.recovery.bases())[0], await other.recovery.take_base()
+                assert [base.id for base in report.pruned] in ([], [first.id])
+                last = (await other.recovery.take_base()).taken
+                assert await other.recovery.bases() == [last]
+            kept = {path.name for path in (directory / "kept").glob("default/wal/*/*")}
+            assert min(kept)[:24] >= last.first_segment
+    finally:
+        for statement in undone:
+            primary.query(statement)
+        primary.query("SELECT pg_reload_conf()")
+        if primary.version >= 17:
+            options = "-c event_triggers=off"
+            with psycopg.connect(primary.url("template1"), options=options, autocommit=True) as connection:
+                connection.execute("DROP EVENT TRIGGER IF EXISTS refuse")
+        primary.query("DROP TABLE IF EXISTS aside", database=database)
+        primary.query("DROP TABLESPACE IF EXISTS side")
+
+
+async def test_a_server_that_was_recovered_elsewhere_gives_one_database(
+    tenancy: Tenancy, primary: TestServer, directory: Path
+) -> None:
+    """By its URL: by a login made for this, or read-only by the given one where it is a standby still."""
+    acme, beta = await create(tenancy, "acme"), await create(tenancy, "beta")
+    assert acme.placement is not None and beta.placement is not None
+    await write(tenancy, "acme", "first")
+    await write(tenancy, "beta", "old")
+    with pytest.raises(ConfigurationError, match="leads to server 'default' itself"):
+        await tenancy.recovery.source("acme", recovered_server=primary.url())
+    with pytest.raises(ConfigurationError, match="the URL of the recovered server is not a URL"):
+        await tenancy.recovery.source("acme", recovered_server="elsewhere")
+    with standby_of(primary, settings={"max_prepared_transactions": "7"}) as elsewhere:
+        elsewhere.catch_up()
+        async with tenancy.recovery.open(acme, recovered_server=elsewhere.url()) as recovered:
+            assert recovered.dsn.user == SUPERUSER
+            assert await read(recovered) == ["first"]
+        elsewhere.promote()
+        roles = "SELECT count(*) FROM pg_roles"
+        before = elsewhere.query(roles)
+        target = now(primary)
+        primary.query("DROP TABLE tags, notes", database=acme.placement.database)
+        await write(tenancy, "beta", "new")
+        async with tenancy.recovery.open(acme, target, recovered_server=elsewhere.url()) as recovered:
+            assert recovered.dsn.user != SUPERUSER
+            assert (await read(recovered), recovered.time) == (["first"], target)
+            with pytest.raises(asyncpg.InsufficientPrivilegeError, match="permission denied for database"):
+                await login.connect(recovered.dsn, purpose="test", timeout=SECONDS, database=beta.placement.database)
+        assert elsewhere.query(roles) == before
+        elsewhere.query("ALTER SYSTEM SET log_connections = on")
+        elsewhere.query("SELECT pg_reload_conf()")
+        source = await tenancy.recovery.source("acme", target, recovered_server=elsewhere.url())
+        assert elsewhere.password not in str(source.describe())
+        await tenancy.restores.restore("acme", source)
+        assert await bodies(tenancy, "acme") == ["first"]
+        assert await bodies(tenancy, "beta") == ["old", "new"]
+        assert elsewhere.query(roles) == before
+        assert left_in(directory) == []
+        mark = f"COMMENT ON DATABASE {acme.placement.database} IS '{marker_text(uuid4(), acme.id)}'"
+        elsewhere.query(mark)
+        with pytest.raises(MarkerMismatchError):
+            await tenancy.recovery.source("acme", target, recovered_server=elsewhere.url())
+        elsewhere.query(f"DROP DATABASE {acme.placement.database} WITH (FORCE)")
+        with pytest.raises(RecoveryTargetError, match="the recovered server has no database"):
+            await tenancy.recovery.source("acme", target, recovered_server=elsewhere.url())
+        url = elsewhere.url()
+    with pytest.raises(RecoveryError, match="the recovered server cannot be opened"):
+        await tenancy.recovery.source("acme", target, recovered_server=url)
