@@ -1,4 +1,4 @@
-"""``tenancy backup base``, ``wal`` and ``window``; and a recovery that is killed."""
+"""``tenancy backup base``, ``wal``, ``window`` and ``restore --to``; and a recovery that is killed."""
 
 from __future__ import annotations
 
@@ -97,6 +97,8 @@ async def test_the_commands_take_receive_list_and_show(
         (listed,) = (await cli("backup", "base", "--list", "--json", **variables)).json
         assert (listed["server"], listed["version"]) == ("default", primary.version)
         assert listed["id"] in (await cli("backup", "base", "--verify", "newest", **variables)).out
+        database = (await cli("show", "acme", "--json", **variables)).json["database"]
+        primary.query("INSERT INTO notes (body) VALUES ('kept')", database=database)
         target = now(primary)
         window = (await cli("backup", "window", "--json", **variables)).json
         assert (window["oldest"], window["gaps"]) == (listed["ended_at"], [])
@@ -107,6 +109,14 @@ async def test_the_commands_take_receive_list_and_show(
             assert [found for found in left_in(directory) if "config_file" in found]
             recovering.send_signal(signal.SIGKILL)
             await until(lambda: left_in(directory) == [], seconds=SECONDS)
+
+        primary.query("DELETE FROM notes", database=database)
+        restored = await cli("backup", "restore", "acme", "--to", target.isoformat(" "), "--yes", "--json", **variables)
+        assert (restored.status, left_in(directory)) == (0, []), restored.err
+        counted = await cli("sql", "SELECT count(*) AS notes FROM notes", "acme", "--json", **variables)
+        assert '"notes": 1' in counted.out
+        naive = await cli("backup", "restore", "acme", "--to", "2026-11-28 14:03", "--yes", "--json", **variables)
+        assert (naive.status, json.loads(naive.err)["error"]) == (1, "RecoveryTargetError")
 
         # damaged on the disk: a base backup that would be found out too late otherwise
         (file,) = (directory / "kept").glob("default/base/*/data/global/pg_control")
