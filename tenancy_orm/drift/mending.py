@@ -127,7 +127,7 @@ class Mending:
         yield " ".join(parts)
 
     def _owned(self, key: Key, fields: Mapping[str, str]) -> Iterable[str]:
-        yield f"ALTER {_word(key.kind)} {key.name} OWNER TO {fields['owner']}"
+        yield f"ALTER {alter_word(key.kind)} {key.name} OWNER TO {fields['owner']}"
 
     # --- objects that should not exist ------------------------------------------------------------------------------
 
@@ -326,14 +326,14 @@ class Mending:
         kind, name = split_target(key.parent or "")
         part = f" ({column})" if column else ""
         listed = ", ".join(one + part for one in privileges)
-        return f"{listed} ON {_GRANT_WORDS.get(kind, _word(kind))} {name}", grantee
+        return f"{listed} ON {_GRANT_WORDS.get(kind, alter_word(kind))} {name}", grantee
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _comment(self, key: Key, wanted: str | None) -> Iterable[str]:
         text = "NULL" if wanted is None else quote_literal(wanted)
         if key.parent is None:
-            yield f"COMMENT ON {_word(key.kind)} {key.name} IS {text}"
+            yield f"COMMENT ON {alter_word(key.kind)} {key.name} IS {text}"
             return
         kind, on = split_target(key.parent)
         match key.kind:
@@ -358,7 +358,8 @@ class Mending:
         return statement.replace(OWNER, self._owner).replace(TENANT, TENANT_ROLE)
 
 
-def _word(kind: str) -> str:
+def alter_word(kind: str) -> str:
+    """Return what ALTER calls a kind of object."""
     if kind in _TYPES:
         return "DOMAIN" if kind == "domain" else "TYPE"
     return _WORDS.get(kind, kind.upper())

@@ -7,7 +7,7 @@ must be what the revision makes. Tables, columns, indexes and rows can do nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 from ..errors import ContentsRefusedError, MigrationError
@@ -16,6 +16,7 @@ from ..migrations.plan import Heads, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.services import FleetServices
 from ..postgres.connections import Connection
+from ..postgres.membership import joined
 from ..postgres.quoting import quote_identifier
 from ..provisioning import event_trigger
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
@@ -23,7 +24,7 @@ from ..provisioning.tenant_rights import RECORD_SCHEMA
 from . import catalogue
 from .catalogue import Catalogue, Ignored, Key
 from .compare import compare
-from .mending import TENANT_ROLE
+from .mending import TENANT_ROLE, alter_word
 from .queries import OWNER
 from .reference import References
 
@@ -88,6 +89,11 @@ SELECT c.oid IS NOT NULL AS exists, coalesce(c.relkind = 'r' AND NOT c.relhasrul
                WHERE attrelid = c.oid AND attname = 'version_num'), false) AS is_plain
   FROM (SELECT to_regclass($1) AS oid) given LEFT JOIN pg_class c USING (oid)
 """
+# where the tenant's role makes objects of its own, as a grant hook lets it
+_CREATABLE = """
+SELECT quote_ident(nspname) FROM pg_namespace n, aclexplode(nspacl) a
+ WHERE a.privilege_type = 'CREATE' AND pg_get_userbyid(a.grantee) = $1 AND pg_get_userbyid(nspowner) = $2
+"""
 # the catalogue leaves these schemas out
 _OWN_SCHEMAS = """
 SELECT format('%s %s.%s', what, nspname, name) FROM (
@@ -111,6 +117,8 @@ class RevisionPolicy:
         connections: Connects to databases.
         environment: The migrations; None without any.
         accept: Let through what differs, because an operator has looked at it.
+        tenant_owned: What the tenant's role owned, by a source that is trusted: "table sandbox.drafts". It becomes the
+            role's again, as far as the role may create something in its schema, and runs with no other rights.
     """
 
     def __init__(
@@ -120,10 +128,12 @@ class RevisionPolicy:
         environment: Environment | None,
         *,
         accept: bool = False,
+        tenant_owned: Collection[str] = (),
     ) -> None:
         self._services = services
         self._environment = environment
         self._accept = accept
+        self._tenant_owned = frozenset(tenant_owned)
         self._references = References(services, connections, environment, _EVERYTHING)
         self._expected: Catalogue | None = None
         self.heads: Heads = frozenset()
@@ -151,7 +161,7 @@ class RevisionPolicy:
             if one.kind not in ("privilege", "default privileges", "event trigger") and not _is_guard(one.name)
         )
         granted = list(_granted(found))
-        refused = list(code_of(expected, found))
+        refused = list(code_of(expected, self._without_tenants(found)))
         schemas = [RECORD_SCHEMA, CHECKPOINTS_SCHEMA]
         refused += [row[0] for row in await connection.fetch(_OWN_SCHEMAS, schemas)]
         if granted or (refused and not self._accept):
@@ -188,6 +198,40 @@ class RevisionPolicy:
         ]
         if statements:
             await connection.execute("; ".join(statements))
+        await self._give_back(connection, found, role)
+
+    def _without_tenants(self, found: Catalogue) -> Catalogue:
+        """The catalogue without what the tenant's role will own, and what belongs to it."""
+        if not self._tenant_owned:
+            return found
+        owned = self._tenant_owned - {target for target in self._tenant_owned if target.startswith("schema ")}
+        kept = {k: v for k, v in found.objects.items() if k.target not in owned and k.parent not in owned}
+        return Catalogue(kept, found.owner)
+
+    async def _give_back(self, connection: Connection, found: Catalogue, role: str) -> None:
+        """Make the tenant's role the owner of what it owned, and refuse that this fails: it would be the owner's code.
+
+        Raises:
+            ContentsRefusedError: the role may not create anything in a schema of these.
+        """
+        theirs = [
+            key
+            for key, fields in found.objects.items()
+            if key.parent is None and key.target in self._tenant_owned and key.kind != "schema" and "owner" in fields
+        ]
+        if not theirs:
+            return
+        spaces = {row[0] for row in await connection.fetch(_CREATABLE, role, self._services.names.owner)}
+        outside = {key for key in theirs if not any(key.name.startswith(f"{one}.") for one in spaces)}
+        if outside and not self._accept:
+            findings = tuple(sorted(key.target for key in outside))
+            raise ContentsRefusedError(format_revision(self.heads) or "base", findings)
+        quoted = quote_identifier(role)
+        async with joined(connection, role):
+            for key in theirs:
+                # a sequence of a column goes with its table
+                if key not in outside and not (key.kind == "sequence" and "owned by" in found.objects[key]):
+                    await connection.execute(f"ALTER {alter_word(key.kind)} {key.name} OWNER TO {quoted}")
 
 
 def check_revision(environment: Environment, heads: Heads) -> None:

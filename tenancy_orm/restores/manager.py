@@ -225,8 +225,9 @@ class RestoreManager:
         started = time.monotonic()
         origin = await self._origin(source)
         environment = await self._environment()
-        policy, restored = RevisionPolicy(self._services, self._connections, environment, accept=accept), Restored()
+        restored = Restored()
         async with source.open() as archive:
+            policy = self._policy(environment, archive, accept=accept)
             self._check_archive(environment, archive)
             extensions = await self._extensions(origin, archive)
 
@@ -289,8 +290,8 @@ class RestoreManager:
     ) -> tuple[RevisionPolicy, Restored]:
         """Make the database beside the one in use, filled and handed over."""
         environment = await self._environment()
-        policy = RevisionPolicy(self._services, self._connections, environment, accept=accept)
         async with source.open() as archive:
+            policy = self._policy(environment, archive, accept=accept)
             self._check_archive(environment, archive)
             extensions = await self._extensions(tenant, archive)
             async with self._provisioner.new_databases.open(
@@ -304,6 +305,11 @@ class RestoreManager:
                 restored = await self._fill(new, archive, extensions)
                 await new.hand_over(tenant, place.role, policy=policy)
         return policy, restored
+
+    def _policy(self, environment: Environment | None, archive: Archive, *, accept: bool) -> RevisionPolicy:
+        return RevisionPolicy(
+            self._services, self._connections, environment, accept=accept, tenant_owned=archive.tenant_owned
+        )
 
     @staticmethod
     def _check_archive(environment: Environment | None, archive: Archive) -> None:

@@ -20,12 +20,14 @@ class Archive:
     Attributes:
         path: The directory (``pg_dump -Fd``) or the file.
         revision: The revision of its schema; None where that is not known before it is restored.
+        tenant_owned: What the tenant's role owned ("table sandbox.drafts"), by a signed manifest.
         rows: Rows by table, as its quoted name with the schema; empty where nobody has counted them.
         server_version: The major version of the server that it was made on; None where that is not known.
     """
 
     path: Path
     revision: str | None = None
+    tenant_owned: tuple[str, ...] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
     server_version: int | None = None
 
@@ -121,6 +123,7 @@ class BackupSource:
             yield Archive(
                 path=opened.directory,
                 revision=manifest.revision,
+                tenant_owned=manifest.tenant_owned,
                 rows=manifest.tables,
                 server_version=int(manifest.server_version.split(".")[0]),
             )

@@ -8,10 +8,11 @@ import pytest
 import sqlalchemy as sa
 
 from tenancy_orm.config import BackupConfig, TenancyConfig
-from tenancy_orm.errors import BackupError, OperationError, TenantNotFoundError
+from tenancy_orm.errors import BackupError, ContentsRefusedError, OperationError, TenantNotFoundError
+from tenancy_orm.protocols import GrantTarget
 from tenancy_orm.restores import BackupSource
 from tests.integration.restores.test_restores import add, databases, notes
-from tests.support.fleet import Fleet, fleet_config
+from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
 
@@ -67,3 +68,50 @@ async def test_a_backup_that_was_changed_is_refused(fleet: Fleet, tmp_path: Path
         await restores.restore("acme", BackupSource(tenancy.backups, backup))
     assert await databases(fleet) == before
     assert await notes(fleet, "acme") == 100
+
+
+def sandbox(target: GrantTarget) -> list[str]:
+    """Let the tenant's role make objects in a schema of its own use."""
+    return [
+        f"CREATE SCHEMA IF NOT EXISTS sandbox AUTHORIZATION {target.owner}",
+        f"GRANT USAGE, CREATE ON SCHEMA sandbox TO {target.role}",
+    ]
+
+
+async def test_what_a_tenant_has_made_itself_is_its_own_again(config: TenancyConfig) -> None:
+    """Its code runs with its own rights, so that no revision needs to make it; elsewhere it would be the owner's."""
+    provisioning = config.provisioning.model_copy(update={"grants": sandbox})
+    async with open_fleet(config.replace(provisioning=provisioning), initialise=True) as fleet:
+        await fleet.create("acme")
+        async with fleet.tenancy.session("acme") as session:
+            for statement in (
+                "CREATE TABLE sandbox.drafts (id int GENERATED ALWAYS AS IDENTITY, body text)",
+                "INSERT INTO sandbox.drafts (body) VALUES ('one')",
+                "CREATE FUNCTION sandbox.shout(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT upper($1)'",
+                "CREATE INDEX loud ON sandbox.drafts (sandbox.shout(body))",
+            ):
+                await session.execute(sa.text(statement))
+            await session.commit()
+        (backup,) = (await fleet.tenancy.backups.run(["acme"])).done
+        source = BackupSource(fleet.tenancy.backups, backup)
+        await fleet.tenancy.restores.restore("acme", source)
+        owners = (
+            "SELECT relname::text, pg_get_userbyid(relowner)::text FROM pg_class WHERE relname IN ('drafts', 'loud') "
+            "UNION ALL SELECT proname::text, pg_get_userbyid(proowner)::text FROM pg_proc WHERE proname = 'shout'"
+        )
+        place = (await fleet.registry.find("acme")).placement
+        assert place is not None
+        assert set(await fleet.fetch("acme", owners)) == {(name, place.role) for name in ("drafts", "loud", "shout")}
+        async with fleet.tenancy.session("acme") as session:
+            await session.execute(sa.text("ALTER TABLE sandbox.drafts ADD COLUMN more int"))
+        assert (await fleet.provisioner.reconcile()).clean
+
+        # ... without the schema that the hook opens, the function would be the owner's
+        async with fleet.connect("acme") as connection:
+            await connection.execute(f'GRANT CREATE ON SCHEMA public TO "{place.role}"')
+            await connection.execute(
+                f"SET ROLE \"{place.role}\"; CREATE FUNCTION public.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'"
+            )
+        (backup,) = (await fleet.tenancy.backups.run(["acme"])).done
+        with pytest.raises(ContentsRefusedError, match=r"function public\.mine"):
+            await fleet.tenancy.restores.restore("acme", BackupSource(fleet.tenancy.backups, backup))
