@@ -16,7 +16,6 @@ from ..backups import BackupManager
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
-from ..drift.policy import RevisionPolicy, check_revision
 from ..errors import (
     JobLostError,
     OperationError,
@@ -26,25 +25,21 @@ from ..errors import (
 )
 from ..events import EventBus, TenantRestored
 from ..jobs import Claimant
-from ..migrations.beside import upgrade_beside
 from ..migrations.connections import Connections
-from ..migrations.scripts import Environment
 from ..operations import Operation, Operations
-from ..postgres import connections as postgres_connections
 from ..postgres.failures import SERVER_FAILURES
-from ..postgres.programs import Programs
-from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.filled_creation import Filling
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.pipeline import describe
 from ..provisioning.readers import Reader
-from ..provisioning.restoring import Restored, check_rows, extensions_in, programs_for, restore_archive
+from ..provisioning.restoring import Restored
 from ..registry.databases import TenantDatabase
 from ..runs import FleetMigrator
-from ..tenant import Placement, Status, Tenant, TenantRef
+from ..tenant import Status, Tenant, TenantRef
 from ..tenants.manager import TenantManager
+from .making import Making, placement_of
 from .report import RestoreReport, UpkeepReport
-from .sources import Archive, RestoreSource
+from .sources import RestoreSource
 from .switching import Swapped, Switching, check_swappable
 from .tombstones import Tombstones
 
@@ -90,13 +85,12 @@ class RestoreManager:
         self._config = config
         self._operations = operations
         self._tenants = tenants
-        self._migrations = migrations
-        self._services = services
         self._registry = services.registry
         self._provisioner = services.provisioner
         self._events = events
         self._tombstones = Tombstones(config, services.control, backups)
         self._connections = Connections(services)
+        self._making = Making(config, migrations, self._connections)
         self._switching = Switching(config, services.registry, services.provisioner, self._connections)
 
     # --- restoring --------------------------------------------------------------------------------------------------
@@ -142,7 +136,7 @@ class RestoreManager:
                 "it; make a tenant of it with --as (as_slug in Python)"
             )
         await self._tombstones.refuse(found.id, found.slug)
-        place = _placement(found)
+        place = placement_of(found)
         database, claimant = self._provisioner.new_databases.new_name(), Claimant()
         operation = await self._operations.begin(
             "restore",
@@ -170,7 +164,7 @@ class RestoreManager:
                 )
             )
             tell("restoring")
-            policy, restored = await self._make(found, place, database, source, accept=accept)
+            policy, restored = await self._making.make(found, place, database, source, accept=accept)
             operation = await self._operations.advance(
                 operation,
                 claimant,
@@ -178,7 +172,7 @@ class RestoreManager:
                 detail={"differences": policy.differences[:100], "left_out": restored.left_out},
             )
             tell("running missing revisions")
-            revision = await self._upgrade(found, replace(place, database=database))
+            revision = await self._making.upgrade(found, replace(place, database=database))
             operation = await self._operations.advance(
                 operation, claimant, "inspect" if inspect else "switching", detail={"revision": revision}
             )
@@ -224,21 +218,21 @@ class RestoreManager:
         refuse_while_bound("restoring a tenant")
         started = time.monotonic()
         origin = await self._origin(source)
-        environment = await self._environment()
+        environment = await self._making.environment()
         restored = Restored()
         async with source.open() as archive:
-            policy = self._policy(environment, archive, accept=accept)
-            self._check_archive(environment, archive)
-            extensions = await self._extensions(origin, archive)
+            policy = self._making.policy(environment, archive, accept=accept)
+            self._making.check_archive(environment, archive)
+            extensions = await self._making.extensions(origin, archive)
 
             async def fill(new: NewDatabase) -> None:
                 nonlocal restored
                 tell("restoring")
-                restored = await self._fill(new, archive, extensions)
+                restored = await self._making.fill(new, archive, extensions)
 
             async def finish(tenant: Tenant) -> None:
                 tell("running missing revisions")
-                await self._upgrade(tenant, _placement(tenant))
+                await self._making.upgrade(tenant, placement_of(tenant))
 
             created = await self._tenants.create(
                 slug,
@@ -258,7 +252,7 @@ class RestoreManager:
         await self._registry.record(
             created.id, "tenant.restored_as", detail={"source": source.describe(), "of": origin.id}, actor=actor
         )
-        place = _placement(created.tenant)
+        place = placement_of(created.tenant)
         return RestoreReport(
             operation=None,
             tenant_id=created.id,
@@ -284,70 +278,6 @@ class RestoreManager:
         if await self._registry.find_unfinished(origin.id):
             raise OperationError(f"tenant {origin.slug!r} is being created or purged")
         return origin
-
-    async def _make(
-        self, tenant: Tenant, place: Placement, database: str, source: RestoreSource, *, accept: bool
-    ) -> tuple[RevisionPolicy, Restored]:
-        """Make the database beside the one in use, filled and handed over."""
-        environment = await self._environment()
-        async with source.open() as archive:
-            policy = self._policy(environment, archive, accept=accept)
-            self._check_archive(environment, archive)
-            extensions = await self._extensions(tenant, archive)
-            async with self._provisioner.new_databases.open(
-                tenant,
-                place.server,
-                database,
-                extensions_of=extensions,
-                timeout=self._config.provisioning.timeout,
-                valid_for=self._config.backup.timeout,
-            ) as new:
-                restored = await self._fill(new, archive, extensions)
-                await new.hand_over(tenant, place.role, policy=policy)
-        return policy, restored
-
-    def _policy(self, environment: Environment | None, archive: Archive, *, accept: bool) -> RevisionPolicy:
-        return RevisionPolicy(
-            self._services, self._connections, environment, accept=accept, tenant_owned=archive.tenant_owned
-        )
-
-    @staticmethod
-    def _check_archive(environment: Environment | None, archive: Archive) -> None:
-        if environment is not None and archive.revision is not None:
-            check_revision(environment, frozenset(archive.revision.split(",")))
-
-    async def _fill(self, new: NewDatabase, archive: Archive, extensions: tuple[InstalledExtension, ...]) -> Restored:
-        programs, timeout = await self._programs(new.server), self._config.pool.connect_timeout
-        restored = await restore_archive(new, programs, archive.path, extensions=extensions, timeout=timeout)
-        if archive.rows:
-            await check_rows(new, archive.rows, timeout=timeout)
-        return restored
-
-    async def _programs(self, server: str) -> Programs:
-        connection = await self._provisioner.connect_admin(server, purpose="tenancy-restore")
-        try:
-            version = postgres_connections.version(connection)
-        finally:
-            await run_to_completion(postgres_connections.close(connection))
-        return await programs_for(self._config, version)
-
-    async def _extensions(self, tenant: Tenant, archive: Archive) -> tuple[InstalledExtension, ...]:
-        """The archive's extensions, as far as they are configured or the tenant's database has them."""
-        place = _placement(tenant)
-        connection = await self._provisioner.connect_admin(place.server, place.database, purpose="tenancy-restore")
-        try:
-            present = {one.name for one in await read_extensions(connection)}
-            version = postgres_connections.version(connection)
-        finally:
-            await run_to_completion(postgres_connections.close(connection))
-        programs = await programs_for(self._config, version)
-        return await extensions_in(programs, archive.path, present | set(self._config.extensions))
-
-    async def _environment(self) -> Environment | None:
-        return None if self._config.migrations is None else await self._migrations.environment()
-
-    async def _upgrade(self, tenant: Tenant, place: Placement) -> str | None:
-        return await upgrade_beside(tenant, place, self._connections, await self._environment())
 
     # --- swapping ---------------------------------------------------------------------------------------------------
 
@@ -389,7 +319,7 @@ class RestoreManager:
         started = time.monotonic()
         found = await self._registry.find(tenant)
         check_swappable(found)
-        place = _placement(found)
+        place = placement_of(found)
         kept = await self._kept(found, place.server)
         claimant = Claimant()
         operation = await self._operations.begin(
@@ -424,12 +354,12 @@ class RestoreManager:
         return beside.operation is not None and (await self._operations.get(beside.operation)).kind == "restore"
 
     async def _upgrade_kept(self, operation: Operation, claimant: Claimant, tenant: Tenant) -> Operation:
-        place = replace(_placement(tenant), database=operation.detail["database"])
+        place = replace(placement_of(tenant), database=operation.detail["database"])
         beside = await self._beside(operation)
         if beside is None or beside.state == "dropping":
             raise OperationStateError(f"database {place.database!r} is being dropped")
         await self._provisioner.new_databases.open_to_administrators(beside)
-        revision = await self._upgrade(tenant, place)
+        revision = await self._making.upgrade(tenant, place)
         return await self._operations.advance(operation, claimant, "switching", detail={"revision": revision})
 
     async def _beside(self, operation: Operation) -> TenantDatabase | None:
@@ -465,8 +395,8 @@ class RestoreManager:
                 if operation.detail["action"] == _UNDO:
                     operation = await self._upgrade_kept(operation, claimant, tenant)
                 else:
-                    place = replace(_placement(tenant), database=operation.detail["database"])
-                    detail = {"revision": await self._upgrade(tenant, place)}
+                    place = replace(placement_of(tenant), database=operation.detail["database"])
+                    detail = {"revision": await self._making.upgrade(tenant, place)}
                     operation = await self._operations.advance(operation, claimant, "switching", detail=detail)
             tell("swapping")
             swapped = await self._swap(operation, actor)
@@ -507,7 +437,7 @@ class RestoreManager:
         if operation.kind != "restore" or operation.state != "waiting":
             raise OperationStateError(f"operation {number} ({operation.kind}) does not wait: it is {operation.state}")
         tenant = await self._registry.get(operation.tenant_id)
-        place = replace(_placement(tenant), database=operation.detail["database"])
+        place = replace(placement_of(tenant), database=operation.detail["database"])
         async with self._provisioner.readers.open(replace(tenant, placement=place), seconds=seconds) as login:
             yield login
 
@@ -642,12 +572,6 @@ class RestoreManager:
 
 
 _UNDO = "tenant.undo_restore_backup"
-
-
-def _placement(tenant: Tenant) -> Placement:
-    if tenant.placement is None:
-        raise TenantNotFoundError(tenant.slug)
-    return tenant.placement
 
 
 __all__ = ["READ_ONLY", "RestoreManager", "Tell"]

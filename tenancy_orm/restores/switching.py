@@ -36,6 +36,7 @@ from ..provisioning import Provisioner
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..tenant import Placement, Status, Tenant
+from .making import placement_of
 
 logger = logging.getLogger("tenancy_orm.restores")
 
@@ -93,7 +94,7 @@ class Switching:
         """
         started = time.monotonic()
         before = await self._registry.get(operation.tenant_id)
-        place = _placement(before)
+        place = placement_of(before)
         if place.database == database:
             await self._registry.end_pause(before.id)
             await self._finish(replace(place, database=operation.detail["from"]), before)
@@ -115,7 +116,7 @@ class Switching:
     async def _exchange(
         self, paused: Paused, operation: Operation, database: str, action: str, revision: str | None, actor: Actor
     ) -> Tenant:
-        old = _placement(paused.tenant)
+        old = placement_of(paused.tenant)
         check_swappable(paused.tenant)
         new = replace(old, database=database)
         if paused.tenant.status not in LOGIN_BLOCKED:
@@ -182,7 +183,7 @@ class Switching:
         if current.placement is None:
             return  # purged
         async with self._new.locked(current) as locked:
-            place = _placement(locked)
+            place = placement_of(locked)
             if place.database == database:
                 raise OperationStateError(f"tenant {locked.slug!r} uses database {database!r} already")
             if await self._exists(locked, database):
@@ -209,12 +210,6 @@ def check_swappable(tenant: Tenant) -> None:
         raise TenantDeletedError(tenant.slug)
     if tenant.status is Status.PROVISIONING:
         raise OperationError(f"tenant {tenant.slug!r} is being created")
-
-
-def _placement(tenant: Tenant) -> Placement:
-    if tenant.placement is None:
-        raise TenantNotFoundError(tenant.slug)
-    return tenant.placement
 
 
 __all__ = ["Swapped", "Switching", "check_swappable"]

@@ -21,7 +21,7 @@ from tenancy_orm.operations import Operations
 from tenancy_orm.provisioning import access, grants, new_databases
 from tenancy_orm.provisioning.new_databases import NewDatabase, NewDatabases
 from tenancy_orm.registry.registry import Registry
-from tenancy_orm.restores import DumpSource, manager
+from tenancy_orm.restores import DumpSource, making
 from tests.support.runs_process import config_of
 
 # by the name of a point: what is wrapped, at which call, and whether it dies after it
@@ -29,7 +29,7 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "before the row": (Registry, "record_database", 1, False),
     "after the row": (Registry, "record_database", 1, True),
     "after the empty database": (new_databases, "create_for_login", 1, True),
-    "after the contents": (manager, "restore_archive", 1, True),
+    "after the contents": (making, "restore_archive", 1, True),
     "after the rights": (grants, "grant_and_mark", 1, True),
     "after all is handed over": (NewDatabase, "hand_over", 1, True),
     "before the upgrade": (Operations, "advance", 1, True),

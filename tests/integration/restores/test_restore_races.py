@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from tenancy_orm.errors import OperationError, TenantDeletedError
 from tenancy_orm.provisioning import restoring as restoring_module
-from tenancy_orm.restores import DumpSource, RestoreReport, manager
+from tenancy_orm.restores import DumpSource, RestoreReport, making
 from tenancy_orm.tenant import Status
 from tests.integration.restores.test_restores import ADD_COLUMN, add, databases, notes
 from tests.support.dumps import dump
@@ -38,7 +38,7 @@ def restoring(
             await meanwhile()
             return done
 
-        monkeypatch.setattr(manager, "restore_archive", slow)
+        monkeypatch.setattr(making, "restore_archive", slow)
         return await fleet.tenancy.restores.restore("acme", DumpSource(archive))
 
     return restore

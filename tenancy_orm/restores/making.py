@@ -1,0 +1,128 @@
+"""``Making``: makes the restored database, beside the one in use or as another tenant's."""
+
+from __future__ import annotations
+
+from ..cancellation import run_to_completion
+from ..config import TenancyConfig
+from ..drift.policy import RevisionPolicy, check_revision
+from ..errors import TenantNotFoundError
+from ..migrations.beside import upgrade_beside
+from ..migrations.connections import Connections
+from ..migrations.scripts import Environment
+from ..postgres import connections as postgres_connections
+from ..postgres.programs import Programs
+from ..provisioning.empty_databases import InstalledExtension, read_extensions
+from ..provisioning.new_databases import NewDatabase
+from ..provisioning.restoring import Restored, check_rows, extensions_in, programs_for, restore_archive
+from ..runs import FleetMigrator
+from ..tenant import Placement, Tenant
+from .sources import Archive, RestoreSource
+
+
+class Making:
+    """Brings archives into new databases, checks and upgrades them.
+
+    Args:
+        config: The configuration.
+        migrations: Loads the migrations.
+        connections: Connects to databases.
+    """
+
+    def __init__(self, config: TenancyConfig, migrations: FleetMigrator, connections: Connections) -> None:
+        self._config = config
+        self._migrations = migrations
+        self._services = migrations.services
+        self._provisioner = migrations.services.provisioner
+        self._connections = connections
+
+    async def make(
+        self, tenant: Tenant, place: Placement, database: str, source: RestoreSource, *, accept: bool
+    ) -> tuple[RevisionPolicy, Restored]:
+        """Make the database beside the one in use, filled and handed over."""
+        environment = await self.environment()
+        async with source.open() as archive:
+            policy = self.policy(environment, archive, accept=accept)
+            self.check_archive(environment, archive)
+            extensions = await self.extensions(tenant, archive)
+            async with self._provisioner.new_databases.open(
+                tenant,
+                place.server,
+                database,
+                extensions_of=extensions,
+                timeout=self._config.provisioning.timeout,
+                valid_for=self._config.backup.timeout,
+            ) as new:
+                restored = await self.fill(new, archive, extensions)
+                await new.hand_over(tenant, place.role, policy=policy)
+        return policy, restored
+
+    def policy(self, environment: Environment | None, archive: Archive, *, accept: bool) -> RevisionPolicy:
+        """Return what decides whether an archive's contents may become the tenant's."""
+        return RevisionPolicy(
+            self._services, self._connections, environment, accept=accept, tenant_owned=archive.tenant_owned
+        )
+
+    @staticmethod
+    def check_archive(environment: Environment | None, archive: Archive) -> None:
+        """Refuse an archive that says to be newer than the code, before it is brought in.
+
+        Raises:
+            MigrationError: it is.
+        """
+        if environment is not None and archive.revision is not None:
+            check_revision(environment, frozenset(archive.revision.split(",")))
+
+    async def fill(self, new: NewDatabase, archive: Archive, extensions: tuple[InstalledExtension, ...]) -> Restored:
+        """Bring an archive in, and compare the numbers of rows with those that were counted.
+
+        Raises:
+            OperationError: they differ.
+            ProvisioningError: PostgreSQL refused something.
+        """
+        programs, timeout = await self._programs(new.server), self._config.pool.connect_timeout
+        restored = await restore_archive(new, programs, archive.path, extensions=extensions, timeout=timeout)
+        if archive.rows:
+            await check_rows(new, archive.rows, timeout=timeout)
+        return restored
+
+    async def _programs(self, server: str) -> Programs:
+        connection = await self._provisioner.connect_admin(server, purpose="tenancy-restore")
+        try:
+            version = postgres_connections.version(connection)
+        finally:
+            await run_to_completion(postgres_connections.close(connection))
+        return await programs_for(self._config, version)
+
+    async def extensions(self, tenant: Tenant, archive: Archive) -> tuple[InstalledExtension, ...]:
+        """The archive's extensions, as far as they are configured or the tenant's database has them."""
+        place = placement_of(tenant)
+        connection = await self._provisioner.connect_admin(place.server, place.database, purpose="tenancy-restore")
+        try:
+            present = {one.name for one in await read_extensions(connection)}
+            version = postgres_connections.version(connection)
+        finally:
+            await run_to_completion(postgres_connections.close(connection))
+        programs = await programs_for(self._config, version)
+        return await extensions_in(programs, archive.path, present | set(self._config.extensions))
+
+    async def environment(self) -> Environment | None:
+        """Load the migrations; None without any."""
+        return None if self._config.migrations is None else await self._migrations.environment()
+
+    async def upgrade(self, tenant: Tenant, place: Placement) -> str | None:
+        """Run the revisions that a database of the tenant lacks, and return the one that it is at."""
+        return await upgrade_beside(tenant, place, self._connections, await self.environment())
+
+
+def placement_of(tenant: Tenant) -> Placement:
+    """Return a tenant's placement.
+
+    Raises:
+        TenantNotFoundError: the tenant has been purged.
+    """
+    if tenant.placement is None:
+        raise TenantNotFoundError(tenant.slug)
+    return tenant.placement
+
+
+__all__ = ["Making", "placement_of"]
