@@ -109,7 +109,7 @@ def undo(number: Number, yes: Yes = False, as_json: Json = False) -> None:
 
     async def command(tenancy: Tenancy) -> Any:
         manager = await _manager(tenancy, number)
-        return await _method(manager, "discard", number)(number)
+        return await _method(manager, "discard", number)(number, actor=operator())
 
     _print(run(command), number, as_json)
 

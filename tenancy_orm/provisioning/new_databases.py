@@ -157,8 +157,8 @@ class NewDatabase:
                 raise OperationError(
                     f"the contents for tenant {tenant.slug!r} are refused: they have {enumeration(found)}"
                 )
-            await policy.check(connection, server=self.server, login=self.login.role, role=role)
             async with roles.joined(connection, self.login.role, role):
+                await policy.check(connection, server=self.server, login=self.login.role, role=role)
                 await self._give_large_objects(connection, role)
                 quoted = quote_identifier(self.login.role)
                 await connection.execute(

@@ -403,8 +403,12 @@ class RestoreManager:
             await self._operations.finish(operation, claimant, "done", detail={"kept_until": swapped.kept_until})
         return self._report(operation, swapped.tenant, started, swapped)
 
-    async def discard(self, number: int) -> None:
+    async def discard(self, number: int, *, actor: Actor = SYSTEM) -> None:
         """End a restore that waits for its swap, or that a process has left behind, and drop what it has made.
+
+        Args:
+            number: The operation's number.
+            actor: Who does this, for the audit log.
 
         Raises:
             OperationNotFoundError: there is no such operation.
@@ -416,6 +420,9 @@ class RestoreManager:
         async with self._operations.keep(operation, claimant):
             await self._take_back(operation)
             await self._operations.finish(operation, claimant, "undone")
+        await self._registry.record(
+            operation.tenant_id, "tenant.discard_restore", detail={"operation": number}, actor=actor
+        )
 
     @asynccontextmanager
     async def look(self, number: int, *, seconds: float = 3_600.0) -> AsyncIterator[Reader]:
@@ -542,7 +549,7 @@ class RestoreManager:
                 if (await self._operations.get(operation.id)).state == "running":
                     raise
             return  # finished, or failed and taken back
-        await self.discard(operation.id)
+        await self.discard(operation.id, actor=actor)
 
     async def _is_needed(self, beside: TenantDatabase) -> bool:
         """Whether an operation that is not over may go back to a database."""
