@@ -56,7 +56,8 @@ def move(
             return await tenancy.moves.rollback(tenant, actor=operator())
         if confirmed:
             return await tenancy.moves.confirm(tenant, actor=operator())
-        return await tenancy.moves.move(tenant, to=to, offline=offline, actor=operator())
+        tell = None if as_json else note
+        return await tenancy.moves.move(tenant, to=to, offline=offline, tell=tell, actor=operator())
 
     if confirmed and not yes and not confirm(f"drop the former database of {tenant}? There is no way back then."):
         fail("nothing was changed")

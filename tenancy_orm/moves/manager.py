@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
@@ -37,7 +37,7 @@ from ..tenant import Placement, Status, Tenant, TenantRef
 from ..tenants.manager import TenantManager
 from .leftovers import Leftovers
 from .rebalance import MovePlan, PlannedMove, Planner
-from .steps import LEAST_VERSION, Move, MoveServices, check_way_back
+from .steps import LEAST_VERSION, Move, MoveServices, Tell, check_way_back
 
 logger = logging.getLogger("tenancy_orm.moves")
 
@@ -136,7 +136,13 @@ class MoveManager:
     # --- one tenant -------------------------------------------------------------------------------------------------
 
     async def move(
-        self, tenant: TenantRef, *, to: str | None = None, offline: bool = False, actor: Actor = SYSTEM
+        self,
+        tenant: TenantRef,
+        *,
+        to: str | None = None,
+        offline: bool = False,
+        tell: Tell | None = None,
+        actor: Actor = SYSTEM,
     ) -> Operation:
         """Move a tenant to another server; afterwards it can be rolled back until it is confirmed.
 
@@ -144,6 +150,7 @@ class MoveManager:
             tenant: The tenant.
             to: The server's name; the one that placement chooses where None.
             offline: Copy it by a dump, in maintenance, instead of by logical replication.
+            tell: Called with each step that begins, in words.
             actor: Who does this, for the audit log.
 
         Returns:
@@ -182,7 +189,7 @@ class MoveManager:
         )
         # read again: another operation may have ended just before this one began
         found = await self._registry.get(found.id)
-        move = Move(services, operation, found, actor=actor)
+        move = Move(services, operation, found, actor=actor, **({} if tell is None else {"tell": tell}))
         try:
             if found.placement is None or (found.placement.server, found.placement.database) != (
                 place.server,
@@ -205,8 +212,7 @@ class MoveManager:
                 self._operations.finish(operation, services.claimant, "failed", error=describe(exc))
             )
             raise
-        await run_unbound(move.run())
-        return await self._operations.get(operation.id)
+        return await self._finish(operation, move.run())
 
     async def rollback(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Operation:
         """Go back to the former server. What was written on the new one since is there as well.
@@ -223,8 +229,7 @@ class MoveManager:
         found = await self._waiting(tenant)
         check_way_back(found)
         move, operation = await self._claim(found, actor)
-        await run_unbound(move.roll_back())
-        return await self._operations.get(operation.id)
+        return await self._finish(operation, move.roll_back())
 
     async def confirm(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Operation:
         """End a move for good: the former database is dropped. Housekeeping does it after ``move.keep_seconds``.
@@ -236,8 +241,7 @@ class MoveManager:
         """
         refuse_while_bound("moving a tenant")
         move, operation = await self._claim(await self._waiting(tenant), actor)
-        await run_unbound(move.confirm())
-        return await self._operations.get(operation.id)
+        return await self._finish(operation, move.confirm())
 
     async def resume(self, operation: int, *, actor: Actor = SYSTEM) -> Operation:
         """Finish or undo a move that a killed process has left; housekeeping does it as well.
@@ -255,8 +259,7 @@ class MoveManager:
         if found.kind != "move" or found.state != "running":
             raise OperationStateError(f"operation {operation} is a {found.kind} that is {found.state}")
         move, _ = await self._claim(found, actor)
-        await run_unbound(move.resume())
-        return await self._operations.get(operation)
+        return await self._finish(found, move.resume())
 
     async def list(self, tenant: TenantRef | None = None, *, limit: int = 100) -> tuple[Operation, ...]:
         """Return moves, the newest first.
@@ -267,6 +270,20 @@ class MoveManager:
         refuse_while_bound("listing moves")
         tenant_id = None if tenant is None else (await self._tenants.get(tenant)).id
         return await self._operations.list(tenant_id=tenant_id, kinds=("move",), limit=limit)
+
+    async def _finish(self, operation: Operation, work: Coroutine[Any, Any, object]) -> Operation:
+        """Await what a move does, and return its record."""
+        try:
+            await run_unbound(work)
+        except TenancyError:
+            raise
+        except SERVER_FAILURES as exc:
+            now = await self._operations.get(operation.id)
+            remedy = "" if now.state != "running" else f"; go on with it: tenancy operations resume {now.id}"
+            raise OperationError(
+                f"move {now.id} of tenant {now.slug!r} failed at step {now.step!r} ({describe(exc)}){remedy}"
+            ) from exc
+        return await self._operations.get(operation.id)
 
     async def _waiting(self, tenant: TenantRef) -> Operation:
         found = await self._tenants.get(tenant)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
@@ -47,9 +47,24 @@ logger = logging.getLogger("tenancy_orm.moves")
 LEAST_VERSION = 16
 """From this version of PostgreSQL on, a subscription changes tables with no more rights than their owner has."""
 
+Tell: TypeAlias = Callable[[str], None]
+
+_TOLD = {
+    "publishing": "looking at the tables",
+    "copying": "copying the database",
+    "replicating": "catching up with what was written since",
+    "switching": "pausing the tenant, and switching",
+    "switched": "having the former database follow",
+    "rolling_back": "catching up, and switching back",
+    "confirming": "dropping the former database",
+}
 _SERVED = frozenset({Status.TRIAL, Status.ACTIVE})
 _SLOT_SECONDS = 60.0
 _SHOWN = 5
+
+
+def _silent(step: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +87,19 @@ class Move:
         operation: Its record.
         tenant: The tenant.
         actor: Who does this, for the audit log.
+        tell: Called with what is done next, in words.
     """
 
-    def __init__(self, services: MoveServices, operation: Operation, tenant: Tenant, *, actor: Actor = SYSTEM) -> None:
+    def __init__(
+        self,
+        services: MoveServices,
+        operation: Operation,
+        tenant: Tenant,
+        *,
+        actor: Actor = SYSTEM,
+        tell: Tell = _silent,
+    ) -> None:
+        self._tell = tell
         self._services = services
         self._config = services.config
         self._provisioning = services.provisioner.services
@@ -97,6 +122,7 @@ class Move:
         return not self._operation.detail["offline"]
 
     async def _advance(self, step: str, **detail: Any) -> None:
+        self._tell(_TOLD.get(step, step))
         self._operation = await self._services.operations.advance(
             self._operation, self._services.claimant, step, detail=detail
         )
@@ -407,11 +433,12 @@ class Move:
         """Open the database in use, close the other one, and let everybody go on."""
         registry = self._provisioning.registry
         tenant = await registry.get(self._tenant.id)
-        await self._services.switch.close_kept(unused)
         await self._services.provisioner.align(tenant, timeout=self._provisioning.config.provisioning.timeout)
         await registry.end_pause(tenant.id)
         if self._operation.detail.get("maintenance") and tenant.status is Status.MAINTENANCE:
             tenant = await self._services.tenants.end_maintenance(tenant, actor=self._actor)
+        # closed since the pause, or never opened; last, since its server may not answer
+        await self._services.switch.close_kept(unused)
         return tenant
 
     async def finish_switch(self) -> Tenant:
@@ -475,8 +502,10 @@ class Move:
         """
         if await self._is_switched():
             raise OperationStateError(f"tenant {self._tenant.slug!r} is in its new database already")
-        await self._settle(self.new)
-        await self._forward.drop()
+        try:
+            await self._settle(self.new)
+        finally:
+            await self._forward.drop()
         await self._reverse.drop()
         await self._identify(self.old, self._operation.detail.get("identities", {}), full=False)
         await self._drop_database(self.new)
@@ -634,4 +663,4 @@ class _Four:
         await asyncio.gather(*(connections.close(one) for one in self._opened))
 
 
-__all__ = ["LEAST_VERSION", "Move", "MoveServices", "check_way_back"]
+__all__ = ["LEAST_VERSION", "Move", "MoveServices", "Tell", "check_way_back"]

@@ -291,8 +291,11 @@ class Stream:
             OperationError: one of them could not be dropped.
             ServerUnavailableError: a server does not answer.
         """
-        await self.drop_subscription()
-        await self.drop_source()
+        try:
+            await self.drop_subscription()
+        finally:
+            # also where the target does not answer: the slot would fill the source's disk
+            await self.drop_source()
 
     async def drop_subscription(self) -> None:
         """Drop the subscription, if there is one; what the source has of it stays."""

@@ -138,3 +138,50 @@ async def test_sessions_wait_for_a_bounded_time_and_long_transactions_are_ended(
                         await session.execute(text("SELECT 1"))
         async with impatient.session(acme.id) as session:
             assert await session.scalar(text("SELECT count(*) FROM notes")) == 0
+
+
+@pytest.mark.parametrize("protected", [False, True], ids=["without the barrier", "with the barrier"])
+async def test_a_process_that_hears_nothing_cannot_write_to_the_former_database(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch, protected: bool
+) -> None:
+    """Without the barrier in PostgreSQL, what it writes after the last row was copied is lost."""
+    if not protected:
+
+        async def leave_open(*_: object) -> None:
+            pass
+
+        monkeypatch.setattr(Switch, "_close", leave_open)
+    acme = (await tenancy.tenants.create("acme")).tenant
+    assert acme.placement is not None
+    placement = await beside(tenancy, acme)
+    admin = await tenancy.internals.provisioner.connect_admin(acme.placement.server)
+
+    async def is_unused() -> bool:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1"
+        assert acme.placement is not None
+        return bool(await admin.fetchval(query, acme.placement.database) == 0)
+
+    async def write(process: Tenancy) -> None:
+        async with process.transaction(acme.id) as session:
+            await session.execute(text("INSERT INTO notes (body) VALUES ('late')"))
+
+    try:
+        async with Tenancy(tenancy_config) as deaf:
+            await deaf.internals.directory.tenant(acme.id)
+            await deaf.internals.directory._listener.close()
+            tenancy.internals.router.retire(acme.id)
+            await until(is_unused)
+            async with Switch(tenancy.internals.provisioner.services).pause(acme) as paused:
+                await make(tenancy, acme, placement, paused.connection)
+                late = asyncio.create_task(write(deaf))
+                if protected:
+                    await until(lambda: acme.id in deaf.internals.router._detours._changed)
+                    assert not late.done()
+                else:
+                    await late
+                await paused.to(placement, action="tenant.switch", revision=acme.schema_revision, kept_until=None)
+            await late
+    finally:
+        await admin.close()
+    async with tenancy.session(acme.id) as session:
+        assert await session.scalar(text("SELECT count(*) FROM notes WHERE body = 'late'")) == protected
