@@ -8,6 +8,7 @@ from .opening import OpenBackup
 from .pruning import PruneReport
 from .records import Backup, BackupState
 from .recovering import recover_control
+from .scanning import ScanReport
 from .stores import DirectoryStore, ObjectStore, Store, StoredObject, Stores, open_store
 from .verification import Verification
 
@@ -27,6 +28,7 @@ __all__ = [
     "OpenBackup",
     "PruneReport",
     "ResealedKeys",
+    "ScanReport",
     "Store",
     "StoredObject",
     "Stores",

@@ -23,6 +23,7 @@ from .manifest import Manifest
 from .opening import BackupReader, OpenBackup
 from .pruning import BackupPruner, PruneReport
 from .records import Backup, BackupRecords, BackupState
+from .scanning import BackupScanner, ScanReport
 from .stores import Store
 from .verification import BackupVerifier, Verification
 
@@ -62,7 +63,8 @@ class BackupManager:
         self._maker = BackupMaker(services, records)
         self._reader = BackupReader(self._config, services.control.installation, services.audit, services.keys, stores)
         self._verifier = BackupVerifier(services, records, self._reader)
-        self._pruner = BackupPruner(self._config, records, stores, services.events)
+        self._scanner = BackupScanner(records, self._reader, services.control.installation)
+        self._pruner = BackupPruner(self._config, records, stores, self._scanner, services.events)
         self._home = HomeLoop()
 
     @property
@@ -294,6 +296,20 @@ class BackupManager:
             CrossTenantError: a tenant is bound.
         """
         return await self._records.keep(await self._find(backup), until, actor)
+
+    async def scan(self, *, actor: Actor = SYSTEM) -> ScanReport:
+        """Find the backups in the store that the control database does not know, and list them from then on.
+
+        After an older backup of the control database was restored, there are some. Those of tenants that it does not
+        know, either, are left alone.
+
+        Raises:
+            ConfigurationError: ``backup.store`` is not set.
+            BackupError: the store does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("looking for backups")
+        return await self._scanner.scan(self.store, actor=actor)
 
     async def prune(self, *, dry_run: bool = False, actor: Actor = SYSTEM) -> PruneReport:
         """Remove the backups that ``backup.keep_*`` do not keep, and what failed ones have left in the store.

@@ -65,14 +65,22 @@ class BackupReader:
         """
         if backup.state != "done":
             raise BackupNotFoundError(f"the backup {backup.id} is {backup.state}")
-        data = await self._stores.at(backup.store).get(backup.manifest_path)
-        manifest = Manifest.read(data, await self._audit.verifier())
+        manifest = await self.read_manifest(self._stores.at(backup.store), backup.manifest_path)
         expected = (backup.id, backup.tenant_id, self._installation)
         if (manifest.id, manifest.tenant_id, manifest.installation) != expected:
             raise BackupDamagedError(f"the store has another backup at {backup.manifest_path}")
         if backup.manifest is not None and backup.manifest != manifest:
             raise BackupDamagedError("the manifest in the store and the one in the control database differ")
         return manifest
+
+    async def read_manifest(self, store: Store, path: str) -> Manifest:
+        """Read a manifest, and verify its signature.
+
+        Raises:
+            BackupNotFoundError: there is none.
+            BackupDamagedError: it is not what was written.
+        """
+        return Manifest.read(await store.get(path), await self._audit.verifier())
 
     async def check(self, backup: Backup) -> Manifest:
         """Verify a backup without its key: the manifest's signature, and the archive's checksum.

@@ -10,11 +10,12 @@ from uuid import UUID
 
 from ..audit.actor import Actor
 from ..config import BackupConfig
-from ..errors import TenancyError
+from ..errors import BackupDamagedError, BackupNotFoundError, TenancyError
 from ..events import BackupPruned, EventBus
 from .records import Backup, BackupRecords
 from .retention import expired
-from .stores import Stores
+from .scanning import BackupScanner
+from .stores import Store, Stores
 
 logger = logging.getLogger("tenancy_orm.backups")
 
@@ -35,11 +36,20 @@ class BackupPruner:
         config: The retention policy.
         records: The rows of backups.
         stores: The stores.
+        scanner: Knows which backups are complete.
         events: Receives ``BackupPruned``.
     """
 
-    def __init__(self, config: BackupConfig, records: BackupRecords, stores: Stores, events: EventBus) -> None:
+    def __init__(
+        self,
+        config: BackupConfig,
+        records: BackupRecords,
+        stores: Stores,
+        scanner: BackupScanner,
+        events: EventBus,
+    ) -> None:
         self._config = config
+        self._scanner = scanner
         self._records = records
         self._stores = stores
         self._events = events
@@ -49,7 +59,7 @@ class BackupPruner:
         found = await self.to_prune()
         if not dry_run:
             found = [one for one in found if await self._records.begin_pruning(one, actor)]
-            errors = [error for one in await self._records.to_remove() if (error := await self._remove(one))]
+            errors = [error for one in await self._records.to_remove() if (error := await self._remove(one, actor))]
         else:
             errors = []
         return PruneReport(tuple(found), sum(one.bytes or 0 for one in found), tuple(errors))
@@ -67,10 +77,12 @@ class BackupPruner:
         over = [one for group in _by_tenant(readable) for one in expired(group, self._config, now=now)]
         return [*lost, *over]
 
-    async def _remove(self, backup: Backup) -> str | None:
+    async def _remove(self, backup: Backup, actor: Actor) -> str | None:
         """Remove a backup's objects, the manifest first; returns why that failed."""
         try:
             store = self._stores.at(backup.store)
+            if backup.state == "failed" and await self._is_complete(backup, store, actor):
+                return None
             # what has no manifest is no backup
             await store.delete(backup.manifest_path)
             await store.delete(*[found.path for found in await store.list(backup.path)])
@@ -81,6 +93,17 @@ class BackupPruner:
         if backup.state == "pruned":
             self._events.emit(BackupPruned(tenant_id=backup.tenant_id, slug=backup.slug, backup_id=backup.id))
         return None
+
+    async def _is_complete(self, backup: Backup, store: Store, actor: Actor) -> bool:
+        """Whether a backup that counts as failed is complete: the row may be older than the backup.
+
+        After an older backup of the control database was restored, that backup itself is one.
+        """
+        try:
+            listed = await store.list(backup.path)
+            return await self._scanner.take_up(store, backup.path, listed, actor=actor) is not None
+        except (BackupNotFoundError, BackupDamagedError):
+            return False
 
 
 def _by_tenant(backups: Iterable[Backup]) -> Iterable[list[Backup]]:

@@ -17,7 +17,7 @@ from sqlalchemy import Row, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.types import Text, Uuid
+from sqlalchemy.types import BigInteger, Text, Uuid
 
 from ..audit.actor import Actor
 from ..audit.log import AuditLog
@@ -196,6 +196,35 @@ class BackupRecords:
         async with self._control.transaction() as connection:
             await connection.execute(_FAILED, values)
 
+    async def take_up(self, manifest: Manifest, *, store: str, path: str, stored_bytes: int, actor: Actor) -> bool:
+        """Write the row of a backup that is complete in a store, and has none or one that says that it failed.
+
+        False where there is nothing to do: it is known, or its tenant is not.
+        """
+        values = {
+            "id": manifest.id,
+            "tenant": manifest.tenant_id,
+            "server": manifest.server,
+            "store": store,
+            "path": path,
+            "key": manifest.key_id,
+            "began": manifest.snapshot_at,
+            "ended": manifest.created_at,
+            "bytes": stored_bytes,
+            "manifest": json.dumps(manifest.to_fields(), allow_nan=False),
+        }
+        async with self._control.transaction() as connection:
+            if not (await connection.execute(_TAKE_UP, values)).rowcount:
+                return False
+            detail = {"backup": manifest.id, "store": store}
+            await self._write_audit(connection, "backup.take_up", manifest.tenant_id, manifest.slug, actor, detail)
+        return True
+
+    async def known(self) -> frozenset[UUID]:
+        """Return the ids of the backups that are done or pruned, or that a process makes now."""
+        async with self._control.connect() as connection:
+            return frozenset(await connection.scalars(_KNOWN))
+
     async def get(self, backup_id: UUID) -> Backup:
         """Return a backup.
 
@@ -362,6 +391,30 @@ _FAILED = text(
     "UPDATE tenancy.backups SET state = 'failed', ended_at = clock_timestamp(), claim = NULL, claimed_until = NULL, "  # noqa: S608
     f"error = :error {_CLAIMED}"
 ).bindparams(*_IDS)
+_TAKE_UP = text(
+    "INSERT INTO tenancy.backups AS b (id, tenant_id, server, store, path, key_id, state, started_at, ended_at, bytes, "
+    "manifest) SELECT :id, CAST(:tenant AS uuid), :server, :store, :path, :key, 'done', :began, :ended, :bytes, "
+    "CAST(:manifest AS jsonb) "
+    "WHERE CAST(:tenant AS uuid) IS NULL OR EXISTS (SELECT FROM tenancy.tenants WHERE id = CAST(:tenant AS uuid)) "
+    "ON CONFLICT (id) DO UPDATE SET state = 'done', ended_at = excluded.ended_at, bytes = excluded.bytes, "
+    "manifest = excluded.manifest, claim = NULL, claimed_until = NULL, error = NULL "
+    "WHERE b.state = 'failed' OR (b.state = 'running' AND b.claimed_until <= clock_timestamp())"
+).bindparams(
+    bindparam("id", type_=Uuid),
+    _TENANT,
+    bindparam("server", type_=Text),
+    bindparam("store", type_=Text),
+    bindparam("path", type_=Text),
+    bindparam("key", type_=Text),
+    bindparam("began", type_=TIMESTAMP(timezone=True)),
+    bindparam("ended", type_=TIMESTAMP(timezone=True)),
+    bindparam("bytes", type_=BigInteger),
+    bindparam("manifest", type_=Text),
+)
+_KNOWN = text(
+    "SELECT id FROM tenancy.backups WHERE state <> 'failed' AND NOT (state = 'running' AND claimed_until <= "
+    "clock_timestamp())"
+)
 _GET = text(f"SELECT {_COLUMNS} {_FROM} WHERE b.id = :id").bindparams(bindparam("id", type_=Uuid))
 _LIST = text(
     f"SELECT {_COLUMNS} {_FROM} "

@@ -181,6 +181,20 @@ def keep_backup(
         print_table("backups", _LISTED, [_row(found)])
 
 
+@app.command("scan")
+def scan_store(as_json: Json = False) -> None:
+    """Find backups in the store that the control database does not know: after an older one of it was restored."""
+    report = run(lambda tenancy: tenancy.backups.scan(actor=operator()))
+    if as_json:
+        print_json({"found": [backup_fields(one) for one in report.found], "errors": list(report.errors)})
+    else:
+        print_table("found", _LISTED, map(_row, report.found))
+        for error in report.errors:
+            note(error)
+    if report.errors:
+        raise typer.Exit(EXIT_FAILED)
+
+
 @app.command("extract")
 def extract_backup(
     backup: Annotated[str, typer.Argument(help="The id of a backup, or a slug: its newest backup.")],
