@@ -43,11 +43,11 @@ SELECT pg_catalog.pg_current_wal_lsn()::text AS lsn, pg_catalog.now() AS now,
        d.datcollate AS "collate", d.datctype AS ctype,
        to_jsonb(d)->>'datlocprovider' AS provider,
        COALESCE(to_jsonb(d)->>'datlocale', to_jsonb(d)->>'daticulocale') AS locale,
-       (SELECT pg_catalog.count(*) FROM pg_catalog.pg_largeobject_metadata) AS large_objects
+       (SELECT pg_catalog.count(*) FROM pg_catalog.pg_largeobject_metadata) AS large_objects,
+       -- row security of such a table holds for its owner, too
+       EXISTS (SELECT FROM pg_catalog.pg_class WHERE relrowsecurity AND relforcerowsecurity) AS hides
   FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()
 """
-# row security of these tables holds for their owners, too
-_HIDDEN = "SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relrowsecurity AND relforcerowsecurity)"
 _TABLES = """
 SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name,
        pg_catalog.pg_table_size(c.oid) AS bytes
@@ -184,13 +184,13 @@ class Dump:
         try:
             if connections.version(holding) >= 17:
                 await holding.execute("SET transaction_timeout = 0")
-            if await holding.fetchval(_HIDDEN):
-                await self._source.see_all_rows()
             programs = await self._programs(connections.version(holding))
             # pg_dump and the counts see this snapshot, which is there as long as its transaction
             await holding.transaction(isolation="repeatable_read", readonly=True).start()
             number = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
             facts, tables = await self._facts(holding)
+            if facts["hides"]:
+                await self._source.see_all_rows()
             with self._spool.open(max((size for _, size in tables), default=0)) as directory:
                 return await self._transfer(
                     programs, number, directory / "dump", lambda: self._count(holding, facts, tables)

@@ -19,7 +19,8 @@ from ..errors import ProvisioningError, TenantNotFoundError
 from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
-from ..postgres.quoting import quote_identifier
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.quoting import quote_identifier, quote_literal
 from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
 from . import removal
@@ -39,6 +40,11 @@ _OWNS = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
   WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o' AND r.rolname = $1
     AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = $2))
+"""
+
+_END = """
+SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = {literal};
+DROP ROLE IF EXISTS {name}
 """
 
 
@@ -147,9 +153,14 @@ class Readers:
         """Drop the login, over another connection if the first one was lost."""
         try:
             async with asyncio.timeout(self._config.provisioning.timeout):
-                if not await connections.is_alive(connection):
-                    connection.terminate()
-                    connection = await blockers.connect(purpose="tenancy-reader")
+                try:
+                    # mostly enough, in one round trip
+                    await connection.execute(_END.format(literal=quote_literal(name), name=quote_identifier(name)))
+                    return
+                except SERVER_FAILURES:
+                    if not await connections.is_alive(connection):
+                        connection.terminate()
+                        connection = await blockers.connect(purpose="tenancy-reader")
                 await end_login(connection, blockers, name)
                 await removal.drop_retired(connection, blockers, self._names, name)
         finally:
