@@ -157,6 +157,7 @@ class NewDatabase:
                 raise OperationError(
                     f"the contents for tenant {tenant.slug!r} are refused: they have {enumeration(found)}"
                 )
+            # also to read what the login owns, where the administrator is no superuser
             async with roles.joined(connection, self.login.role, role):
                 await policy.check(connection, server=self.server, login=self.login.role, role=role)
                 await self._give_large_objects(connection, role)

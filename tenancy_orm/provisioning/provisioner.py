@@ -18,7 +18,7 @@ from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound, run_unbound
 from ..control.database import ControlDatabase
 from ..control.names import Names
-from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
+from ..errors import OperationStateError, ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
 from ..keys.format import NewKey
 from ..loops import HomeLoop
@@ -582,6 +582,7 @@ class Provisioner:
             False if another process does it, or the takeover is under way.
 
         Raises:
+            OperationStateError: no operation under way takes a database over for this tenant.
             ProvisioningError: the server refused, or did not finish in time.
             ServerUnavailableError: the server does not answer.
         """
@@ -597,6 +598,8 @@ class Provisioner:
             try:
                 if not await locks.try_lock(connection, key):
                     return False
+                if not await services.registry.is_taken_over(tenant.id):
+                    raise OperationStateError(f"no database is being taken over for tenant {tenant.slug!r}")
                 async with asyncio.timeout(self._timeout * 10):
                     if state:
                         taken = DatabaseTakeover(services, place.server, state["database"], place.role)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,8 @@ from ..cancellation import run_to_completion
 from ..errors import OperationError, ProvisioningError
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import reason_of
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..routing import marker
 from ..tenant import Tenant
@@ -49,6 +52,7 @@ _SESSIONS = (
     "SELECT DISTINCT usename::text FROM pg_stat_activity "
     "WHERE datname = $1 AND pid <> pg_backend_pid() AND usename IS NOT NULL AND pid <> ALL($2::int[])"
 )
+_MAY_JOIN = "SELECT pg_has_role(current_user, $1::name, 'MEMBER WITH ADMIN OPTION')"
 _PIDS = (
     "SELECT pid FROM pg_stat_activity WHERE datname = $1 AND usename = $2 AND pid <> pg_backend_pid() "
     "AND backend_type = 'client backend'"
@@ -120,16 +124,22 @@ class DatabaseTakeover:
             but: Sessions that are the caller's own.
 
         Raises:
-            OperationError: there is no such database.
+            OperationError: there is no such database, or the administrator may not look at it.
             ServerUnavailableError: the server does not answer.
         """
+        try:
+            return await self._look(tuple(but))
+        except SERVER_FAILURES as exc:
+            raise OperationError(f"database {self._former!r} cannot be looked at: {reason_of(exc)}") from exc
+
+    async def _look(self, but: tuple[int, ...]) -> TakeoverFacts:
         connection = await self._connect()
         try:
             row = await connection.fetchrow(_DATABASE, self._former)
             assert row is not None  # noqa: S101 - we are connected to it
             found = await self._check(connection).look()
             sessions = [one[0] for one in await connection.fetch(_SESSIONS, self._former, list(but))]
-            # for their comparison the lists are texts
+            administrator = await connection.fetchval("SELECT current_user::text")
             obstacles = [
                 *(["it is a template"] if row["is_template"] else []),
                 *([f"it has settings of its own ({', '.join(row['settings'])})"] if row["settings"] else []),
@@ -137,6 +147,12 @@ class DatabaseTakeover:
                 *(f"it has the replication slot {name}" for name in row["slots"]),
                 *(f"it has the subscription {name}" for name in row["subscriptions"]),
                 *(f"it has {name}" for name in await find_forbidden(connection)),
+                *(
+                    f"the administrator may not act for role {name}, which owns something in it; run as a superuser: "
+                    f"GRANT {quote_identifier(name)} TO {quote_identifier(administrator)} WITH ADMIN "
+                    "OPTION"
+                    for name in await self._strange(connection, row["owner"])
+                ),
                 *([f"sessions of {enumeration(sessions)} are open in it"] if sessions else []),
             ]
             return TakeoverFacts(
@@ -211,8 +227,7 @@ class DatabaseTakeover:
         connection = await self._connect()
         try:
             former = [one.owner for one in await self._check(connection).owners()]
-            wanted = dict.fromkeys([*former, await self._owner_of(connection), self._role])
-            async with roles.joined(connection, *wanted):
+            async with self._joined(connection, [*former, await self._owner_of(connection), self._role]):
                 await self._close(connection)
                 if found := await find_forbidden(connection):
                     raise OperationError(f"database {self._former!r} is refused: it has {enumeration(found)}")
@@ -230,6 +245,24 @@ class DatabaseTakeover:
         await self._mark(tenant)
         await self._rename(admin, self._former, name)
         await databases.open_to_role(admin, name, role=self._role)
+
+    @asynccontextmanager
+    async def _joined(self, connection: Connection, names: Iterable[str]) -> AsyncIterator[None]:
+        """Run the body with the rights of these roles; a membership that exists already stays."""
+        wanted = [name for name in dict.fromkeys(names) if not await roles.is_member(connection, name)]
+        async with roles.joined(connection, *wanted):
+            yield
+
+    async def _strange(self, connection: Connection, owner: str) -> list[str]:
+        """Return the owners that this administrator can neither act as, nor make itself a member of."""
+        if await roles.is_superuser(connection):
+            return []
+        owners = dict.fromkeys([owner, *(one.owner for one in await self._check(connection).owners())])
+        return [
+            name
+            for name in owners
+            if not await roles.is_member(connection, name) and not await connection.fetchval(_MAY_JOIN, name)
+        ]
 
     async def _owner_of(self, connection: Connection) -> str:
         row = await connection.fetchrow(_DATABASE, self._former)
@@ -284,8 +317,7 @@ class DatabaseTakeover:
 
     async def _rename(self, admin: Connection, former: str, name: str) -> None:
         rename = f"ALTER DATABASE {quote_identifier(former)} RENAME TO {quote_identifier(name)}"
-        async with roles.joined(admin, self._owner):
-            await self._blockers.run(admin, partial(admin.execute, rename))
+        await self._blockers.run(admin, partial(admin.execute, rename))
 
     # --- and back ---------------------------------------------------------------------------------------------------
 
@@ -306,11 +338,11 @@ class DatabaseTakeover:
             await self._rename(admin, name, self._former)
         connection = await self._connect()
         try:
-            former = [state["owner"], *state.get("owners", ())]
-            wanted = [*dict.fromkeys(former), self._owner]
-            if exists := await roles.exists(connection, self._role):
-                wanted.append(self._role)
-            async with roles.joined(connection, *wanted):
+            if await self._owner_of(connection) == state["owner"]:
+                return  # what changes first is its owner
+            exists = await roles.exists(connection, self._role)
+            wanted = [state["owner"], *state["owners"], *([self._role] if exists else [])]
+            async with self._joined(connection, wanted):
                 own, owner = quote_identifier(self._role), quote_identifier(state["owner"])
                 async with connections.transaction(connection):
                     for statement in state["statements"]:

@@ -66,7 +66,8 @@ EVERY_TENANT = TenantFilter()
 
 _TAKEN_OVER = (
     "SELECT EXISTS (SELECT FROM tenancy.operations WHERE tenant_id = $1::uuid AND kind = 'adopt' "
-    "AND state IN ('running', 'waiting') AND detail ->> 'in_place' = 'true') AS found"
+    "AND state IN ('running', 'waiting') AND detail ->> 'in_place' = 'true') "
+    "AND EXISTS (SELECT FROM tenancy.tenants WHERE id = $1::uuid AND status = 'provisioning') AS found"
 )
 
 

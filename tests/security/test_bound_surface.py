@@ -318,6 +318,8 @@ def others(plane: Plane) -> dict[str, Any]:
         "placement": Placement("default", "x", "x", b""),
         "allowed": False,
         "number": 1,
+        "source": "postgresql://reader@127.0.0.1:1/old",
+        "state": {},
         "operation": 1,
         "backup": uuid7(),
         "backup_id": uuid7(),

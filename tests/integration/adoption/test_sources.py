@@ -9,11 +9,13 @@ import pytest
 from sqlalchemy import make_url
 
 from tenancy_orm.adoption.source import Source, open_source
-from tenancy_orm.errors import AdoptionError, ConfigurationError, TenantNotFoundError
+from tenancy_orm.errors import AdoptionError, ConfigurationError, TenancyError, TenantNotFoundError
 from tests.integration.adoption.test_databases import OLD, state_of
-from tests.support.fleet import Fleet
+from tests.integration.adoption.test_in_place import RIGHTS
+from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.postgres import Postgres
-from tests.support.provisioning import VERSIONS, running_server
+from tests.support.projects import Project
+from tests.support.provisioning import VERSIONS, plain_administrator, running_server
 from tests.support.sources import foreign_database
 from tests.support.tls import tls_proxy, write_certificate
 
@@ -99,3 +101,37 @@ async def test_rows_that_refer_to_nothing_are_refused(fleet: Fleet, postgres: Po
         await fleet.tenancy.tenants.get("globex")
     assert (await fleet.migrations.drift()).ok
     assert (await fleet.provisioner.reconcile(check=True)).clean
+
+
+async def test_an_administrator_who_is_no_superuser(
+    postgres: Postgres, control_url: str, name_prefix: str, project: Project
+) -> None:
+    """Copies, and takes over what belongs to a role that it has made; what does not is refused and left as it was."""
+    with running_server(VERSIONS[-1], postgres.worker) as managed:
+        async with plain_administrator(managed) as administrator, foreign_database(managed, OLD) as strange:
+            config = fleet_config(postgres, control_url, name_prefix, project)
+            config = config.replace(servers={"default": administrator})
+            connection = await asyncpg.connect(administrator)
+            try:
+                await connection.execute("CREATE ROLE own LOGIN PASSWORD 'of-own'; GRANT own TO CURRENT_USER")
+                await connection.execute("CREATE DATABASE own OWNER own")
+            finally:
+                await connection.close()
+            url = managed.url("own", user="own", password="of-own")
+            inside = await asyncpg.connect(url)
+            try:
+                await inside.execute(OLD)
+            finally:
+                await inside.close()
+            async with open_fleet(config, initialise=True) as fleet:
+                adopt = fleet.tenancy.adoption.adopt
+                await adopt("copied", url)
+                before = await strange.fetch(RIGHTS)
+                with pytest.raises(TenancyError, match=r"may not act for role old_.*WITH ADMIN OPTION"):
+                    await adopt("strange", strange.url, in_place=True, revoke=True)
+                assert await strange.fetch(RIGHTS) == before
+                await adopt("own", url, in_place=True)
+                for slug in ("copied", "own"):
+                    assert await fleet.fetch(slug, "SELECT count(*) FROM notes") == [(50,)]
+                    assert await fleet.revision(slug) == "0002"
+                assert (await fleet.migrations.drift()).ok
