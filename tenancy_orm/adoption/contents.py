@@ -74,6 +74,20 @@ SELECT DISTINCT x.extname::text AS name
    AND NOT EXISTS (SELECT FROM pg_catalog.pg_extension own
                     WHERE d.classid = 'pg_catalog.pg_extension'::pg_catalog.regclass AND own.oid = d.objid)
 """
+# tables that are left out, and the sequences of their columns
+_WITHOUT = """
+WITH named AS (
+  SELECT c.oid, n.nspname::text AS schema, c.relname::text AS name, c.relkind
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+   WHERE n.nspname || '.' || c.relname = ANY($1::text[]) AND relkind IN ('r', 'p', 'v', 'm', 'f'))
+SELECT schema, name, true AS named FROM named
+UNION ALL
+SELECT n.nspname::text, s.relname::text, false FROM pg_catalog.pg_depend d JOIN named ON named.oid = d.refobjid
+  JOIN pg_catalog.pg_class s ON s.oid = d.objid AND s.relkind = 'S'
+  JOIN pg_catalog.pg_namespace n ON n.oid = s.relnamespace
+ WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.refclassid = d.classid
+   AND d.deptype IN ('a', 'i')
+"""
 _LARGE_OBJECTS = "SELECT EXISTS (SELECT FROM pg_catalog.pg_largeobject_metadata)"
 _MATERIALIZED = """
 SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
@@ -106,6 +120,7 @@ class Contents:
         unused: The names of extensions that nothing in it uses.
         filled: Materialized views with contents, quoted.
         notes: What does not come along, and is not missed by the database itself.
+        without: Schemas and names of the tables and sequences that are left out.
     """
 
     tables: tuple[SourceTable, ...]
@@ -113,6 +128,7 @@ class Contents:
     unused: tuple[str, ...]
     filled: frozenset[str]
     notes: tuple[str, ...]
+    without: tuple[tuple[str, str], ...] = ()
 
 
 async def read_contents(opened: OpenSource) -> Contents:
@@ -125,9 +141,15 @@ async def read_contents(opened: OpenSource) -> Contents:
     source, connection = opened.source, opened.connection
     if source.schema is not None:
         await _check_schema(opened)
+    without = await connection.fetch(_WITHOUT, list(source.without))
+    there = {f"{row['schema']}.{row['name']}" for row in without if row["named"]}
+    if unknown := [name for name in source.without if name not in there]:
+        raise AdoptionError(f"{source.dsn} has no table {unknown[0]!r} to leave out")
     rows = await connection.fetch(_TABLES, source.schema, list(source.shared))
     left = {CHECKPOINTS_SCHEMA, RECORD_SCHEMA} if source.schema is None else set()
-    found = [row for row in rows if row["schema"] not in left]
+    found = [
+        row for row in rows if row["schema"] not in left and f"{row['schema']}.{row['name']}" not in source.without
+    ]
     if not found:
         raise AdoptionError(f"{source} has no tables: there is nothing to adopt")
     if closed := [f"{row['schema']}.{row['name']}" for row in found if not row["readable"]]:
@@ -144,6 +166,7 @@ async def read_contents(opened: OpenSource) -> Contents:
         unused=tuple(one.name for one in installed if one.name not in used),
         filled=frozenset(row["name"] for row in await connection.fetch(_MATERIALIZED)),
         notes=tuple(notes),
+        without=tuple((row["schema"], row["name"]) for row in without),
     )
 
 

@@ -105,6 +105,8 @@ class InPlace:
         """
         if opened.source.schema is not None:
             raise ConfigurationError("only a whole database is adopted in place: leave the schema out, or copy it")
+        if opened.source.without:
+            raise ConfigurationError("a database in place keeps its tables: leave none out, or copy it")
         tell("look at the source")
         server = await self._find_server(opened)
         self._refuse_shared(opened, server)

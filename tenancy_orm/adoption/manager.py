@@ -67,6 +67,7 @@ class AdoptionManager:
         *,
         schema: str | None = None,
         with_shared: Sequence[str] = (),
+        without: Sequence[str] = (),
         at: str | None = None,
         in_place: bool = False,
         server: str | None = None,
@@ -81,6 +82,7 @@ class AdoptionManager:
             source: The URL of the database. Its password is neither stored nor shown.
             schema: A schema of it; the whole database where None.
             with_shared: Tables of other schemas that come along, as ``schema.table``.
+            without: Tables that do not come along, as ``schema.table``.
             at: The revision that it is at, where it has no version table of Alembic; "base" for none.
             in_place: As for ``adopt``.
             server: The server to place it on; chosen as for a new tenant where None.
@@ -97,7 +99,7 @@ class AdoptionManager:
         """
         refuse_while_bound("adopting a database")
         started = time.monotonic()
-        described = Source.parse(source, schema=schema, shared=with_shared, at=at)
+        described = Source.parse(source, schema=schema, shared=with_shared, without=without, at=at)
         looking, plain, environment = await self._looking()
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
             self._refuse_own(opened)
@@ -115,6 +117,7 @@ class AdoptionManager:
         *,
         schema: str | None = None,
         with_shared: Sequence[str] = (),
+        without: Sequence[str] = (),
         at: str | None = None,
         accept_differences: bool = False,
         in_place: bool = False,
@@ -140,6 +143,7 @@ class AdoptionManager:
             source: The URL of the database. Its password is neither stored nor shown.
             schema: A schema of it; the whole database where None.
             with_shared: Tables of other schemas that come along, as ``schema.table``.
+            without: Tables that do not come along, as ``schema.table``.
             at: The revision that it is at, where it has no version table of Alembic; "base" for none.
             accept_differences: Adopt it although tables and columns differ from its revision's. Functions, triggers,
                 views and the like must be those of the revision all the same: they would run with the owner's rights.
@@ -163,7 +167,7 @@ class AdoptionManager:
         """
         refuse_while_bound("adopting a database")
         started, tell = time.monotonic(), tell or _silent
-        described = Source.parse(source, schema=schema, shared=with_shared, at=at)
+        described = Source.parse(source, schema=schema, shared=with_shared, without=without, at=at)
         if (former := await self._frame.settle_former(slug, str(described), actor=actor)) is not None:
             return _recorded(*former, started)
         looking, plain, environment = await self._looking()

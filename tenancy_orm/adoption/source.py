@@ -42,16 +42,26 @@ class Source:
         dsn: Where it is, and who reads it.
         schema: The schema, by its name; None: the whole database.
         shared: Tables of other schemas that come along, as ``schema.table``.
+        without: Tables that do not come along, as ``schema.table``.
         at: The revision that its schema has, where it has no version table of Alembic.
     """
 
     dsn: Dsn = field(repr=False)
     schema: str | None = None
     shared: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     at: str | None = None
 
     @classmethod
-    def parse(cls, url: str, *, schema: str | None = None, shared: Sequence[str] = (), at: str | None = None) -> Source:
+    def parse(
+        cls,
+        url: str,
+        *,
+        schema: str | None = None,
+        shared: Sequence[str] = (),
+        without: Sequence[str] = (),
+        at: str | None = None,
+    ) -> Source:
         """Read the arguments of an adoption.
 
         Raises:
@@ -65,10 +75,16 @@ class Source:
             raise ConfigurationError("shared tables come along with a schema: name it, or leave the tables out")
         if schema is not None and (schema.startswith("pg_") or schema == "information_schema"):
             raise ConfigurationError(f"{schema!r} is a schema of PostgreSQL itself")
-        for name in shared:
+        for name in (*shared, *without):
             if name.count(".") != 1 or not all(name.split(".")):
-                raise ConfigurationError(f"a shared table is named as schema.table, not {name!r}")
-        return cls(dsn=dsn, schema=schema, shared=tuple(dict.fromkeys(shared)), at=at)
+                raise ConfigurationError(f"a table is named as schema.table, not {name!r}")
+        return cls(
+            dsn=dsn,
+            schema=schema,
+            shared=tuple(dict.fromkeys(shared)),
+            without=tuple(dict.fromkeys(without)),
+            at=at,
+        )
 
     def __str__(self) -> str:
         """Return host, port, database and schema, for messages."""

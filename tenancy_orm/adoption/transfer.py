@@ -126,6 +126,7 @@ class Transfer:
             *_COMMON,
             f"--lock-wait-timeout={_LOCK_WAIT}",
             f"--snapshot={self.opened.snapshot}",
+            *(f"--exclude-table={_pattern(schema)}.{_pattern(name)}" for schema, name in self.contents.without),
         ]
 
     def _restore_command(self) -> list[str]:

@@ -40,6 +40,10 @@ def adopt(
         list[str] | None,
         typer.Option(metavar="SCHEMA.TABLE", help="With --schema: bring this table of another schema too; repeatable."),
     ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SCHEMA.TABLE", help="Leave this table out, of another tool for example; repeatable."),
+    ] = None,
     at: Annotated[
         str | None,
         typer.Option(metavar="REVISION", help="The revision it is at, where it has no version table; base for none."),
@@ -75,6 +79,7 @@ def adopt(
     where: dict[str, Any] = {
         "schema": schema,
         "with_shared": with_shared or (),
+        "without": without or (),
         "at": at,
         "in_place": in_place,
         "server": server,

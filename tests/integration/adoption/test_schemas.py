@@ -46,7 +46,9 @@ LAYOUT = (
     + SHARED.format("public")
     + "INSERT INTO country VALUES ('fr', 'France'), ('de', 'Germany');"
     + "".join(
-        f"CREATE SCHEMA {name};" + TABLES.format(name, CHECK.format(name)) + ROWS.format(name, count)
+        f"CREATE SCHEMA {name}; CREATE TABLE {name}.django_migrations (id serial PRIMARY KEY, app text);"
+        + TABLES.format(name, CHECK.format(name))
+        + ROWS.format(name, count)
         for name, count in (("acme", 7), ("globex", 3))
     )
 )
@@ -77,8 +79,21 @@ async def test_each_schema_becomes_a_tenant_with_the_shared_tables_that_it_needs
         await adoption.check("acme", source.url, schema="acme")
     with pytest.raises(AdoptionError, match=r"authors_country_fkey.*--with-shared public\.country"):
         await adoption.check("acme", source.url, schema="acme", at="0001")
+    with pytest.raises(AdoptionDifferencesError, match="table django_migrations should not exist"):
+        await adoption.adopt("acme", source.url, schema="acme", with_shared=["public.country"], at="0001")
+    with pytest.raises(AdoptionError, match=r"has no table 'acme\.none' to leave out"):
+        await adoption.check(
+            "acme", source.url, schema="acme", with_shared=["public.country"], at="0001", without=["acme.none"]
+        )
     for slug, count in (("acme", 7), ("globex", 3)):
-        report = await adoption.adopt(slug, source.url, schema=slug, with_shared=["public.country"], at="0001")
+        report = await adoption.adopt(
+            slug,
+            source.url,
+            schema=slug,
+            with_shared=["public.country"],
+            without=[f"{slug}.django_migrations"],
+            at="0001",
+        )
         assert {table.source: (table.target, table.rows) for table in report.tables} == {
             f"{slug}.authors": ("public.authors", count),
             f"{slug}.order": ("public.order", count),
@@ -100,7 +115,12 @@ async def test_each_schema_becomes_a_tenant_with_the_shared_tables_that_it_needs
 async def test_what_cannot_follow_is_refused_by_name(fleet: Fleet, source: ForeignDatabase) -> None:
     """A schema's name in a string, a function of another schema, and a name that is taken."""
     adopt = fleet.tenancy.adoption.adopt
-    arguments = {"schema": "acme", "with_shared": ["public.country"], "at": "0001"}
+    arguments = {
+        "schema": "acme",
+        "with_shared": ["public.country"],
+        "without": ["acme.django_migrations", "globex.django_migrations"],
+        "at": "0001",
+    }
     await source.execute(
         "CREATE OR REPLACE FUNCTION acme.check_total() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
         "EXECUTE 'SELECT 1 FROM acme.authors'; RETURN NEW; END $$"
