@@ -33,7 +33,7 @@ from .errors import (
     TenancyError,
 )
 from .events import EventBus, ServerChanged
-from .exports import ExportManager
+from .exports import ErasureManager, ExportManager
 from .housekeeping import Housekeeping
 from .internals import Internals
 from .jobs import Job, Jobs
@@ -155,6 +155,7 @@ class Assembly:
     tier_policies: TierPolicies
     usage_exporter: UsageExporter | None
     moves: MoveManager
+    erasures: ErasureManager
     exports: ExportManager
     internals: Internals
 
@@ -347,6 +348,16 @@ class Assembly:
             placer=placer,
             control=self.control,
         )
+        self._build_backups()
+        self.erasures = ErasureManager(
+            config=config,
+            control=self.control,
+            registry=self.registry,
+            audit=self.audit,
+            signer=self.signer,
+            backups=self.backups,
+            operations=operations,
+        )
         self.housekeeping = Housekeeping(
             config=config,
             registry=self.registry,
@@ -367,6 +378,7 @@ class Assembly:
             tier_policies=self.tier_policies,
             usage_exporter=self.usage_exporter,
             restores=self.restores,
+            erasures=self.erasures,
         )
         self.recovery = RecoveryManager(config, self.control, self.registry, self.servers, self.names, self.audit)
         self.adoption = AdoptionManager(self.migrations, self.tenants, operations, placer)

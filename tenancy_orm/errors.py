@@ -94,6 +94,7 @@
     │   └── RecoveryError                    a server could not be recovered, or a base backup not be taken
     │   └── AdoptionError                    what exists cannot become a tenant; it is as it was
     │       └── AdoptionDifferencesError     its schema is not that of its revision
+    │   ├── ErasureError                     a tenant's erasure is not complete, or a certificate is not valid
     │   └── ExportError                      an export would not be whole, or cannot be written there
     │       └── ExportRunningError           another export of the tenant is under way
     ├── JobLostError                         another process does by now what this one had claimed
@@ -1371,6 +1372,10 @@ class AdoptionDifferencesError(AdoptionError):
         self.source = source
         self.revision = revision
         self.differences = tuple(differences)
+
+
+class ErasureError(OperationError):
+    """A tenant's erasure is not complete, so that nothing is certified; or a certificate is not valid."""
 
 
 class ExportError(OperationError):

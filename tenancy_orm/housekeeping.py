@@ -23,6 +23,7 @@ from .authentication.revocations import RevocationManager
 from .backups import BackupManager
 from .config import TenancyConfig
 from .errors import InvalidTransitionError, TenancyError, TenantNotFoundError
+from .exports import ErasureManager
 from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
@@ -94,6 +95,7 @@ class Housekeeping:
     backups: BackupManager
     tier_policies: TierPolicies
     usage_exporter: UsageExporter | None
+    erasures: ErasureManager
     restores: RestoreManager
 
     async def run(self, *, actor: Actor = SYSTEM) -> HousekeepingReport:
@@ -109,6 +111,8 @@ class Housekeeping:
         # before reconcile, which would report the logins of what was killed
         await run.do("settle_restores", self.restores.settle(actor=actor))
         await run.do("reconcile", self.provisioner.reconcile(thorough=False))
+        # after reconcile, which finishes purges that were interrupted
+        await run.do("complete_erasures", self.erasures.run(actor=actor))
         # before others are upgraded: what was killed may have moved them
         await run.do("settle_notices", self.catch_up.migrations.settle_notices())
         # after reconcile, which may have completed creations of older code

@@ -24,7 +24,7 @@ from .config import TenancyConfig
 from .context import bind, refuse_while_bound
 from .errors import ConfigurationError
 from .events import DRAIN_TIMEOUT, EventBus
-from .exports import ExportManager
+from .exports import ErasureManager, ExportManager
 from .housekeeping import HousekeepingReport
 from .internals import Internals
 from .jobs import Job, JobResult, Jobs
@@ -555,6 +555,11 @@ class Tenancy:
     def warm_pool(self) -> WarmPool:
         """The databases that are made before their tenants come: count them, make what is missing, drop them."""
         return self._lifetime.parts.provisioner.warm_pool
+
+    @property
+    def erasures(self) -> ErasureManager:
+        """Complete the erasure of purged tenants, and certify it."""
+        return self._lifetime.parts.erasures
 
     @property
     def exports(self) -> ExportManager:

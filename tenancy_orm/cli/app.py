@@ -29,6 +29,7 @@ from . import (
     dev,
     domains,
     each,
+    erasure,
     export,
     jobs,
     keys,
@@ -81,6 +82,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(operations.app, name="operations")
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(audit.app, name="audit")
+app.add_typer(erasure.app, name="erasure")
 app.add_typer(backup.app, name="backup")
 backup_restore.register(backup.app)
 backup_recovery.register(backup.app)
@@ -352,7 +354,7 @@ def restore(tenant: TenantArgument, as_json: Json = False) -> None:
 
 @app.command()
 def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> None:
-    """Remove a deleted tenant permanently: its database, role, keys and secrets."""
+    """Remove a deleted tenant permanently: its database, role, keys and secrets, and the keys of its backups."""
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
         found = await tenancy.tenants.get(tenant)
@@ -362,13 +364,18 @@ def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> No
         if not yes and not confirm(f"Permanently remove the database of {found.slug}?"):
             fail("nothing was removed")
         await tenancy.tenants.purge(found, actor=operator())
-        return {"id": str(found.id), "slug": found.slug, "status": "purged"}
+        certificate = await tenancy.erasures.complete(found.id, actor=operator())
+        erased = {"erased_at": certificate.issued_at, "backup_keys": len(certificate.backup_keys)}
+        return {"id": str(found.id), "slug": found.slug, "status": "purged", **erased}
 
     fields = run(command)
     if as_json:
         print_json(fields)
     else:
-        console.print(f"[bold]{fields['slug']}[/] is purged", highlight=False)
+        console.print(
+            f"[bold]{fields['slug']}[/] is purged; its certificate: tenancy erasure certificate {fields['id']}",
+            highlight=False,
+        )
 
 
 @app.command()

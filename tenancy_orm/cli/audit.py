@@ -65,7 +65,7 @@ def verify(
     """Recompute the hash chain; exit status 1 where an entry or a checkpoint does not match."""
     checkpoints = exit_on_error(lambda: [_checkpoint(path) for path in checkpoint or ()])
     origin = exit_on_error(lambda: _checkpoint(since) if since else None)
-    verifier = exit_on_error(lambda: _verifier(public_keys) if public_keys else None)
+    verifier = exit_on_error(lambda: read_verifier(public_keys) if public_keys else None)
 
     async def command(tenancy: Tenancy) -> VerifyReport:
         return await tenancy.audit.verify(checkpoints, since=origin, verifier=verifier)
@@ -127,7 +127,12 @@ def _checkpoint(path: Path) -> Checkpoint:
     return Checkpoint.from_json(_read(path))
 
 
-def _verifier(path: Path) -> Verifier:
+def read_verifier(path: Path) -> Verifier:
+    """Read public keys, as ``audit public-keys`` prints them.
+
+    Raises:
+        ConfigurationError: the file has none.
+    """
     text = _read(path)
     try:
         keys = json.loads(text)

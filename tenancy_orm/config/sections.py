@@ -575,6 +575,16 @@ class DomainConfig(Section, frozen=True):
         return given
 
 
+class ErasureConfig(Section, frozen=True):
+    """What certificates of erasure say about copies that this package does not keep."""
+
+    server_backup_seconds: Seconds | None = None
+    """For how long base backups and WAL of whole servers are kept at most, in seconds, by whatever makes them. Not
+    known where None, which a certificate says."""
+    control_backup_seconds: Seconds | None = None
+    """The same of backups of the control database."""
+
+
 class ExportConfig(Section, frozen=True):
     """Exports of tenants' data."""
 

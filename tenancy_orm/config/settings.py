@@ -24,6 +24,7 @@ from .sections import (
     ControlConfig,
     DirectoryConfig,
     DomainConfig,
+    ErasureConfig,
     ExportConfig,
     KeyConfig,
     LockoutConfig,
@@ -152,6 +153,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """What is done with what tenants use."""
     domains: DomainConfig = Field(default_factory=DomainConfig)
     """Tenants' own domains."""
+    erasure: ErasureConfig = Field(default_factory=ErasureConfig)
+    """What certificates of erasure say about copies that this package does not keep."""
     export: ExportConfig = Field(default_factory=ExportConfig)
     """Exports of tenants' data."""
     retention: RetentionConfig = Field(default_factory=RetentionConfig)

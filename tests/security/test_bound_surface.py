@@ -325,6 +325,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "backup_id": uuid7(),
         "store": None,
         "path": "/nowhere/acme.zip",
+        "certificate": b"{}",
         "sql": "SELECT 1",
         "statement": "SELECT 1",
     }

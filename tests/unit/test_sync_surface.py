@@ -33,7 +33,7 @@ ASYNCHRONOUS_ALONE = {
             *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
             *("jobs", "warm_pool", "adoption"),
             *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
-            *("jobs", "warm_pool", "exports"),
+            *("jobs", "warm_pool", "erasures", "exports"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),

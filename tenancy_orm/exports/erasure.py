@@ -1,0 +1,381 @@
+"""``ErasureManager``: completes the erasure of purged tenants, and certifies it (``tenancy.erasures``).
+
+A purge removes what this installation has of a tenant. Its backups may be copied to places that nobody remembers. They
+become unreadable by the destruction of their keys, in the control database and in the stores. Only then a certificate
+is signed. Whatever is killed or does not answer, housekeeping repeats it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from ..audit.actor import SYSTEM, Actor
+from ..audit.checkpoints import Signer, Verifier
+from ..audit.log import AuditLog
+from ..backups import BackupKeys, BackupManager, Store
+from ..backups.keys import BackupKey
+from ..backups.opening import Stores
+from ..cancellation import run_to_completion
+from ..config import TenancyConfig
+from ..context import as_reference, refuse_while_bound
+from ..control.database import ControlDatabase
+from ..errors import ErasureError, OperationStateError, TenancyError, TenantNotFoundError
+from ..jobs.claims import Claimant
+from ..operations import Operation, Operations
+from ..postgres.failures import SERVER_FAILURES
+from ..registry.registry import Registry
+from ..tenant import Status, Tenant, TenantRef
+from .certificates import ErasureCertificate, Remaining
+
+logger = logging.getLogger("tenancy_orm.exports")
+
+_AT_ONCE = 100  # tenants of one run
+_USAGE_DAYS = 400  # after that long, housekeeping removes usage records that were sent
+_MONTH = timedelta(days=31)  # audit entries are removed by months
+
+_ERASED = (
+    "its database, with every database beside it that a restore, a move or an adoption had left",
+    "its role in PostgreSQL, with the password",
+    "its API keys, members, invitations, domains, former slugs, metadata, quotas and measurements",
+)
+# what a purge must have removed before anything is certified
+_LEFT = text("""
+SELECT (SELECT count(*) FROM tenancy.api_keys WHERE tenant_id = :id)
+     + (SELECT count(*) FROM tenancy.members WHERE tenant_id = :id)
+     + (SELECT count(*) FROM tenancy.invitations WHERE tenant_id = :id)
+     + (SELECT count(*) FROM tenancy.domains WHERE tenant_id = :id)
+     + (SELECT count(*) FROM tenancy.tenant_databases WHERE tenant_id = :id)
+     + (SELECT count(*) FROM tenancy.backup_keys WHERE tenant_id = :id AND sealed_identity IS NOT NULL)
+     + (SELECT count(*) FROM tenancy.tenants WHERE id = :id AND (status <> 'purged' OR sealed_password IS NOT NULL))
+""")
+_USAGE = text(
+    "SELECT count(*) AS count, count(*) FILTER (WHERE sent_at IS NULL) AS unsent, max(sent_at) AS sent_at "
+    "FROM tenancy.usage_records WHERE tenant_id = :id"
+)
+_PENDING = text("""
+SELECT t.id FROM tenancy.tenants t WHERE t.status = 'purged' AND NOT EXISTS (
+  SELECT FROM tenancy.operations o WHERE o.tenant_id = t.id AND o.kind = 'erasure' AND o.state = 'done')
+ ORDER BY t.updated_at DESC LIMIT :limit
+""")
+_NAMED = text("SELECT id FROM tenancy.tenants WHERE slug = :slug AND status = 'purged' ORDER BY updated_at DESC")
+_UPDATED = text("SELECT updated_at FROM tenancy.tenants WHERE id = :id")
+
+
+@dataclass(frozen=True, slots=True)
+class ErasureReport:
+    """What a run over purged tenants did: the slugs of those with a new certificate, and what failed."""
+
+    completed: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+
+
+class ErasureManager:
+    """Completes erasures, and issues certificates.
+
+    Args:
+        config: ``backup``, ``erasure`` and ``retention`` are read from it.
+        control: The control database.
+        registry: The tenants.
+        audit: Where erasures are recorded; knows the public keys.
+        signer: Signs.
+        backups: The backups, and their keys.
+        operations: Where certificates are kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TenancyConfig,
+        control: ControlDatabase,
+        registry: Registry,
+        audit: AuditLog,
+        signer: Signer,
+        backups: BackupManager,
+        operations: Operations,
+    ) -> None:
+        self._config = config
+        self._control = control
+        self._registry = registry
+        self._audit = audit
+        self._signer = signer
+        self._backups = backups
+        self._operations = operations
+        self._stores = Stores(config.backup)
+
+    async def complete(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> ErasureCertificate:
+        """Destroy the keys of a purged tenant's backups, and return the certificate of its erasure.
+
+        It is issued once: a later call returns the same one.
+
+        Args:
+            tenant: The tenant, by id, or by the slug that it had.
+            actor: Who does this.
+
+        Raises:
+            ErasureError: it has not been purged; another process does this now; or several purged tenants had that
+                slug.
+            BackupError: a store of its backups cannot be reached; try again.
+            TenantNotFoundError: no such tenant.
+            CrossTenantError: a tenant is bound, as for all methods.
+        """
+        refuse_while_bound("erasing a tenant")
+        found = await self._find(tenant)
+        if found.status is not Status.PURGED:
+            raise ErasureError(f"tenant {found.slug!r} has not been purged: delete and purge it first")
+        known = await self._issued(found.id)
+        return known or await self._complete(found, actor)
+
+    async def certificate(self, tenant: TenantRef) -> ErasureCertificate:
+        """Return the certificate of a tenant that was erased.
+
+        Raises:
+            ErasureError: there is none yet; or several purged tenants had that slug.
+            TenantNotFoundError: no such tenant.
+        """
+        refuse_while_bound("reading certificates of erasure")
+        found = await self._find(tenant)
+        known = await self._issued(found.id)
+        if known is None:
+            raise ErasureError(
+                f"there is no certificate of {found.slug!r} yet: tenancy housekeeping issues it once the tenant is "
+                "purged and the keys of its backups are destroyed"
+            )
+        return known
+
+    async def verify(self, certificate: bytes, *, verifier: Verifier | None = None) -> ErasureCertificate:
+        """Verify a certificate, and return what it says.
+
+        Args:
+            certificate: What ``ErasureCertificate.to_bytes`` returned.
+            verifier: Knows the public keys; that of this installation's audit log where None.
+
+        Raises:
+            ErasureError: it is none, it was changed, or an unknown key has signed it.
+        """
+        refuse_while_bound("reading certificates of erasure")
+        found = ErasureCertificate.from_bytes(certificate)
+        found.verify(verifier or await self._audit.verifier())
+        if verifier is None and found.installation != self._control.installation:
+            raise ErasureError(f"the certificate is of another installation, {found.installation}")
+        return found
+
+    async def run(self, *, actor: Actor = SYSTEM) -> ErasureReport:
+        """Complete the erasure of every purged tenant that has no certificate, 100 at most: for housekeeping.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+        """
+        refuse_while_bound("erasing tenants")
+        async with self._control.connect() as connection:
+            pending = list((await connection.execute(_PENDING, {"limit": _AT_ONCE})).scalars())
+        completed, errors = [], []
+        for tenant_id in pending:
+            try:
+                completed.append((await self.complete(tenant_id, actor=actor)).slug)
+            except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
+                reason = str(exc) if isinstance(exc, TenancyError) else type(exc).__name__
+                logger.error("the erasure of tenant %s is not complete: %s", tenant_id, reason)
+                errors.append(f"{tenant_id}: {reason}")
+        return ErasureReport(tuple(completed), tuple(errors))
+
+    # --- completing -------------------------------------------------------------------------------------------------
+
+    async def _complete(self, tenant: Tenant, actor: Actor) -> ErasureCertificate:
+        claimant = Claimant()
+        operation = await self._begin(tenant, claimant, actor)
+        try:
+            async with self._operations.keep(operation, claimant):
+                keys, left = await self._destroy_keys(tenant, actor)
+                certificate = await self._sign(tenant, keys, left)
+                written = certificate.to_bytes().decode()
+                detail = {
+                    "operation": operation.id,
+                    "backup_keys": len(keys),
+                    "certificate_sha256": hashlib.sha256(written.encode()).hexdigest(),
+                }
+                # first: what is certified is in the audit log
+                await self._registry.record(tenant.id, "tenant.erase", detail=detail, actor=actor)
+        except BaseException as exc:
+            await run_to_completion(self._failed(operation, claimant, str(exc) or type(exc).__name__))
+            raise
+        await self._operations.finish(operation, claimant, "done", detail={"certificate": written})
+        return certificate
+
+    async def _begin(self, tenant: Tenant, claimant: Claimant, actor: Actor) -> Operation:
+        """Record it, and take over what a killed process has left.
+
+        Raises:
+            ErasureError: another process does this now.
+        """
+        for other in await self._operations.list(tenant_id=tenant.id, kinds=("erasure",), states=("running",)):
+            if other.is_claimed:
+                raise self._busy(tenant, other)
+            try:
+                return await self._operations.claim(other.id, claimant)
+            except OperationStateError as exc:
+                raise self._busy(tenant, other) from exc
+        operation = await self._operations.begin("erasure", tenant.id, step="keys", claimant=claimant, actor=actor)
+        for other in await self._operations.list(tenant_id=tenant.id, kinds=("erasure",), states=("running",)):
+            if other.id < operation.id and other.is_claimed:
+                # both have begun at once: the first one goes on
+                await self._failed(operation, claimant, "another process was faster")
+                raise self._busy(tenant, other)
+        return operation
+
+    @staticmethod
+    def _busy(tenant: Tenant, other: Operation) -> ErasureError:
+        return ErasureError(f"operation {other.id}, the erasure of tenant {tenant.slug!r}, is under way")
+
+    async def _failed(self, operation: Operation, claimant: Claimant, reason: str) -> None:
+        try:
+            await self._operations.finish(operation, claimant, "failed", error=reason)
+        except TenancyError as exc:
+            logger.warning("the end of operation %d was not recorded: %s", operation.id, exc)
+
+    async def _destroy_keys(self, tenant: Tenant, actor: Actor) -> tuple[tuple[BackupKey, ...], int]:
+        """Destroy the keys of all backups, in every store; return them, and how many backups are in stores still."""
+        made = await self._backups.list(tenant.id, states=None)
+        urls = dict.fromkeys(one.store for one in made)
+        if self._config.backup.store is not None:
+            urls.setdefault(self._config.backup.store)
+        keys: BackupKeys = self._backups.keys
+        if made or any(key.destroyed_at is None for key in await keys.of(tenant.id)):
+            for url in urls:
+                await self._check_store(tenant, self._stores.at(url))
+        for url in urls:
+            await keys.destroy(tenant.id, self._stores.at(url), actor=actor)
+        found = await keys.of(tenant.id) if urls else await keys.destroy(tenant.id, None, actor=actor)
+        return found, sum(one.state != "running" and one.pruned_at is None for one in made)
+
+    async def _check_store(self, tenant: Tenant, store: Store) -> None:
+        """Refuse a store that looks empty: a directory that is not mounted, or a bucket of another installation.
+
+        The keys in the real one would open the backups still.
+        """
+        root = self._control.installation
+        for prefix in (f"{root}/keys", f"{root}/{tenant.id}"):
+            if await store.list(prefix):
+                return
+        raise ErasureError(
+            f"the store {store.url} has nothing of this installation, so that it may not be the one with the keys of "
+            f"tenant {tenant.slug!r}; mount it, or correct backup.store"
+        )
+
+    async def _sign(self, tenant: Tenant, keys: tuple[BackupKey, ...], backups: int) -> ErasureCertificate:
+        async with self._control.connect() as connection:
+            left = await connection.scalar(_LEFT, {"id": tenant.id})
+            usage = (await connection.execute(_USAGE, {"id": tenant.id})).one()
+            updated_at = await connection.scalar(_UPDATED, {"id": tenant.id})
+        if left:
+            raise ErasureError(f"the purge of tenant {tenant.slug!r} has left something: run tenancy reconcile")
+        entries = await self._audit.events(tenant=tenant.id, action="tenant.purge", limit=1)
+        purged_at: datetime = entries[0].occurred_at if entries else updated_at
+        return ErasureCertificate.sign(
+            self._signer,
+            installation=self._control.installation,
+            tenant_id=tenant.id,
+            slug=tenant.slug,
+            purged_at=purged_at,
+            erased=_ERASED,
+            backup_keys={key.id: key.destroyed_at for key in keys if key.destroyed_at is not None},
+            remains=self._remains(purged_at, backups, usage),
+        )
+
+    def _remains(self, purged_at: datetime, backups: int, usage: Any) -> tuple[Remaining, ...]:
+        erasure, retention = self._config.erasure, self._config.retention
+        audit_seconds = retention.audit_seconds
+        found = [
+            Remaining(
+                what=f"{backups} encrypted backups of its database in this installation's stores, and their copies",
+                is_readable=False,
+                until=None,
+                note="their keys are destroyed; those in the stores are removed when backups are pruned next",
+            ),
+            Remaining(
+                what="base backups and WAL of its whole server",
+                is_readable=True,
+                until=_after(purged_at, erasure.server_backup_seconds),
+                note="they have the pages of all tenants' databases, and end with their own retention"
+                + _unknown(erasure.server_backup_seconds, "erasure.server_backup_seconds"),
+            ),
+            Remaining(
+                what="backups of the control database",
+                is_readable=True,
+                until=_after(purged_at, erasure.control_backup_seconds),
+                note="they have its name, metadata and audit entries, and neither rows of its database nor a key of "
+                "its backups" + _unknown(erasure.control_backup_seconds, "erasure.control_backup_seconds"),
+            ),
+            Remaining(
+                what="audit entries",
+                is_readable=True,
+                until=purged_at + timedelta(seconds=audit_seconds) + _MONTH if audit_seconds else None,
+                note="who did what to the tenant, with the metadata of then, without rows of its database"
+                + ("" if audit_seconds else "; they are kept for ever (retention.audit_seconds is 0)"),
+            ),
+            Remaining(
+                what="the tombstone: its id, slug and times",
+                is_readable=True,
+                until=None,
+                note="kept for ever, so that no old backup brings the tenant back",
+            ),
+        ]
+        if backups == 0:
+            found.pop(0)
+        if usage.count:
+            sent = None if usage.unsent else usage.sent_at + timedelta(days=_USAGE_DAYS)
+            note = f"{usage.unsent} are not sent yet; each is kept {_USAGE_DAYS} days after that"
+            found.append(
+                Remaining(
+                    what=f"{usage.count} usage records for billing",
+                    is_readable=True,
+                    until=sent,
+                    note=note if usage.unsent else "amounts by period",
+                )
+            )
+        return tuple(found)
+
+    # --- finding ----------------------------------------------------------------------------------------------------
+
+    async def _issued(self, tenant_id: UUID) -> ErasureCertificate | None:
+        done = await self._operations.list(tenant_id=tenant_id, kinds=("erasure",), states=("done",), limit=1)
+        return _certificate(done[0].detail) if done else None
+
+    async def _find(self, tenant: TenantRef) -> Tenant:
+        named = as_reference(tenant)
+        if isinstance(named, UUID):
+            return await self._registry.get(named)
+        async with self._control.connect() as connection:
+            purged = list((await connection.execute(_NAMED, {"slug": named})).scalars())
+        if len(purged) > 1:
+            listed = ", ".join(map(str, purged[:10]))
+            raise ErasureError(f"several purged tenants had the slug {named!r}; name one by its id: {listed}")
+        if purged:
+            return await self._registry.get(purged[0])
+        found = await self._registry.find(named)
+        if found.slug != named:
+            raise TenantNotFoundError(named)  # a domain, or a former slug
+        return found
+
+
+def _certificate(detail: Mapping[str, Any]) -> ErasureCertificate:
+    return ErasureCertificate.from_bytes(str(detail["certificate"]).encode())
+
+
+def _after(moment: datetime, seconds: float | None) -> datetime | None:
+    return None if seconds is None else moment + timedelta(seconds=seconds)
+
+
+def _unknown(seconds: float | None, setting: str) -> str:
+    return "" if seconds is not None else f"; how long they are kept is not known here ({setting} is not set)"
+
+
+__all__ = ["ErasureManager", "ErasureReport"]

@@ -1,0 +1,176 @@
+"""Erasure: backups that nobody can read, and certificates that say what remains."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.audit.checkpoints import Signer, Verifier
+from tenancy_orm.backups import Backup
+from tenancy_orm.errors import BackupKeyDestroyedError, BackupNotFoundError, CrossTenantError, ErasureError
+from tenancy_orm.exports import ErasureCertificate
+from tenancy_orm.operations import Operations
+from tests.integration.backups.conftest import acme, backup, tenancy_config
+from tests.integration.backups.test_backups import pg_restore
+from tests.integration.cli.test_cli import Cli, cli
+from tests.support.postgres import Postgres
+
+__all__ = ["acme", "backup", "cli", "tenancy_config"]
+
+UNREADABLE = (BackupKeyDestroyedError, BackupNotFoundError)
+
+
+@pytest.fixture
+async def elsewhere(postgres: Postgres, tenancy: Tenancy) -> AsyncIterator[str]:
+    """The URL of an empty database, for the control database of the same installation."""
+    name = postgres.new_name()
+    yield await postgres.create_database(name)
+    await postgres.drop_database(name, but=tenancy.internals.provisioner.names.stem)
+
+
+async def read(tenancy: Tenancy, backup: Backup) -> None:
+    """Decrypt a backup."""
+    async with tenancy.backups.open(backup.id):
+        pass
+
+
+async def purge(tenancy: Tenancy, slug: str = "acme") -> None:
+    await tenancy.tenants.delete(slug)
+    await tenancy.tenants.purge(slug)
+
+
+async def test_no_backup_of_a_purged_tenant_can_be_read_wherever_it_lies(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, backup: Backup, postgres: Postgres, elsewhere: str, tmp_path: Path
+) -> None:
+    """Not with an older control database either, which was backed up, and is restored elsewhere, after the purge."""
+    control = await tenancy.backups.run_control()
+    async with tenancy.backups.open(control) as opened:
+        dump = tmp_path / "control"
+        await asyncio.to_thread(shutil.copytree, opened.directory, dump)
+    await pg_restore(postgres, "--no-owner", f"--dbname={elsewhere}", str(dump))
+    before = Tenancy(tenancy_config.replace(control_url=elsewhere))
+    async with before:
+        # what a restored control database gives before the keys are destroyed
+        assert (await before.tenants.get("acme")).slug == "acme"
+        await read(before, backup)
+        copies = tmp_path / "copies"
+        await asyncio.to_thread(shutil.copytree, tmp_path / "store", copies, ignore=shutil.ignore_patterns("keys"))
+        await purge(tenancy)
+        certificate = await tenancy.erasures.complete(str(backup.tenant_id))
+        for reader in (tenancy, before):
+            with pytest.raises(UNREADABLE):
+                await read(reader, backup)
+    # the encrypted dump lies elsewhere still; no identity that opens it is anywhere in the store
+    assert list(copies.rglob("*.age"))
+    assert not [path for path in (tmp_path / "store").rglob("*.json") if str(backup.tenant_id) in path.parent.name]
+    assert list(certificate.backup_keys) == [backup.key_id]
+
+
+async def test_a_certificate_says_what_was_erased_and_what_remains(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, backup: Backup
+) -> None:
+    config = tenancy_config.replace(
+        erasure={"server_backup_seconds": 14 * 86_400.0}, retention={"audit_seconds": 400 * 86_400.0}
+    )
+    tenancy.erasures._config = config
+    tenant_id = backup.tenant_id
+    assert tenant_id is not None
+    with pytest.raises(ErasureError, match="has not been purged"):
+        await tenancy.erasures.complete("acme")
+    await purge(tenancy)
+    with pytest.raises(ErasureError, match="no certificate of 'acme' yet"):
+        await tenancy.erasures.certificate("acme")
+    found = await tenancy.erasures.complete("acme")
+    assert await tenancy.erasures.complete(tenant_id) == await tenancy.erasures.certificate("acme") == found
+    assert (found.slug, found.tenant_id, found.installation) == (
+        "acme",
+        tenant_id,
+        tenancy.internals.control.installation,
+    )
+    (purged,) = await tenancy.audit.events(tenant=tenant_id, action="tenant.purge")
+    assert found.purged_at == purged.occurred_at <= found.issued_at
+    remains = {one.what.split(":")[0]: one for one in found.remains}
+    assert not remains[
+        "1 encrypted backups of its database in this installation's stores, and their copies"
+    ].is_readable
+    assert remains["base backups and WAL of its whole server"].until == found.purged_at + timedelta(days=14)
+    assert remains["audit entries"].until == found.purged_at + timedelta(days=431)
+    assert remains["backups of the control database"].until is None
+    assert "erasure.control_backup_seconds is not set" in remains["backups of the control database"].note
+    (entry,) = await tenancy.audit.events(tenant=tenant_id, action="tenant.erase")
+    assert entry.detail is not None and entry.detail["backup_keys"] == 1
+    assert "not readable by anybody" in found.text()
+
+    # verified with public keys alone, and by nothing else
+    data = found.to_bytes()
+    ErasureCertificate.from_bytes(data).verify(Verifier(tenancy.audit.public_keys))
+    assert await tenancy.erasures.verify(data) == found
+    with pytest.raises(ErasureError, match="not known"):
+        await tenancy.erasures.verify(data, verifier=Verifier({}))
+    changed = data.replace(b'"slug":"acme"', b'"slug":"acne"')
+    assert changed != data
+    with pytest.raises(ErasureError, match="signature is not valid"):
+        await tenancy.erasures.verify(changed)
+    for broken in (b"{}", data.replace(b",", b", ", 1), data[:-2]):
+        with pytest.raises(ErasureError, match="is not a certificate"):
+            await tenancy.erasures.verify(broken)
+    statement = Signer({"1": bytes(32)}).sign_statement("tenancy-erasure-1", dict(found.statement.fields))
+    with pytest.raises(ErasureError, match="signature is not valid"):
+        await tenancy.erasures.verify(statement.to_bytes())
+    async with tenancy.scope((await tenancy.tenants.create("globex")).tenant):
+        with pytest.raises(CrossTenantError):
+            await tenancy.erasures.certificate(tenant_id)
+
+
+async def test_housekeeping_certifies_what_it_purges_and_repeats_what_failed(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path
+) -> None:
+    """A store that is not mounted looks empty: nothing is certified until the keys in it are destroyed."""
+    tenant_id, store = backup.tenant_id, tmp_path / "store"
+    assert tenant_id is not None
+    await tenancy.tenants.delete("acme")
+    async with tenancy.internals.control.transaction() as connection:
+        await connection.execute(text("UPDATE tenancy.tenants SET purge_at = now() WHERE slug = 'acme'"))
+    moved = store.rename(tmp_path / "moved")
+    report = await tenancy.run_housekeeping()
+    assert report.purged == ("acme",)
+    assert any("has nothing of this installation" in error for error in report.errors), report.errors
+    with pytest.raises(ErasureError):
+        await tenancy.erasures.certificate(tenant_id)
+    moved.rename(store)
+    report = await tenancy.run_housekeeping()
+    assert report.chores["complete_erasures"].completed == ("acme",)
+    assert list((await tenancy.erasures.certificate(tenant_id)).backup_keys) == [backup.key_id]
+    assert (await tenancy.run_housekeeping()).chores["complete_erasures"].completed == ()
+    found = await Operations(tenancy.internals.control).list(tenant_id=tenant_id, kinds=("erasure",))
+    assert sorted(one.state for one in found) == ["done", "failed"]
+
+
+async def test_an_operator_purges_and_hands_the_certificate_on(cli: Cli, tmp_path: Path) -> None:
+    await cli("init")
+    await cli("create", "acme")
+    await cli("delete", "acme")
+    purged = await cli("purge", "acme", "--yes", "--json")
+    assert (purged.status, purged.json["backup_keys"]) == (0, 0), purged.err
+    keys = await cli("audit", "public-keys")
+    (tmp_path / "keys.json").write_text(keys.out)
+    assert (await cli("erasure", "certificate", "acme", "--out", "acme.json")).status == 0
+    printed = await cli("erasure", "certificate", purged.json["id"])
+    assert printed.out == (tmp_path / "acme.json").read_text()
+    assert (await cli("erasure", "certificate", "acme", "--out", "acme.json")).status == 1
+    # with the public keys alone: there is no database at that address
+    nowhere = {"TENANCY_CONTROL_URL": "postgresql://nobody@127.0.0.1:1/none"}
+    verified = await cli("erasure", "verify", "acme.json", "--public-keys", "keys.json", **nowhere)
+    assert (verified.status, "Certificate of erasure: acme" in verified.out) == (0, True), verified.err
+    assert (await cli("erasure", "verify", "acme.json", "--json")).json["slug"] == "acme"
+    (tmp_path / "keys.json").write_text(json.dumps(dict.fromkeys(json.loads(keys.out), "A" * 43 + "=")))
+    refused = await cli("erasure", "verify", "acme.json", "--public-keys", "keys.json")
+    assert (refused.status, "signature is not valid" in refused.err) == (1, True)
