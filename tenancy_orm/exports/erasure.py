@@ -23,7 +23,7 @@ from ..audit.checkpoints import Signer, Verifier
 from ..audit.log import AuditLog
 from ..backups import BackupKeys, BackupManager, Store
 from ..backups.keys import BackupKey
-from ..backups.opening import Stores
+from ..backups.stores import Stores
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import as_reference, refuse_while_bound
@@ -251,9 +251,7 @@ class ErasureManager:
         if made or any(key.destroyed_at is None for key in await keys.of(tenant.id)):
             for url in urls:
                 await self._check_store(tenant, self._stores.at(url))
-        for url in urls:
-            await keys.destroy(tenant.id, self._stores.at(url), actor=actor)
-        found = await keys.of(tenant.id) if urls else await keys.destroy(tenant.id, None, actor=actor)
+        found = await keys.destroy(tenant.id, actor=actor)
         return found, sum(one.state != "running" and one.pruned_at is None for one in made)
 
     async def _check_store(self, tenant: Tenant, store: Store) -> None:
