@@ -15,6 +15,7 @@ from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -43,6 +44,7 @@ from tenancy_orm.quotas.holds import HoldManager
 from tenancy_orm.quotas.leases import BlockManager
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.registry.rows import TenantDraft, uuid7
+from tenancy_orm.restores import DumpSource
 from tenancy_orm.tenant import Placement, Tenant
 from tests.support.models import Base
 from tests.support.postgres import Postgres
@@ -151,6 +153,19 @@ class _Sender:
 
     async def close(self) -> None:
         pass
+
+
+class _Source(str):
+    """What an adoption, and what a restore takes contents from; nothing is there."""
+
+    __slots__ = ()
+    tenant_id = None
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def open(self) -> Any:
+        return DumpSource(Path("dump")).open()
 
 
 @dataclass(frozen=True)
@@ -318,7 +333,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "placement": Placement("default", "x", "x", b""),
         "allowed": False,
         "number": 1,
-        "source": "postgresql://reader@127.0.0.1:1/old",
+        "source": _Source("postgresql://reader@127.0.0.1:1/old"),
         "state": {},
         "operation": 1,
         "backup": uuid7(),
