@@ -648,7 +648,7 @@ class BackupConfig(Section, frozen=True):
     concurrency: Count = 2
     """How many tenants of one server are backed up at once, by all processes together."""
     timeout: Seconds = 6 * 3_600.0
-    """How long one backup, or the verification of one, may take, in seconds."""
+    """How long one backup, the verification of one, or bringing one in for a restore may take, in seconds."""
     every_seconds: SecondsOrZero = 86_400.0
     """How often ``tenancy worker`` backs each tenant up, and the control database, in seconds; 0 is never."""
     control_recipients: Names = ()

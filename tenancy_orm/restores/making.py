@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..drift.policy import RevisionPolicy, check_revision
-from ..errors import TenantNotFoundError
+from ..errors import OperationError, TenantNotFoundError
 from ..migrations.beside import upgrade_beside
 from ..migrations.connections import Connections
 from ..migrations.scripts import Environment
@@ -76,14 +78,23 @@ class Making:
         """Bring an archive in, and compare the numbers of rows with those that were counted.
 
         Raises:
-            OperationError: they differ.
+            OperationError: they differ, or it was not done within ``backup.timeout``.
             ProvisioningError: PostgreSQL refused something.
         """
         programs, timeout = await self._programs(new.server), self._config.pool.connect_timeout
-        restored = await restore_archive(new, programs, archive.path, extensions=extensions, timeout=timeout)
-        if archive.rows:
-            await check_rows(new, archive.rows, timeout=timeout)
-        return restored
+        bound = asyncio.timeout(self._config.backup.timeout)
+        try:
+            async with bound:
+                restored = await restore_archive(new, programs, archive.path, extensions=extensions, timeout=timeout)
+                if archive.rows:
+                    await check_rows(new, archive.rows, timeout=timeout)
+                return restored
+        except TimeoutError as exc:
+            if not bound.expired():
+                raise
+            raise OperationError(
+                f"the contents were not brought in within {self._config.backup.timeout:g} s; raise backup.timeout"
+            ) from exc
 
     async def _programs(self, server: str) -> Programs:
         connection = await self._provisioner.connect_admin(server, purpose="tenancy-restore")

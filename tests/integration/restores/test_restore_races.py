@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tenancy_orm.config import BackupConfig
 from tenancy_orm.errors import OperationError, TenantDeletedError
 from tenancy_orm.provisioning import restoring as restoring_module
 from tenancy_orm.restores import DumpSource, RestoreReport, making
@@ -162,3 +163,41 @@ async def test_a_failure_in_the_swap_leaves_the_old_database_in_use(
     (operation,) = await fleet.tenancy.operations.list("acme")
     assert (operation.state, operation.error) == ("failed", "OperationError: the tenant is gone")
     assert (await fleet.provisioner.reconcile()).clean
+
+
+async def test_a_restore_that_is_cancelled_leaves_nothing(
+    fleet: Fleet, restoring: Callable[[Meanwhile], Awaitable[RestoreReport]]
+) -> None:
+    """By a cancellation, which leaves nothing."""
+    present = await databases(fleet)
+
+    async def forever() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    begun = asyncio.Event()
+    task = asyncio.ensure_future(restoring(forever))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await databases(fleet) == present
+    (operation,) = await fleet.tenancy.operations.list("acme")
+    assert (operation.state, operation.step) == ("failed", "making")
+
+
+async def test_contents_that_do_not_come_in_in_time_are_given_up(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ``backup.timeout``."""
+    archive, present = await dump(fleet, "acme", tmp_path / "dump"), await databases(fleet)
+
+    async def never(*_: Any, **__: Any) -> None:
+        await asyncio.Event().wait()
+
+    made = fleet.tenancy.restores._making
+    monkeypatch.setattr(made, "_config", made._config.replace(backup=BackupConfig(timeout=0.2)))
+    monkeypatch.setattr(making, "restore_archive", never)
+    with pytest.raises(OperationError, match=r"raise backup\.timeout"):
+        await fleet.tenancy.restores.restore("acme", DumpSource(archive))
+    assert await databases(fleet) == present
