@@ -29,6 +29,7 @@ from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner, roles
 from ..provisioning.pipeline import describe
+from ..provisioning.provisioner import services_of
 from ..registry.databases import TenantDatabase
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
@@ -129,9 +130,11 @@ class MoveManager:
         self._operations = operations
         self._tenants = tenants
         self._placer = placer
-        self._switch = Switch(provisioner.services)
+        services = services_of(provisioner)
+        self._servers = services.servers
+        self._switch = Switch(services)
         self._planner = Planner(control, placer, config)
-        self._leftovers = Leftovers(provisioner.services, operations)
+        self._leftovers = Leftovers(services, operations)
 
     # --- one tenant -------------------------------------------------------------------------------------------------
 
@@ -326,7 +329,7 @@ class MoveManager:
         request = PlacementRequest(tier=tenant.tier, region=tenant.region, metadata=tenant.metadata)
         if to is not None:
             # a name that nobody knows is another error
-            self._provisioner.services.servers[to]
+            self._servers[to]
         explained = await self._placer.explain(request, server=to)
         takers = [one for one in explained.servers if one.refused is None and one.server != place.server]
         if takers:
@@ -402,7 +405,7 @@ class MoveManager:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("moving tenants")
-        row = self._provisioner.services.servers[server].row
+        row = self._servers[server].row
         if row is None or row.state != "drain":
             raise OperationError(f"server {server!r} takes new tenants; first run: tenancy servers drain {server}")
         which = TenantFilter(server=server)

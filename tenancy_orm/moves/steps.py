@@ -34,6 +34,7 @@ from ..provisioning import Provisioner, roles
 from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.empty_databases import read_extensions
 from ..provisioning.pipeline import describe
+from ..provisioning.provisioner import services_of, settings_of
 from ..provisioning.scram import scram_verifier
 from ..tenant import Placement, Status, Tenant
 from ..tenants.manager import TenantManager
@@ -102,7 +103,7 @@ class Move:
         self._tell = tell
         self._services = services
         self._config = services.config
-        self._provisioning = services.provisioner.services
+        self._provisioning = services_of(services.provisioner)
         self._operation = operation
         self._tenant = tenant
         self._actor = actor
@@ -278,7 +279,7 @@ class Move:
 
     async def _create_role(self) -> None:
         """Create the tenant's role on the new server, unless an earlier move has left it there."""
-        settings = await self._services.provisioner.settings_of(self.new.server)
+        settings = await settings_of(self._services.provisioner, self.new.server)
         limit = self._provisioning.config.tiers[self._tenant.tier].connection_limit
         blockers = self._provisioning.blockers(self._provisioning.servers[self.new.server])
         connection = await blockers.connect(purpose="tenancy-move")

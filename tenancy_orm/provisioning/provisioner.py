@@ -147,11 +147,6 @@ class Provisioner:
         servers.on_change(self._server_changed)
 
     @property
-    def services(self) -> ProvisioningServices:
-        """The objects that provisioning uses, for operations on tenants' databases."""
-        return self._services
-
-    @property
     def _timeout(self) -> float:
         return self._services.config.provisioning.timeout
 
@@ -272,16 +267,6 @@ class Provisioner:
         if name not in self._prepared:
             await self.prepare_server(name)
         return self._services.servers[name]
-
-    async def settings_of(self, name: str) -> RoleSettings:
-        """Return the settings that tenants' roles have on a server, which is prepared.
-
-        Raises:
-            TenancyError: as ``prepare_server``.
-        """
-        refuse_while_bound("preparing a server")
-        self._home.check()
-        return await self._settings_of(name)
 
     async def _settings_of(self, name: str) -> RoleSettings:
         # its row may have changed since it was prepared
@@ -696,6 +681,21 @@ class Provisioner:
         await self._unfilled.close()
         await self._admin_connections.close()
         await self.watchdog.close()
+
+
+def services_of(provisioner: Provisioner) -> ProvisioningServices:
+    """Return the objects that provisioning uses, for operations on tenants' databases."""
+    return provisioner._services
+
+
+async def settings_of(provisioner: Provisioner, server: str) -> RoleSettings:
+    """Return the settings that tenants' roles have on a server, which is prepared.
+
+    Raises:
+        TenancyError: as ``Provisioner.prepare_server``.
+    """
+    refuse_while_bound("preparing a server")
+    return await provisioner._settings_of(server)
 
 
 def _remedy(server: Server, error: BaseException) -> str:

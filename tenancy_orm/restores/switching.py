@@ -33,6 +33,7 @@ from ..operations import Operation
 from ..operations.switch import PAUSE_SECONDS, Paused, Switch
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
+from ..provisioning.provisioner import services_of
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..tenant import Placement, Status, Tenant
@@ -72,7 +73,7 @@ class Switching:
         self._registry = registry
         self._provisioner = provisioner
         self._new = provisioner.new_databases
-        self._switch = Switch(provisioner.services)
+        self._switch = Switch(services_of(provisioner))
         self._connections = connections
 
     async def swap(

@@ -15,6 +15,7 @@ from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import OperationError, TenantPausedError
 from tenancy_orm.operations.switch import Switch
 from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning.provisioner import services_of
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.routing.marker import marker_text
 from tenancy_orm.tenant import Placement, Tenant
@@ -73,7 +74,7 @@ async def test_writers_of_two_processes_go_on_in_the_other_database(
         tasks = [asyncio.create_task(writer.run()) for writer in writers]
         await until(lambda: all(writer.written for writer in writers))
         before: list[int] = []
-        async with Switch(tenancy.internals.provisioner.services).pause(acme) as paused:
+        async with Switch(services_of(tenancy.internals.provisioner)).pause(acme) as paused:
             before = [len(writer.written) for writer in writers]
             assert paused.ended_sessions == 0
             await make(tenancy, acme, placement, paused.connection)
@@ -89,7 +90,7 @@ async def test_writers_of_two_processes_go_on_in_the_other_database(
         assert sorted(found) == sorted(body for writer in writers for body in writer.written)
         # nobody can log in to the former database
         assert acme.placement is not None
-        services = tenancy.internals.provisioner.services
+        services = services_of(tenancy.internals.provisioner)
         former = await tenancy.internals.provisioner.connect_admin(acme.placement.server, acme.placement.database)
         try:
             may = "SELECT has_database_privilege($1, current_database(), 'CONNECT')"
@@ -101,7 +102,7 @@ async def test_writers_of_two_processes_go_on_in_the_other_database(
 
 async def test_a_pause_that_is_given_up_leaves_the_tenant_where_it_was(tenancy: Tenancy) -> None:
     acme = (await tenancy.tenants.create("acme")).tenant
-    switch = Switch(tenancy.internals.provisioner.services)
+    switch = Switch(services_of(tenancy.internals.provisioner))
     writer = Writer(tenancy, acme, "a")
     task = asyncio.create_task(writer.run())
     await until(lambda: writer.written)
@@ -131,7 +132,7 @@ async def test_sessions_wait_for_a_bounded_time_and_long_transactions_are_ended(
     async with Tenancy(tenancy_config.replace(pool=pool)) as impatient:
         async with tenancy.session(acme.id) as long:
             await long.execute(text("INSERT INTO notes (body) VALUES ('lost')"))
-            async with Switch(tenancy.internals.provisioner.services).pause(acme, drain=0.2) as paused:
+            async with Switch(services_of(tenancy.internals.provisioner)).pause(acme, drain=0.2) as paused:
                 assert paused.ended_sessions == 1
                 with pytest.raises(TenantPausedError, match="exchanged for another one"):
                     async with impatient.session(acme.id) as session:
@@ -171,7 +172,7 @@ async def test_a_process_that_hears_nothing_cannot_write_to_the_former_database(
             await deaf.internals.directory._listener.close()
             tenancy.internals.router.retire(acme.id)
             await until(is_unused)
-            async with Switch(tenancy.internals.provisioner.services).pause(acme) as paused:
+            async with Switch(services_of(tenancy.internals.provisioner)).pause(acme) as paused:
                 await make(tenancy, acme, placement, paused.connection)
                 late = asyncio.create_task(write(deaf))
                 if protected:
