@@ -585,6 +585,7 @@ class Assembly:
             names=self.names,
             keys=self._backup_keys,
             stores=self._stores,
+            migrations=self.migrations,
             events=self.events,
         )
         self.backups = BackupManager(services)

@@ -30,6 +30,7 @@ from ..provisioning import Provisioner
 from ..provisioning.restoring import programs_for
 from ..registry.registry import Registry
 from ..registry.rows import uuid7
+from ..runs import FleetMigrator
 from ..servers import Servers
 from ..tenant import Tenant
 from .dump import Dump, Dumped, Scope, Source
@@ -42,6 +43,8 @@ from .stores import Store, Stores
 
 logger = logging.getLogger("tenancy_orm.backups")
 
+_EXISTS = "SELECT pg_catalog.to_regclass($1)"
+_REVISION = """SELECT pg_catalog.string_agg(version_num, ',' ORDER BY version_num COLLATE "C") FROM {table}"""
 _SLOT_SECONDS = 1.0  # between two looks for a slot of a server, more or less
 FAILURES = (TenancyError, *SERVER_FAILURES)
 """What a server or a store may answer, or fail to; a mistake in the code is none of them."""
@@ -61,6 +64,7 @@ class BackupServices:
     names: Names
     keys: BackupKeys
     stores: Stores
+    migrations: FleetMigrator
     events: EventBus
 
 
@@ -171,12 +175,18 @@ class BackupMaker:
         if place is None:
             raise TenantNotFoundError(tenant.slug)
 
-        async def look(connection: Connection) -> Facts:
-            return await facts_of(connection, owner=owner, role=place.role)
+        table = await self._version_table()
+
+        async def look(connection: Connection) -> tuple[Facts, str | None]:
+            facts = await facts_of(connection, owner=owner, role=place.role)
+            if table is None or await connection.fetchval(_EXISTS, table) is None:
+                return facts, tenant.schema_revision
+            # in the snapshot: a migration may have ended since the tenant was looked up
+            return facts, await connection.fetchval(_REVISION.format(table=table))
 
         async with self._services.provisioner.readers.open(tenant, seconds=self._config.timeout) as reader:
             dumped = await self._dump(reader, TENANT_SCOPE, store, path, [key.recipient], look)
-        facts: Facts = dumped.found
+        facts, revision = dumped.found
         return self._manifest(
             backup_id,
             key,
@@ -188,11 +198,21 @@ class BackupMaker:
             database=place.database,
             role=place.role,
             owner=owner,
-            revision=tenant.schema_revision,
+            revision=revision,
             fingerprint=facts.fingerprint,
             structure=facts.structure,
             tenant_owned=facts.tenant_owned,
         )
+
+    async def _version_table(self) -> str | None:
+        if self._services.config.migrations is None:
+            return None
+        try:
+            return (await self._services.migrations.environment()).quoted_version_table
+        except TenancyError as exc:
+            # no reason to have no backup
+            logger.warning("the migrations cannot be loaded, so that backups have the recorded revision: %s", exc)
+            return None
 
     async def _dump_control(self, backup_id: UUID, key: BackupKey, store: Store, path: str) -> Manifest:
         control = self._services.control

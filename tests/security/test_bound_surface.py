@@ -37,6 +37,7 @@ from tenancy_orm.provisioning.copies import Copies
 from tenancy_orm.provisioning.extensions import Extensions
 from tenancy_orm.provisioning.new_databases import NewDatabases
 from tenancy_orm.provisioning.readers import Readers
+from tenancy_orm.provisioning.scratch import ScratchDatabases
 from tenancy_orm.provisioning.temporary_logins import TemporaryLogins
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
@@ -216,6 +217,7 @@ def parts() -> dict[str, type]:
         "logins": TemporaryLogins,
         "new_databases": NewDatabases,
         "readers": Readers,
+        "scratch_databases": ScratchDatabases,
         "templates": TemplateManager,
         "watchdog": Watchdog,
     }
@@ -336,6 +338,8 @@ def others(plane: Plane) -> dict[str, Any]:
         "source": _Source("postgresql://reader@127.0.0.1:1/old"),
         "state": {},
         "operation": 1,
+        "audit": None,
+        "until": None,
         "backup": uuid7(),
         "backup_id": uuid7(),
         "store": None,

@@ -26,8 +26,10 @@ from tenancy_orm.errors import (
 from tenancy_orm.events import BackupCompleted, BackupEvent, BackupFailed, BackupVerified
 from tenancy_orm.postgres.programs import find_programs, run_program
 from tenancy_orm.secrets.providers import EnvironmentSecrets, SecretKeyWrapper
+from tests.support.fleet import fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
+from tests.support.projects import NOTES, Project
 
 
 def stored(tmp_path: Path) -> dict[str, bytes]:
@@ -320,3 +322,19 @@ async def test_keys_are_sealed_again_with_the_passwords(
             pass
         (path,) = [path for path in stored(tmp_path) if "/keys/" in path]
         assert json.loads(stored(tmp_path)[path])["data_key"]["id"] == second
+
+
+async def test_the_revision_is_the_one_of_the_snapshot(
+    postgres: Postgres, control_url: str, name_prefix: str, tmp_path: Path
+) -> None:
+    """And not the one that is recorded, which may be older by the time of the dump."""
+    project = Project.create(tmp_path / "app")
+    project.add("0001", NOTES, 'op.drop_table("notes")')
+    config = fleet_config(postgres, control_url, name_prefix, project)
+    async with open_fleet(config.replace(backup={"store": f"file:{tmp_path / 'store'}"}), initialise=True) as fleet:
+        await fleet.create("acme")
+        await statement(fleet.tenancy, "UPDATE tenancy.tenants SET schema_revision = '0000'")
+        (made,) = (await fleet.tenancy.backups.run(["acme"])).done
+        assert made.manifest is not None and made.manifest.revision == "0001"
+        verified = await fleet.tenancy.backups.verify(made)
+        assert verified.error is None
