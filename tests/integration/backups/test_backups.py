@@ -6,6 +6,8 @@ import asyncio
 import base64
 import json
 import secrets
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.backups import Backup
+from tenancy_orm.backups import Backup, DirectoryStore
 from tenancy_orm.backups.encryption import decrypt, new_identity
 from tenancy_orm.errors import (
     BackupDamagedError,
@@ -24,12 +26,13 @@ from tenancy_orm.errors import (
     TenantNotFoundError,
 )
 from tenancy_orm.events import BackupCompleted, BackupEvent, BackupFailed, BackupVerified
-from tenancy_orm.postgres.programs import find_programs, run_program
+from tenancy_orm.postgres.programs import RunningProgram, find_programs, run_program
 from tenancy_orm.secrets.providers import EnvironmentSecrets, SecretKeyWrapper
 from tests.support.fleet import fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 from tests.support.projects import NOTES, Project
+from tests.support.waiting import HANGS
 
 
 def stored(tmp_path: Path) -> dict[str, bytes]:
@@ -338,3 +341,46 @@ async def test_the_revision_is_the_one_of_the_snapshot(
         assert made.manifest is not None and made.manifest.revision == "0001"
         verified = await fleet.tenancy.backups.verify(made)
         assert verified.error is None
+
+
+async def test_pg_dump_waits_while_the_store_is_slow(
+    tenancy: Tenancy, acme: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that temporary space stays bounded; large objects and other tables are in the backup as well."""
+    tables = "; ".join(
+        f"CREATE TABLE t{n} AS SELECT repeat(md5(i::text), 100) AS c FROM generate_series(1, 300) i" for n in range(8)
+    )
+    await as_administrator(
+        tenancy, postgres, "acme", f'SET ROLE "{tenancy.internals.provisioner.names.owner}"; {tables}'
+    )
+    async with tenancy.transaction("acme") as session:
+        await session.execute(text("SELECT lo_from_bytea(0, 'large')"))
+    settings = tenancy.config.backup.replace(compression="none", max_temporary_bytes=4_000_000)
+    monkeypatch.setattr(tenancy.backups._maker, "_config", settings)
+    is_paused, is_resumed = threading.Event(), threading.Event()
+    signalled = RunningProgram._signal
+
+    def signal(self: RunningProgram, number: Any, *, paused: bool) -> None:
+        before = self._paused
+        signalled(self, number, paused=paused)
+        if self._paused and not before:
+            is_paused.set()
+        elif before and not self._paused and not self.has_ended:
+            is_resumed.set()
+
+    monkeypatch.setattr(RunningProgram, "_signal", signal)
+
+    class Slow(DirectoryStore):
+        def write(self, path: str, chunks: Iterable[bytes], *, size: int | None = None) -> None:
+            super().write(path, self._late(chunks) if path.endswith(".age") else chunks, size=size)
+
+        def _late(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+            assert is_paused.wait(HANGS)
+            yield from chunks
+
+    tenancy.backups.store.__class__ = Slow
+    (made,) = (await tenancy.backups.run(["acme"])).done
+    assert is_resumed.is_set()
+    assert made.manifest is not None
+    assert (made.manifest.large_objects, made.manifest.tables["public.t7"]) == (1, 300)
+    assert (await tenancy.backups.verify(made)).error is None
