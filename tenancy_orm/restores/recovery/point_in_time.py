@@ -23,6 +23,7 @@ from .scratch import RecoveredDatabase
 
 _CONNECT_SECONDS = 30.0
 _COMPRESSION = "1"
+_LOCK_WAIT = "30s"
 
 
 class PointInTime:
@@ -104,6 +105,8 @@ class PointInTime:
                     f"--compress={_COMPRESSION}",
                     "--no-sync",
                     "--no-password",
+                    # a prepared transaction of that time has its locks in the recovered server as well
+                    f"--lock-wait-timeout={_LOCK_WAIT}",
                     "--no-publications",
                     "--no-subscriptions",
                     "--no-security-labels",

@@ -24,6 +24,7 @@ from .accounts import Account, choose_account
 from .base_backups import BackupDirectory, BaseBackup, check_space, connected
 from .keeper import Keeper, open_keeper
 from .scratch import RecoveredDatabase, ScratchServer
+from .verification import verify_files
 from .wal_files import Segment, last_time, list_histories, list_segments, read_header, stretches
 
 _RECEIVE_SECONDS = 30.0
@@ -210,6 +211,8 @@ class DirectoryRecovery:
             keeper = await opened.__aenter__()
             try:
                 await _copy(keeper, directory, plan)
+                # a byte that was lost on the disk would come into the tenant's rows unseen
+                await verify_files(plan.programs, keeper.home / "data")
             except BaseException as exc:
                 await opened.__aexit__(type(exc), exc, exc.__traceback__)
                 raise

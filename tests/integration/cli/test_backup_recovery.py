@@ -125,6 +125,8 @@ async def test_the_commands_take_receive_list_and_show(
         file.write_bytes(content)
         damaged = await cli("backup", "base", "--verify", listed["id"], **variables)
         assert (damaged.status, "is damaged" in damaged.err) == (1, True)
+        refused = await cli("backup", "restore", "acme", "--to", target.isoformat(), "--yes", **variables)
+        assert (refused.status, "is damaged" in refused.err, left_in(directory)) == (1, True, [])
         missing = await cli("backup", "base", "--verify", "other", **variables)
         assert (missing.status, "there is no base backup other" in missing.err) == (1, True)
 
