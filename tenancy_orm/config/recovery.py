@@ -25,8 +25,8 @@ def _read_provider(value: object) -> object:
         if _BARMAN.fullmatch(value):
             return value
         value = load_object(value)
-    if value is not None and not all(callable(getattr(value, name, None)) for name in ("recover", "window")):
-        raise ValueError("must be directory:/path, barman, barman:NAME, or an object with recover and window")
+    if value is not None and not all(callable(getattr(value, name, None)) for name in ("recover", "check", "window")):
+        raise ValueError("must be directory:/path, barman, barman:NAME, or an object with recover, check and window")
     return value
 
 
