@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...cancellation import run_to_completion
-from ...errors import TenancyError
+from ...errors import ServerIdentityError, ServerUnavailableError
 from ...postgres import connections
 from ...postgres.connections import POLL_SECONDS, Connection
 from ...postgres.failures import SERVER_FAILURES
@@ -89,6 +89,7 @@ class WalReceiver:
             RecoveryError: the administrator may not replicate.
             ConfigurationError: there are no programs of the server's version.
             OperationStateError: another process receives the server's WAL in this directory.
+            ServerIdentityError: another cluster answers at the server's address.
         """
         await asyncio.to_thread(self._directory.prepare)
         pause = _AGAIN_SECONDS
@@ -99,9 +100,9 @@ class WalReceiver:
                     pause = _AGAIN_SECONDS
                 except SERVER_FAILURES as exc:
                     self._note("interrupted", reason_of(exc))
-                except TenancyError as exc:
-                    if not isinstance(exc.__cause__, SERVER_FAILURES):
-                        raise
+                except ServerIdentityError:
+                    raise  # the WAL of another cluster is not what is kept here
+                except ServerUnavailableError as exc:
                     self._note("interrupted", str(exc))
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_AGAIN_SECONDS)
