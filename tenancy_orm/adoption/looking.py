@@ -22,6 +22,8 @@ from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.services import FleetServices
 from ..postgres import connections as plain_connections
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import reason_of
 from ..postgres.programs import Programs, find_programs
 from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.empty_databases import InstalledExtension
@@ -30,7 +32,6 @@ from .comparison import comparable, differences
 from .contents import Contents, SourceTable, read_contents
 from .frame import Tell
 from .renaming import move_schema, remaining
-from .scratch import open_scratch
 from .source import OpenSource
 from .transfer import Transfer
 
@@ -229,18 +230,25 @@ class Looking:
         schema: str,
     ) -> tuple[tuple[str, ...], Catalogue, Sequence[Difference]]:
         """Restore the schema alone, and return what is left out of it, its catalogue, and what it still names."""
-        seconds = self._services.config.adoption.timeout
-        async with (
-            open_scratch(self._services, server, extensions=extensions_of(contents), seconds=seconds) as login,
-            asyncio.timeout(seconds),
-        ):
-            left_out = await self._transfer(opened, contents, programs, version, login).run(with_rows=False)
-            await self.settle(login, server, opened, schema, heads if stamp else frozenset(), tenant=None)
-            connection = await self.connect(login)
-            try:
-                found = await self.read(connection, heads, owner=login.role)
-            finally:
-                await run_to_completion(plain_connections.close(connection))
+        config = self._services.config
+        own = extensions_of(contents)
+        configured = (InstalledExtension(name) for name in config.extensions if name not in {one.name for one in own})
+        scratch = self._services.provisioner.scratch_databases
+        try:
+            async with (
+                asyncio.timeout(config.adoption.timeout),
+                scratch.open(server, extensions=(*own, *configured), seconds=config.adoption.timeout) as database,
+            ):
+                login = database.login
+                left_out = await self._transfer(opened, contents, programs, version, login).run(with_rows=False)
+                await self.settle(login, server, opened, schema, heads if stamp else frozenset(), tenant=None)
+                connection = await self.connect(login)
+                try:
+                    found = await self.read(connection, heads, owner=login.role)
+                finally:
+                    await run_to_completion(plain_connections.close(connection))
+        except SERVER_FAILURES as exc:
+            raise AdoptionError(f"{opened.source} cannot be looked at on server {server!r}: {reason_of(exc)}") from exc
         former = opened.source.schema
         if former is None or former == schema:
             return left_out, found, ()

@@ -63,7 +63,7 @@ class AdoptionManager:
     async def check(
         self,
         slug: str,
-        source: str,
+        url: str,
         *,
         schema: str | None = None,
         with_shared: Sequence[str] = (),
@@ -79,7 +79,7 @@ class AdoptionManager:
 
         Args:
             slug: The slug that the tenant would have.
-            source: The URL of the database. Its password is neither stored nor shown.
+            url: Of the database. Its password is neither stored nor shown.
             schema: A schema of it; the whole database where None.
             with_shared: Tables of other schemas that come along, as ``schema.table``.
             without: Tables that do not come along, as ``schema.table``.
@@ -99,7 +99,7 @@ class AdoptionManager:
         """
         refuse_while_bound("adopting a database")
         started = time.monotonic()
-        described = Source.parse(source, schema=schema, shared=with_shared, without=without, at=at)
+        described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
         looking, plain, environment = await self._looking()
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
             self._refuse_own(opened)
@@ -113,7 +113,7 @@ class AdoptionManager:
     async def adopt(
         self,
         slug: str,
-        source: str,
+        url: str,
         *,
         schema: str | None = None,
         with_shared: Sequence[str] = (),
@@ -140,7 +140,7 @@ class AdoptionManager:
 
         Args:
             slug: The tenant's slug.
-            source: The URL of the database. Its password is neither stored nor shown.
+            url: Of the database. Its password is neither stored nor shown.
             schema: A schema of it; the whole database where None.
             with_shared: Tables of other schemas that come along, as ``schema.table``.
             without: Tables that do not come along, as ``schema.table``.
@@ -167,7 +167,7 @@ class AdoptionManager:
         """
         refuse_while_bound("adopting a database")
         started, tell = time.monotonic(), tell or _silent
-        described = Source.parse(source, schema=schema, shared=with_shared, without=without, at=at)
+        described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
         if (former := await self._frame.settle_former(slug, str(described), actor=actor)) is not None:
             return _recorded(*former, started)
         looking, plain, environment = await self._looking()

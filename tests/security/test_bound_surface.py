@@ -336,6 +336,8 @@ def others(plane: Plane) -> dict[str, Any]:
         "allowed": False,
         "number": 1,
         "source": _Source("postgresql://reader@127.0.0.1:1/old"),
+        "source": DumpSource(Path("dump")),
+        "url": "postgresql://reader@127.0.0.1:1/old",
         "state": {},
         "operation": 1,
         "audit": None,
