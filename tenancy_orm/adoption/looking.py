@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import asyncpg
@@ -25,8 +26,10 @@ from ..postgres import connections as plain_connections
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.programs import Programs, find_programs
+from ..postgres.quoting import quote_identifier
 from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.empty_databases import InstalledExtension
+from ..provisioning.new_databases import SAFE_PATH
 from ..tenant import Tenant
 from .comparison import comparable, differences
 from .contents import Contents, SourceTable, read_contents
@@ -241,7 +244,8 @@ class Looking:
             ):
                 login = database.login
                 left_out = await self._transfer(opened, contents, programs, version, login).run(with_rows=False)
-                await self.settle(login, server, opened, schema, heads if stamp else frozenset(), tenant=None)
+                stamped = heads if stamp else frozenset[str]()
+                await self.settle(login, server, opened, contents, schema, stamped, tenant=None)
                 connection = await self.connect(login)
                 try:
                     found = await self.read(connection, heads, owner=login.role)
@@ -281,9 +285,18 @@ class Looking:
         await self._transfer(opened, look.contents, look.programs, look.server_version, login).run(with_rows=True)
 
     async def settle(
-        self, login: CopyLogin, server: str, opened: OpenSource, schema: str, stamp: Heads, *, tenant: Tenant | None
+        self,
+        login: CopyLogin,
+        server: str,
+        opened: OpenSource,
+        contents: Contents,
+        schema: str,
+        stamp: Heads,
+        *,
+        tenant: Tenant | None,
     ) -> None:
-        """Make a schema's objects those of ``schema``, and write the revision that it is at."""
+        """Make a schema's objects those of ``schema``, move extensions, and write the revision that it is at."""
+        await self._move_extensions(login, server, contents)
         if opened.source.schema is not None:
             connection = await self.connect(login)
             try:
@@ -293,6 +306,27 @@ class Looking:
         if stamp and self._environment is not None:
             plan = Plan.of(self._environment, "stamp", tuple(sorted(stamp)))
             await self._migration(plan, login, server, tenant).run()
+
+    async def _move_extensions(self, login: CopyLogin, server: str, contents: Contents) -> None:
+        """Move extensions to the schema that new tenants have them in; what uses them follows."""
+        moved = [one for one in contents.extensions if one.schema not in ("public", "pg_catalog")]
+        if not moved:
+            return
+        # they are the administrator's, and moving one calls no function of the database
+        connection = await self._services.provisioner.connect_admin(
+            server, login.database, settings=SAFE_PATH, purpose="tenancy-adopt"
+        )
+        try:
+            for one in moved:
+                await connection.execute(f"ALTER EXTENSION {quote_identifier(one.name)} SET SCHEMA public")
+            for schema in {one.schema for one in moved}:
+                with suppress(asyncpg.DependentObjectsStillExistError):  # the source has more in it
+                    await connection.execute(f"DROP SCHEMA {quote_identifier(schema)}")
+        except asyncpg.PostgresError as exc:
+            names = ", ".join(f"{one.name} (in schema {one.schema})" for one in moved)
+            raise AdoptionError(f"the extensions {names} cannot become public's: {reason_of(exc)}") from exc
+        finally:
+            await run_to_completion(plain_connections.close(connection))
 
     async def upgrade(self, login: CopyLogin, server: str, tenant: Tenant) -> None:
         """Run the missing revisions, as the login."""

@@ -317,9 +317,8 @@ class AdoptionManager:
         """Bring the source in, verify it, and run the missing revisions."""
         await steps.begin("copy")
         await looking.bring(opened, look, new.login)
-        await looking.settle(
-            new.login, look.server, opened, look.schema, look.heads if look.stamp else frozenset(), tenant=steps.tenant
-        )
+        stamp = look.heads if look.stamp else frozenset[str]()
+        await looking.settle(new.login, look.server, opened, look.contents, look.schema, stamp, tenant=steps.tenant)
         await steps.begin("verify")
         former = opened.source.schema
         connection = await looking.connect(new.login)

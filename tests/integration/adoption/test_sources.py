@@ -8,6 +8,7 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url
 
+from tenancy_orm import TenancyConfig
 from tenancy_orm.adoption.source import Source, open_source
 from tenancy_orm.errors import AdoptionError, ConfigurationError, TenancyError, TenantNotFoundError
 from tests.integration.adoption.test_databases import OLD, state_of
@@ -135,3 +136,32 @@ async def test_an_administrator_who_is_no_superuser(
                     assert await fleet.fetch(slug, "SELECT count(*) FROM notes") == [(50,)]
                     assert await fleet.revision(slug) == "0002"
                 assert (await fleet.migrations.drift()).ok
+
+
+async def test_extensions_are_configured_ones_and_move_to_where_new_tenants_have_them(
+    config: TenancyConfig, project: Project, postgres: Postgres
+) -> None:
+    """One that nobody has configured is refused where it is used; no source decides what an administrator installs."""
+    project.add("0003", 'op.execute("ALTER TABLE notes ADD COLUMN meaning vector(3)")', down="0002")
+    used = OLD.replace("VALUES ('0001')", "VALUES ('0003')").replace(
+        "created_at timestamptz NOT NULL DEFAULT now()\n",
+        "created_at timestamptz NOT NULL DEFAULT now(), pinned boolean NOT NULL DEFAULT false, "
+        "meaning extensions.vector(3)\n",
+    )
+    async with foreign_database(postgres) as source:
+        async with postgres.connect(source.name) as connection:
+            await connection.execute("CREATE SCHEMA extensions; CREATE EXTENSION vector SCHEMA extensions")
+            await connection.execute("GRANT USAGE ON SCHEMA extensions TO PUBLIC")
+        await source.execute(used)
+        await source.execute("UPDATE notes SET meaning = '[1,2,3]'")
+        with_vector = config.replace(extensions=("vector",))
+        async with open_fleet(with_vector, initialise=True) as fleet:
+            report = await fleet.tenancy.adoption.adopt("acme", source.url)
+            assert report.differences == ()
+            assert await fleet.fetch("acme", "SELECT count(*) FROM notes WHERE meaning = '[1,2,3]'") == [(50,)]
+            spaces = "SELECT nspname FROM pg_namespace JOIN pg_extension ON extnamespace = pg_namespace.oid"
+            assert ("public",) in await fleet.fetch("acme", f"{spaces} WHERE extname = 'vector'")
+            assert (await fleet.migrations.drift()).ok
+        async with open_fleet(config) as fleet:
+            with pytest.raises(AdoptionError, match="uses the extension vector, which is not in the setting"):
+                await fleet.tenancy.adoption.adopt("globex", source.url)
