@@ -6,9 +6,11 @@ snapshot of a READ ONLY transaction. The URL's password is stored nowhere, and g
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ..cancellation import run_to_completion
 from ..errors import AdoptionError, ConfigurationError
@@ -122,11 +124,15 @@ class OpenSource:
         dsn = self.source.dsn
         # the host that has the snapshot
         pinned = replace(dsn, hosts=(login.peer_of(self.connection),)) if dsn.hosts else dsn
+        # its settings come after the options of its URL, and win
         pinned = replace(pinned, settings={**pinned.settings, **_SETTINGS})
         login.check(pinned, user=self.role, database=self.database)
         found = pinned.environment(user=self.role, database=self.database, purpose="tenancy-adopt")
-        # last, so that no option of the URL comes after it
-        return found if dsn.password is None else {**found, "PGPASSWORD": dsn.password}
+        if dsn.password is not None:
+            return {**found, "PGPASSWORD": dsn.password}
+        # where the connection above has found its password
+        given = {name: os.environ[name] for name in ("PGPASSWORD", "PGPASSFILE") if os.environ.get(name)}
+        return {"PGPASSFILE": str(Path.home() / ".pgpass"), **given, **found}
 
 
 @asynccontextmanager

@@ -58,6 +58,18 @@ async def test_a_source_is_only_read(fleet: Fleet, postgres: Postgres) -> None:
                 await opened.connection.execute("DELETE FROM public.notes")
 
 
+async def test_a_password_file_is_used_for_the_dump_too(
+    fleet: Fleet, postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with foreign_database(postgres, OLD) as source:
+        file = tmp_path / "passwords"
+        file.write_text(f"*:*:*:{source.name}:{source.password}\n")
+        file.chmod(0o600)
+        monkeypatch.setenv("PGPASSFILE", str(file))
+        url = make_url(source.url)._replace(password=None).render_as_string(hide_password=False)
+        assert (await fleet.tenancy.adoption.check("acme", url)).differences == ()
+
+
 async def test_what_a_login_may_not_see_is_refused_and_not_left_out(fleet: Fleet, postgres: Postgres) -> None:
     """A table without SELECT, and rows that row security hides."""
     async with (
