@@ -156,19 +156,6 @@ class _Sender:
         pass
 
 
-class _Source(str):
-    """What an adoption, and what a restore takes contents from; nothing is there."""
-
-    __slots__ = ()
-    tenant_id = None
-
-    def describe(self) -> dict[str, Any]:
-        return {}
-
-    def open(self) -> Any:
-        return DumpSource(Path("dump")).open()
-
-
 @dataclass(frozen=True)
 class Plane:
     """Two tenants; ``key``, ``key_id`` and ``invitation`` are the second one's."""
@@ -335,7 +322,6 @@ def others(plane: Plane) -> dict[str, Any]:
         "placement": Placement("default", "x", "x", b""),
         "allowed": False,
         "number": 1,
-        "source": _Source("postgresql://reader@127.0.0.1:1/old"),
         "source": DumpSource(Path("dump")),
         "url": "postgresql://reader@127.0.0.1:1/old",
         "state": {},
