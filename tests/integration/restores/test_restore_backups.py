@@ -119,31 +119,39 @@ async def test_what_a_tenant_has_made_itself_is_its_own_again(config: TenancyCon
             await fleet.tenancy.restores.restore("acme", BackupSource(fleet.tenancy.backups, backup))
 
 
-async def test_an_administrator_who_is_no_superuser_restores_too(postgres: Postgres, config: TenancyConfig) -> None:
+async def test_an_administrator_who_is_no_superuser_restores_too(
+    postgres: Postgres, config: TenancyConfig, empty_url: str
+) -> None:
     """As on a managed server; large objects, an undo and a purge included."""
-    async with plain_administrator(postgres) as url, open_fleet(config.replace(servers={"default": url})) as fleet:
-        await fleet.create("acme")
-        async with fleet.tenancy.session("acme") as session:
-            await session.execute(sa.text("SELECT lo_from_bytea(4711, 'a large object')"))
-            await session.commit()
-        (backup,) = (await fleet.tenancy.backups.run(["acme"])).done
-        await add(fleet, "acme", "later")
-        restores, source = fleet.tenancy.restores, BackupSource(fleet.tenancy.backups, backup)
-        waiting = await restores.restore("acme", source, inspect=True)
-        async with restores.look(waiting.operation or 0) as reader:
-            connection = await reader.connect(timeout=10, settings=READ_ONLY)
-            assert await connection.fetchval("SELECT count(*) FROM notes") == 0
-            await connection.close()
-        await restores.resume(waiting.operation or 0)
-        assert await notes(fleet, "acme") == 0
-        async with fleet.tenancy.session("acme") as session:
-            assert (await session.execute(sa.text("SELECT lo_get(4711)"))).scalar_one() == b"a large object"
-            await session.execute(sa.text("SELECT lo_unlink(4711)"))
-        await restores.undo("acme")
-        assert await notes(fleet, "acme") == 1
-        assert (await restores.restore_as("acme-copy", source)).slug == "acme-copy"
-        assert (await fleet.provisioner.reconcile()).errors == ()
-        for slug in ("acme", "acme-copy"):
-            await fleet.tenancy.tenants.delete(slug)
-            await fleet.tenancy.tenants.purge(slug)
-        assert await databases(fleet) == set()
+    async with plain_administrator(postgres) as url:
+        own = config.replace(control_url=empty_url, servers={"default": url}, provisioning={"revoke_public": False})
+        async with open_fleet(own, initialise=True) as fleet:
+            await restore_and_purge(fleet)
+
+
+async def restore_and_purge(fleet: Fleet) -> None:
+    await fleet.create("acme")
+    async with fleet.tenancy.session("acme") as session:
+        await session.execute(sa.text("SELECT lo_from_bytea(4711, 'a large object')"))
+        await session.commit()
+    (backup,) = (await fleet.tenancy.backups.run(["acme"])).done
+    await add(fleet, "acme", "later")
+    restores, source = fleet.tenancy.restores, BackupSource(fleet.tenancy.backups, backup)
+    waiting = await restores.restore("acme", source, inspect=True)
+    async with restores.look(waiting.operation or 0) as reader:
+        connection = await reader.connect(timeout=10, settings=READ_ONLY)
+        assert await connection.fetchval("SELECT count(*) FROM notes") == 0
+        await connection.close()
+    await restores.resume(waiting.operation or 0)
+    assert await notes(fleet, "acme") == 0
+    async with fleet.tenancy.session("acme") as session:
+        assert (await session.execute(sa.text("SELECT lo_get(4711)"))).scalar_one() == b"a large object"
+        await session.execute(sa.text("SELECT lo_unlink(4711)"))
+    await restores.undo("acme")
+    assert await notes(fleet, "acme") == 1
+    assert (await restores.restore_as("acme-copy", source)).slug == "acme-copy"
+    assert (await fleet.provisioner.reconcile()).errors == ()
+    for slug in ("acme", "acme-copy"):
+        await fleet.tenancy.tenants.delete(slug)
+        await fleet.tenancy.tenants.purge(slug)
+    assert await databases(fleet) == set()
