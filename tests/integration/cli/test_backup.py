@@ -12,43 +12,34 @@ __all__ = ["cli"]
 async def test_backups_are_made_listed_verified_kept_extracted_and_pruned(cli: Cli, tmp_path: Path) -> None:
     """Tables for people, JSON for programs."""
     await cli("init")
-    for slug in ("acme", "globex"):
-        await cli("create", slug)
-    none = await cli("backup", "run", "acme")
-    assert (none.status, "backup.store is not set" in none.err) == (1, True)
+    await cli("create", "acme")
     with (tmp_path / "tenancy.toml").open("a") as settings:
         settings.write(f'\n[backup]\nstore = "file:{tmp_path / "store"}"\n')
-    refused = await cli("backup", "run", "--control", "acme")
-    assert (refused.status, "name no tenants" in refused.err) == (1, True)
     made = await cli("backup", "run", "--all")
     assert made.status == 0, made.err
     lines = [line.split() for line in made.out.splitlines()]
     assert lines[0] == ["TENANT", "BACKUP", "SIZE", "SECONDS", "RESULT"]
-    assert sorted(line[0] for line in lines[1:]) == ["acme", "globex"]
+    assert [line[0] for line in lines[1:]] == ["acme"]
     control = (await cli("backup", "run", "--control", "--json")).json["done"][0]
     assert (control["slug"], control["state"]) == (None, "done")
     due = (await cli("backup", "run", "--due", "--json")).json
     assert due == {"done": [], "failed": {}, "skipped": ["control"]}
     acme = (await cli("backup", "list", "acme", "--json")).json[0]
-    assert acme["id"] in (await cli("backup", "list")).out
     assert control["id"] in (await cli("backup", "list", "--control")).out
     verified = await cli("backup", "verify", "acme", "control", "--json")
     assert verified.status == 0, verified.err
     assert [(one["good"], one["restored"]) for one in verified.json] == [(True, True), (True, True)]
-    quick = await cli("backup", "verify", "globex", "--quick")
+    quick = await cli("backup", "verify", "acme", "--quick")
     assert quick.out.splitlines()[1].split()[-1] == "good"
     directory = tmp_path / "acme"
     assert (await cli("backup", "extract", "acme", str(directory))).out.strip() == str(directory)
     assert (directory / "toc.dat").is_file()
-    again = await cli("backup", "extract", "acme", str(directory))
-    assert (again.status, "exists already" in again.err) == (1, True)
     # nothing but the store and the settings is needed
     lost = await cli(
         "backup", "extract", "control", "lost", "--from-store", TENANCY_CONTROL_URL="postgresql://x@127.0.0.1:1/x"
     )
     assert (lost.status, lost.out.strip()) == (0, "lost"), lost.err
     assert (tmp_path / "lost" / "toc.dat").is_file()
-    assert (await cli("backup", "extract", "acme", "other", "--from-store")).status == 1
     wrong = await cli(
         "backup", "extract", "control", "other", "--from-store", TENANCY_ENCRYPTION_KEYS="1:" + "A" * 43 + "="
     )
@@ -59,7 +50,5 @@ async def test_backups_are_made_listed_verified_kept_extracted_and_pruned(cli: C
     archive.write_bytes(archive.read_bytes()[:-1])
     bad = await cli("backup", "verify", "acme")
     assert (bad.status, "checksum" in bad.out or "decrypted" in bad.out) == (1, True)
-    assert (await cli("backup", "prune", "--dry-run", "--json")).json["pruned"] == []
-    assert (await cli("backup", "prune", "--yes")).status == 0
-    missing = await cli("backup", "verify", "nobody")
-    assert missing.status == 1
+    assert (await cli("backup", "prune", "--yes", "--json")).json["pruned"] == []
+    assert (await cli("backup", "scan", "--json")).json == {"found": [], "errors": []}
