@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from sqlalchemy import text
@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..audit.actor import SYSTEM, Actor
 from ..audit.checkpoints import Signer, Verifier
 from ..audit.log import AuditLog
-from ..backups import BackupKeys, BackupManager, Store
+from ..backups import Backup, BackupKeys, BackupManager, Store
 from ..backups.keys import BackupKey
 from ..backups.stores import Stores
 from ..cancellation import run_to_completion
@@ -205,18 +205,20 @@ class ErasureManager:
                 # first: what is certified is in the audit log
                 await self._registry.record(tenant.id, "tenant.erase", detail=detail, actor=actor)
         except BaseException as exc:
-            await run_to_completion(self._failed(operation, claimant, str(exc) or type(exc).__name__))
+            # not failed: housekeeping tries again each minute, on this one
+            await run_to_completion(self._end(operation, claimant, "waiting", str(exc) or type(exc).__name__))
             raise
         await self._operations.finish(operation, claimant, "done", detail={"certificate": written})
         return certificate
 
     async def _begin(self, tenant: Tenant, claimant: Claimant, actor: Actor) -> Operation:
-        """Record it, and take over what a killed process has left.
+        """Record it, or take over what a killed process has left, or one that failed.
 
         Raises:
             ErasureError: another process does this now.
         """
-        for other in await self._operations.list(tenant_id=tenant.id, kinds=("erasure",), states=("running",)):
+        unfinished = await self._operations.list(tenant_id=tenant.id, kinds=("erasure",), states=("running", "waiting"))
+        for other in unfinished:
             if other.is_claimed:
                 raise self._busy(tenant, other)
             try:
@@ -227,7 +229,7 @@ class ErasureManager:
         for other in await self._operations.list(tenant_id=tenant.id, kinds=("erasure",), states=("running",)):
             if other.id < operation.id and other.is_claimed:
                 # both have begun at once: the first one goes on
-                await self._failed(operation, claimant, "another process was faster")
+                await self._end(operation, claimant, "failed", "another process was faster")
                 raise self._busy(tenant, other)
         return operation
 
@@ -235,9 +237,11 @@ class ErasureManager:
     def _busy(tenant: Tenant, other: Operation) -> ErasureError:
         return ErasureError(f"operation {other.id}, the erasure of tenant {tenant.slug!r}, is under way")
 
-    async def _failed(self, operation: Operation, claimant: Claimant, reason: str) -> None:
+    async def _end(
+        self, operation: Operation, claimant: Claimant, state: Literal["waiting", "failed"], reason: str
+    ) -> None:
         try:
-            await self._operations.finish(operation, claimant, "failed", error=reason)
+            await self._operations.finish(operation, claimant, state, error=reason)
         except TenancyError as exc:
             logger.warning("the end of operation %d was not recorded: %s", operation.id, exc)
 
@@ -250,22 +254,30 @@ class ErasureManager:
         keys: BackupKeys = self._backups.keys
         if made or any(key.destroyed_at is None for key in await keys.of(tenant.id)):
             for url in urls:
-                await self._check_store(tenant, self._stores.at(url))
+                kept = [one for one in made if one.store == url and one.state == "done" and one.pruned_at is None]
+                await self._check_store(tenant, self._stores.at(url), kept)
         found = await keys.destroy(tenant.id, actor=actor)
         return found, sum(one.state != "running" and one.pruned_at is None for one in made)
 
-    async def _check_store(self, tenant: Tenant, store: Store) -> None:
+    async def _check_store(self, tenant: Tenant, store: Store, kept: Sequence[Backup]) -> None:
         """Refuse a store that looks empty: a directory that is not mounted, or a bucket of another installation.
 
         The keys in the real one would open the backups still.
+
+        Args:
+            tenant: The tenant.
+            store: The store.
+            kept: The tenant's backups that are in there, as their rows say.
         """
-        root = self._control.installation
-        for prefix in (f"{root}/keys", f"{root}/{tenant.id}"):
+        keys = f"{self._control.installation}/keys"
+        expected = [f"{keys}/{tenant.id}", *(one.path for one in kept[:1])]
+        # without backups of the tenant, what another tenant has there shows that it is the right one
+        for prefix in expected if kept else [*expected, keys]:
             if await store.list(prefix):
                 return
         raise ErasureError(
-            f"the store {store.url} has nothing of this installation, so that it may not be the one with the keys of "
-            f"tenant {tenant.slug!r}; mount it, or correct backup.store"
+            f"the store {store.url} has nothing of tenant {tenant.slug!r}, so that it may not be the one with the "
+            "keys of its backups; mount it, or correct backup.store"
         )
 
     async def _sign(self, tenant: Tenant, keys: tuple[BackupKey, ...], backups: int) -> ErasureCertificate:

@@ -317,3 +317,37 @@ async def test_one_snapshot_is_exported_while_the_tenant_writes(
     await tenancy.exports.write("acme", tmp_path / "a", on_progress=lambda progress: done.append(progress.part))
     assert done.index("public.a") < done.index("public.b")
     assert Unpacked(tmp_path / "a").rows("public.b") == [{"n": 1}]
+
+
+async def test_what_fails_can_be_resumed_and_force_row_security_refuses(
+    tenancy: Tenancy, execute: Execute, tmp_path: Path
+) -> None:
+    """A row that PostgreSQL cannot write ends the export; nothing has the archive's name until it is complete."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    await execute(
+        acme,
+        """
+        CREATE TYPE mood AS ENUM ('glad', 'sad');
+        CREATE FUNCTION mood_json(mood) RETURNS json LANGUAGE plpgsql AS $$ BEGIN
+          IF $1 = 'sad' THEN RAISE EXCEPTION 'cannot be written'; END IF; RETURN '"glad"'; END $$;
+        CREATE CAST (mood AS json) WITH FUNCTION mood_json(mood);
+        CREATE TABLE a (n int); INSERT INTO a VALUES (1);
+        CREATE TABLE b (m mood); INSERT INTO b VALUES ('glad'), ('sad');
+        """,
+    )
+    to = tmp_path / "acme.zip"
+    with pytest.raises(ExportError, match=r"could not be exported: cannot be written \(P0001\)"):
+        await tenancy.exports.write("acme", to)
+    assert names_in(tmp_path) == ["acme.zip.partial", "acme.zip.progress"]
+    await execute(acme, "DELETE FROM b WHERE m = 'sad'")
+    report = await tenancy.exports.write("acme", to, resume=True)
+    found = Unpacked(to)
+    assert (found.rows("public.a"), found.rows("public.b"), len(report.snapshots)) == ([{"n": 1}], [{"m": "glad"}], 2)
+    await execute(
+        acme,
+        "ALTER TABLE a ENABLE ROW LEVEL SECURITY; ALTER TABLE a FORCE ROW LEVEL SECURITY;"
+        "CREATE POLICY x ON a USING (n > 1)",
+    )
+    with pytest.raises(ExportError, match=r"row security hides rows of public\.a"):
+        await tenancy.exports.write("acme", tmp_path / "b.zip")
+    assert names_in(tmp_path) == ["acme.zip"]
