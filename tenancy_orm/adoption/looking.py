@@ -333,6 +333,11 @@ class Looking:
         if self._environment is not None:
             await self._migration(Plan.of(self._environment, "upgrade", "heads"), login, server, tenant).run()
 
+    async def build(self, login: CopyLogin, server: str, revision: str, *, tenant: Tenant | None) -> None:
+        """Run the revisions that an empty database needs to be at ``revision``, as the login."""
+        if self._environment is not None:
+            await self._migration(Plan.of(self._environment, "upgrade", revision), login, server, tenant).run()
+
     def _migration(self, plan: Plan, login: CopyLogin, server: str, tenant: Tenant | None) -> DatabaseMigration:
         target = Target(
             label="the source" if tenant is None else tenant.slug,

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
@@ -21,15 +20,17 @@ from ..migrations.scripts import Environment
 from ..operations import Operation, Operations
 from ..postgres import connections
 from ..provisioning.new_databases import NewDatabase
-from ..routing.marker import marker_text
 from ..runs import FleetMigrator
 from ..servers.placement import Placer
 from ..tenant import Status, Tenant
 from ..tenants.manager import TenantManager
+from .fleet import FleetAdoption
 from .frame import AdoptionFrame, Steps, Tell
 from .in_place import InPlace, InPlaceLook
 from .looking import Look, Looking, extensions_of, place_of
+from .refusals import refuse_own
 from .report import AdoptedTable, AdoptionReport
+from .rows import RowsAdoption
 from .source import OpenSource, Source, open_source
 from .verification import verify
 
@@ -48,6 +49,10 @@ class AdoptionManager:
         tenants: Creates the tenants.
         operations: The records of adoptions.
         placer: Chooses the servers.
+
+    Attributes:
+        rows: Makes tenants of the rows of a shared database.
+        fleet: Makes many tenants by a plan.
     """
 
     def __init__(
@@ -59,6 +64,8 @@ class AdoptionManager:
         self._operations = operations
         self._placer = placer
         self._frame = AdoptionFrame(self._services, tenants, operations)
+        self.rows = RowsAdoption(migrations, self._frame, placer)
+        self.fleet = FleetAdoption(self, self.rows, self._services)
 
     async def check(
         self,
@@ -102,7 +109,7 @@ class AdoptionManager:
         described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
         looking, plain, environment = await self._looking()
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            self._refuse_own(opened)
+            refuse_own(self._services, opened)
             if in_place:
                 place = await InPlace(self._services, plain, environment, looking).look(opened, tell or _silent)
                 return _report_in_place(slug, opened, place, started)
@@ -181,7 +188,7 @@ class AdoptionManager:
             )
         chosen = await self._choose(slug, server, region, tier)
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            self._refuse_own(opened)
+            refuse_own(self._services, opened)
             look = await looking.look(opened, chosen, tell)
             _refuse(slug, opened, look, accept_differences)
             notes: list[str] = []
@@ -273,7 +280,7 @@ class AdoptionManager:
         """Take a database over, and run the missing revisions."""
         started = time.monotonic()
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            self._refuse_own(opened)
+            refuse_own(self._services, opened)
             look = await place.look(opened, tell)
             _refuse(slug, opened, look, accepted)
             if look.foreign_rights and not revoke:
@@ -343,13 +350,6 @@ class AdoptionManager:
             environment = await self._migrations.environment()
         plain = Connections(self._services)
         return Looking(self._services, plain, environment), plain, environment
-
-    def _refuse_own(self, opened: OpenSource) -> None:
-        """Refuse the database of a tenant of this installation: nobody has two tenants of one database."""
-        nobody = UUID(int=0)
-        stem = marker_text(self._services.names.installation, nobody).removesuffix(str(nobody))
-        if (opened.marker or "").startswith(stem):
-            raise AdoptionError(f"{opened.source.dsn} is the database of a tenant already: clone or move that one")
 
 
 def _refuse(slug: str, opened: OpenSource, look: Look | InPlaceLook, accepted: bool) -> None:

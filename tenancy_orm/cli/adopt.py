@@ -1,4 +1,4 @@
-"""``tenancy adopt``: an existing database, or a schema of one, becomes a tenant."""
+"""``tenancy adopt``: an existing database, a schema of one, or rows become tenants."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from ..adoption import AdoptionReport
 from ..errors import AdoptionDifferencesError
 from ..tenancy import Tenancy
+from .adopt_rows import adopt_fleet, adopt_rows, refuse_unfit, stop_once
 from .metadata import Metadata, parse_metadata
 from .migrate_rehearsal import size_text
 from .output import Column, console, note, print_json, print_table, printable, tenant_fields
@@ -26,15 +28,17 @@ _INTERRUPTED = "stopped: what was made of it is removed; the source is as it was
 
 
 def adopt(
-    slug: Annotated[str, typer.Argument(help="The slug of the tenant that is made.")],
+    slug: Annotated[
+        str | None, typer.Argument(help="The slug of the tenant that is made; with --plan, the plan names them.")
+    ] = None,
     source: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--from",
             metavar="URL",
             help="The database, with a login that may read it; - reads the URL from standard input, $NAME a variable.",
         ),
-    ],
+    ] = None,
     schema: Annotated[str | None, typer.Option(help="Adopt this schema of it alone.")] = None,
     with_shared: Annotated[
         list[str] | None,
@@ -43,6 +47,21 @@ def adopt(
     without: Annotated[
         list[str] | None,
         typer.Option(metavar="SCHEMA.TABLE", help="Leave this table out, of another tool for example; repeatable."),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="SQL", help='Adopt the rows of one customer alone, as "tenant_id = 42".'),
+    ] = None,
+    mapping: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --where: what tables become, and what references do not say; TOML."),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Adopt the tenants of this plan, in TOML; run it again to go on."),
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="With --plan: how many tenants are made at once.")
     ] = None,
     at: Annotated[
         str | None,
@@ -70,13 +89,36 @@ def adopt(
     region: Annotated[str | None, typer.Option(help="Where its data has to stay.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a tenant of an existing database or schema: of a copy, for which the source is only read, or in place.
+    """Make a tenant of an existing database, schema or set of rows: of a copy, or of a database in place.
 
     Its schema is compared with that of its revision first. If it differs, nothing is changed, and the exit status is 1.
     """
+    alone = {"--schema": schema, "--with-shared": with_shared, "--in-place": in_place, "--revoke": revoke}
+    alone |= {"--accept-differences": accept_differences, "--without": without}
+    if plan is not None:
+        one = {"SLUG": slug, "--where": where, "--mapping": mapping, "--at": at, "--tier": tier, "--server": server}
+        refuse_unfit({**one, "--region": region, "--metadata": metadata, **alone}, "--plan: write it into the plan")
+        adopt_fleet(plan, source, concurrency=concurrency, dry_run=dry_run, as_json=as_json)
+        return
+    refuse_unfit({"--concurrency": concurrency}, "one tenant: it is for --plan")
+    if slug is None or source is None:
+        fail("name a tenant and its source: tenancy adopt SLUG --from URL", kind="ConfigurationError")
+    if where is not None or mapping is not None:
+        refuse_unfit(alone, "rows: it is for databases and schemas")
+        adopt_rows(
+            slug,
+            given_url(source),
+            where=where,
+            mapping=mapping,
+            dry_run=dry_run,
+            as_json=as_json,
+            metadata=exit_on_error(lambda: parse_metadata(metadata)),
+            options={"at": at, "server": server, "region": region, "tier": tier},
+        )
+        return
     given = exit_on_error(lambda: parse_metadata(metadata))
     url = given_url(source)
-    where: dict[str, Any] = {
+    options: dict[str, Any] = {
         "schema": schema,
         "with_shared": with_shared or (),
         "without": without or (),
@@ -89,9 +131,9 @@ def adopt(
     }
 
     async def command(tenancy: Tenancy) -> AdoptionReport | AdoptionDifferencesError:
-        _stop_once()
+        stop_once()
         if dry_run:
-            return await tenancy.adoption.check(slug, url, **where)
+            return await tenancy.adoption.check(slug, url, **options)
         try:
             return await tenancy.adoption.adopt(
                 slug,
@@ -100,7 +142,7 @@ def adopt(
                 revoke=revoke,
                 metadata=given,
                 actor=operator(),
-                **where,
+                **options,
             )
         except AdoptionDifferencesError as exc:
             if as_json:
@@ -124,15 +166,6 @@ def adopt(
     _show(found, as_json)
     if dry_run and (found.differences or found.refused or (found.foreign_rights and not revoke)):
         raise typer.Exit(EXIT_FAILED)
-
-
-def _stop_once() -> None:
-    main = asyncio.current_task()
-    assert main is not None  # noqa: S101 - for the type checker
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # once: a second cancellation would interrupt the clean-up that the first one has started
-        loop.add_signal_handler(number, lambda: main.cancelling() or main.cancel())
 
 
 def _show(report: AdoptionReport, as_json: bool) -> None:
