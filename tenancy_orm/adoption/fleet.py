@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import asyncpg
 
@@ -24,12 +24,12 @@ from .rows import Building, RowsAdoption, look_at, read_mapping, report_of
 from .rows_report import RowsReport
 from .source import Source, open_source
 
-if TYPE_CHECKING:
-    from .manager import AdoptionManager
-
 State = Literal["adopted", "skipped", "checked", "failed"]
 Done = Callable[["FleetOutcome"], None]
 """Receives each tenant once it is done."""
+
+AdoptDatabase = Callable[..., Awaitable[AdoptionReport]]
+"""``AdoptionManager.check`` or ``adopt``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,13 +103,15 @@ class FleetAdoption:
     """Takes fleets out of shared databases; ``tenancy.adoption.fleet``.
 
     Args:
-        manager: Adopts databases and schemas.
+        check: Looks at a database or a schema.
+        adopt: Adopts one.
         rows: Adopts rows.
         services: The services of an open ``Tenancy``.
     """
 
-    def __init__(self, manager: AdoptionManager, rows: RowsAdoption, services: FleetServices) -> None:
-        self._manager = manager
+    def __init__(self, check: AdoptDatabase, adopt: AdoptDatabase, rows: RowsAdoption, services: FleetServices) -> None:
+        self._check_database = check
+        self._adopt_database = adopt
         self._rows = rows
         self._services = services
 
@@ -224,7 +226,7 @@ class FleetAdoption:
         return FleetOutcome(slug=one.slug, state="failed", error=error, seconds=time.monotonic() - started)
 
     async def _check_schema(self, one: PlannedTenant) -> FleetOutcome:
-        report = await self._manager.check(
+        report = await self._check_database(
             one.slug,
             one.source,
             schema=one.schema,
@@ -264,7 +266,7 @@ class FleetAdoption:
 
     async def _adopt(self, plan: AdoptionPlan, one: PlannedTenant, buildings: _Buildings, actor: Actor) -> FleetOutcome:
         if one.where is None:
-            found = await self._manager.adopt(
+            found = await self._adopt_database(
                 one.slug,
                 one.source,
                 schema=one.schema,

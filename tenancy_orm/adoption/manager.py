@@ -65,7 +65,7 @@ class AdoptionManager:
         self._placer = placer
         self._frame = AdoptionFrame(self._services, tenants, operations)
         self.rows = RowsAdoption(migrations, self._frame, placer)
-        self.fleet = FleetAdoption(self, self.rows, self._services)
+        self.fleet = FleetAdoption(self.check, self.adopt, self.rows, self._services)
 
     async def check(
         self,

@@ -14,7 +14,9 @@ from ..errors import ConfigurationError
 Strays = Literal["refuse", "follow", "leave"]
 Constant = str | int | float | bool
 
-_COLUMN = re.compile(r'\s*(?:"((?:[^"]|"")+)"|([A-Za-z_][A-Za-z0-9_$]*))\s*(?:=|\bIN\b|\bIS\b|\bLIKE\b)', re.IGNORECASE)
+_COLUMN = re.compile(
+    r'\s*(?:"((?:[^"]|"")+)"|([A-Za-z_][A-Za-z0-9_$]*))(?:\s*::\s*\w+)?\s*(?:=|\bIN\b|\bIS\b|\bLIKE\b)', re.IGNORECASE
+)
 _FIELDS = frozenset({"where", "column", "shared", "exclude", "drop", "tables"})
 _TABLE_FIELDS = frozenset({"where", "rename", "via", "drop", "columns", "values", "strays"})
 _STRAYS = ("refuse", "follow", "leave")

@@ -37,7 +37,8 @@ async def main() -> None:
             if step == at:
                 die()
 
-        await tenancy.adoption.adopt(*task["arguments"], **task["options"], tell=tell)
+        adoption = tenancy.adoption.rows if "where" in task["options"] else tenancy.adoption
+        await adoption.adopt(*task["arguments"], **task["options"], tell=tell)
         die()
 
 

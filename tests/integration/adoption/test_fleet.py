@@ -1,0 +1,118 @@
+"""A whole fleet out of shared databases, by a plan."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenancy_orm.adoption import AdoptionPlan, FleetOutcome
+from tenancy_orm.errors import AdoptionError, ConfigurationError
+from tests.support.fleet import Fleet
+from tests.support.postgres import Postgres
+from tests.support.projects import Project
+from tests.support.shared_database import MAPPING, SHARED, TABLES
+from tests.support.sources import ForeignDatabase, foreign_database
+
+LEAVE = {**MAPPING, "tables": {**MAPPING["tables"], "audit": {"strays": "leave"}}}
+QUERY = {"query": "SELECT lower(name), id FROM public.orgs ORDER BY id", "where": "org_id = {key}"}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    project = Project.create(tmp_path / "app")
+    project.add("0001", f"op.execute('''\n{TABLES}\n''')")
+    return project
+
+
+@pytest.fixture
+async def source(postgres: Postgres) -> AsyncIterator[ForeignDatabase]:
+    async with foreign_database(postgres, SHARED) as made:
+        yield made
+
+
+async def test_a_dry_run_finds_rows_that_nobody_or_two_tenants_have(fleet: Fleet, source: ForeignDatabase) -> None:
+    check = fleet.tenancy.adoption.fleet.check
+    seen: list[FleetOutcome] = []
+    report = await check(AdoptionPlan.parse({**QUERY, "mapping": MAPPING}, source=source.url), done=seen.append)
+    assert [(one.slug, one.state, one.rows) for one in report.tenants] == [
+        ("acme", "checked", 21),
+        ("globex", "checked", 15),
+    ]
+    assert tuple(seen) == report.tenants
+    assert report.problems == ("2 of 5 rows of public.audit are no tenant's of the plan (2 have no customer)",)
+    assert {one.source: (one.total, one.claimed, one.way) for one in report.tables if one.way != "owned"} == {
+        "public.countries": (2, 2, "shared"),
+        "public.sessions": (2, 0, "left out"),
+    }
+    left = await check(AdoptionPlan.parse({**QUERY, "mapping": LEAVE}, source=source.url))
+    assert left.ok and left.notes == report.problems
+    acme = {"slug": "acme", "where": "org_id = 1"}
+    one = await check(AdoptionPlan.parse({"tenants": [acme], "mapping": LEAVE}, source=source.url))
+    assert "2 of 4 rows of public.users are no tenant's of the plan" in one.problems
+    twice = [acme, {"slug": "again", "where": "org_id = 1 AND true"}]
+    two = await check(AdoptionPlan.parse({"tenants": twice, "mapping": LEAVE}, source=source.url))
+    assert any("of public.tags are" in text or "more than once" in text for text in two.problems)
+    assert not (await fleet.tenancy.tenants.list()).items
+
+
+async def test_a_failure_leaves_others_alone_and_the_next_run_goes_on(
+    fleet: Fleet, postgres: Postgres, source: ForeignDatabase
+) -> None:
+    adopt = fleet.tenancy.adoption.fleet.adopt
+    await source.execute("UPDATE tasks SET parent_id = 5 WHERE id = 3; UPDATE tasks SET parent_id = NULL WHERE id = 2")
+    # others' rows that refer to acme's stay
+    mapping = {**LEAVE, "tables": {**LEAVE["tables"], "tasks": {"strays": "leave"}}}
+    async with foreign_database(postgres, TABLES) as whole:
+        old = {"slug": "initech", "from": "$WHOLE", "at": "0001"}
+        plan = AdoptionPlan.parse(
+            {**QUERY, "mapping": mapping, "tenants": [old], "concurrency": 2},
+            source=source.url,
+            resolve=lambda url: whole.url if url == "$WHOLE" else url,
+        )
+        first = await adopt(plan)
+        assert [(one.slug, one.state) for one in first.tenants] == [
+            ("initech", "adopted"),
+            ("acme", "adopted"),
+            ("globex", "failed"),
+        ]
+        (failed,) = first.failures
+        assert failed.error is not None and "tasks (id = 3) belong to this customer" in failed.error
+        assert first.tenants[1].api_key is not None and first.tenants[1].api_key not in repr(first)
+        await source.execute("UPDATE tasks SET parent_id = NULL WHERE id = 3")
+        second = await adopt(plan)
+    assert [one.state for one in second.tenants] == ["skipped", "skipped", "adopted"]
+    assert await fleet.fetch("globex", "SELECT name FROM projects") == [("three",)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "names no tenants"),
+        ({"tenants": [{"where": "a = 1"}]}, "has no slug"),
+        ({"tenants": [{"slug": "a", "where": "a = 1", "schema": "a"}]}, "say where or schema"),
+        ({"tenants": [{"slug": "a", "where": "a = 1"}] * 2}, "two tenants 'a'"),
+        ({"tenants": [{"slug": "a", "schema": "x"}, {"slug": "b", "schema": "x"}]}, "are made of the same"),
+        ({"tenants": [{"slug": "a", "wher": "a = 1"}]}, "has no 'wher'"),
+        ({"query": "SELECT 1, 2"}, "condition of its keys"),
+        ({"query": "SELECT 1", "where": "org_id = {key}"}, "yields two columns"),
+        ({"query": "SELECT x", "where": "org_id = {key}"}, "query of the plan fails"),
+        ({"query": "DELETE FROM public.audit RETURNING 1, 2", "where": "org_id = {key}"}, "read-only transaction"),
+        ({**QUERY, "concurrency": 0}, "a number from 1"),
+    ],
+)
+async def test_a_plan_that_is_not_understood_is_refused(
+    fleet: Fleet, source: ForeignDatabase, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((AdoptionError, ConfigurationError), match=message):
+        await fleet.tenancy.adoption.fleet.check(AdoptionPlan.parse(values, source=source.url))
+
+
+async def test_a_key_of_the_query_is_a_value(fleet: Fleet, source: ForeignDatabase) -> None:
+    """Whatever the shared database has in its rows, it is no SQL."""
+    query = "SELECT 'acme', '1'' OR true OR ''1'' = ''1'"
+    plan = AdoptionPlan.parse({"query": query, "where": "org_id::text = {key}", "mapping": LEAVE}, source=source.url)
+    report = await fleet.tenancy.adoption.fleet.check(plan)
+    assert report.tenants[0].rows == 2  # the shared ones
