@@ -20,6 +20,9 @@ from ..migrations.plan import Plan, format_revision
 from ..migrations.scripts import Environment
 from ..operations import Operation
 from ..postgres import connections
+from ..postgres.failures import SERVER_FAILURES
+from ..postgres.login import reason_of
+from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.tenant_rights import RECORD_SCHEMA
@@ -34,7 +37,6 @@ from .refusals import refuse_own
 from .relations import Relation, read_relations
 from .rows_copy import RowsCopy
 from .rows_report import RowsReport, TableRows
-from .scratch import open_scratch
 from .selection import Selection, Transferred, pair
 from .source import OpenSource, Source, open_source
 
@@ -113,7 +115,7 @@ class RowsAdoption:
     async def check(
         self,
         slug: str,
-        source: str,
+        url: str,
         *,
         where: str | None = None,
         mapping: GivenMapping = None,
@@ -127,7 +129,7 @@ class RowsAdoption:
 
         Args:
             slug: The slug that the tenant would have.
-            source: The URL of the database. Its password is neither stored nor shown.
+            url: The URL of the database. Its password is neither stored nor shown.
             where: The root condition, as SQL: it holds in every table that has its column.
             mapping: What tables become, and what to do where references do not say it.
             at: The revision that the rows are brought to; the newest where None.
@@ -144,7 +146,7 @@ class RowsAdoption:
         """
         refuse_while_bound("adopting rows")
         started, tell = time.monotonic(), tell or _silent
-        described, said = Source.parse(source), read_mapping(mapping, where)
+        described, said = Source.parse(url), read_mapping(mapping, where)
         chosen = await self.choose(slug, server, region, tier)
         building = await self.build(chosen, at, tell)
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
@@ -155,7 +157,7 @@ class RowsAdoption:
     async def adopt(
         self,
         slug: str,
-        source: str,
+        url: str,
         *,
         where: str | None = None,
         mapping: GivenMapping = None,
@@ -178,7 +180,7 @@ class RowsAdoption:
 
         Args:
             slug: The tenant's slug.
-            source: The URL of the database. Its password is neither stored nor shown.
+            url: The URL of the database. Its password is neither stored nor shown.
             where: The root condition, as SQL: it holds in every table that has its column.
             mapping: What tables become, and what to do where references do not say it.
             at: The revision that the rows are brought to; the newest where None.
@@ -197,7 +199,7 @@ class RowsAdoption:
             TenancyError: as ``TenantManager.create``, and ``check``.
         """
         refuse_while_bound("adopting rows")
-        described, said = Source.parse(source), read_mapping(mapping, where)
+        described, said = Source.parse(url), read_mapping(mapping, where)
         values = {"tier": tier, "region": region, "metadata": metadata, "key_name": key_name, "scopes": scopes}
         tell = tell or _silent
         if (former := await self.former(slug, described, said, actor=actor)) is not None:
@@ -237,16 +239,21 @@ class RowsAdoption:
         looking = Looking(self._services, plain, environment)
         tell("make the tables")
         seconds = self._services.config.adoption.timeout
-        async with (
-            open_scratch(self._services, server, extensions=(), seconds=seconds) as login,
-            asyncio.timeout(seconds),
-        ):
-            await looking.build(login, server, target, tenant=None)
-            connection = await looking.connect(login)
-            try:
-                relations = tuple(await read_relations(connection))
-            finally:
-                await run_to_completion(connections.close(connection))
+        extensions = [InstalledExtension(name) for name in self._services.config.extensions]
+        scratch = self._services.provisioner.scratch_databases
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                scratch.open(server, extensions=extensions, seconds=seconds) as database,
+            ):
+                await looking.build(database.login, server, target, tenant=None)
+                connection = await looking.connect(database.login)
+                try:
+                    relations = tuple(await read_relations(connection))
+                finally:
+                    await run_to_completion(connections.close(connection))
+        except SERVER_FAILURES as exc:
+            raise AdoptionError(f"the tables cannot be made on server {server!r}: {reason_of(exc)}") from exc
         pending = format_revision(end) if end != reached else None
         return Building(looking, plain, environment, target, format_revision(reached), pending, server, relations)
 
