@@ -20,8 +20,8 @@ from ..postgres.login import reason_of
 from .fleet_plan import AdoptionPlan, PlannedTenant
 from .refusals import refuse_own
 from .report import AdoptionReport
-from .rows import Building, RowsAdoption, look_at, read_mapping, report_of
 from .rows_report import RowsReport
+from .rows_work import Building, RowsWork, look_at, read_mapping, report_of
 from .source import Source, open_source
 
 State = Literal["adopted", "skipped", "checked", "failed"]
@@ -105,11 +105,11 @@ class FleetAdoption:
     Args:
         check: Looks at a database or a schema.
         adopt: Adopts one.
-        rows: Adopts rows.
+        rows: Does what adopting rows is.
         services: The services of an open ``Tenancy``.
     """
 
-    def __init__(self, check: AdoptDatabase, adopt: AdoptDatabase, rows: RowsAdoption, services: FleetServices) -> None:
+    def __init__(self, check: AdoptDatabase, adopt: AdoptDatabase, rows: RowsWork, services: FleetServices) -> None:
         self._check_database = check
         self._adopt_database = adopt
         self._rows = rows
@@ -294,7 +294,7 @@ class FleetAdoption:
 class _Buildings:
     """The tables of each revision on each server, which are made once."""
 
-    def __init__(self, rows: RowsAdoption) -> None:
+    def __init__(self, rows: RowsWork) -> None:
         self._rows = rows
         self._lock = asyncio.Lock()
         self._made: dict[tuple[str, str | None], Building] = {}

@@ -31,6 +31,7 @@ from .looking import Look, Looking, extensions_of, place_of
 from .refusals import refuse_own
 from .report import AdoptedTable, AdoptionReport
 from .rows import RowsAdoption
+from .rows_work import RowsWork
 from .source import OpenSource, Source, open_source
 from .verification import verify
 
@@ -64,8 +65,9 @@ class AdoptionManager:
         self._operations = operations
         self._placer = placer
         self._frame = AdoptionFrame(self._services, tenants, operations)
-        self.rows = RowsAdoption(migrations, self._frame, placer)
-        self.fleet = FleetAdoption(self.check, self.adopt, self.rows, self._services)
+        work = RowsWork(migrations, self._frame, placer)
+        self.rows = RowsAdoption(work)
+        self.fleet = FleetAdoption(self.check, self.adopt, work, self._services)
 
     async def check(
         self,

@@ -22,6 +22,7 @@ import pytest
 import pytest_asyncio
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.adoption import FleetAdoption, RowsAdoption
 from tenancy_orm.authentication.invitation_rows import Invitation
 from tenancy_orm.backups import BackupKeys
 from tenancy_orm.config import MeteringConfig
@@ -210,6 +211,7 @@ def parts() -> dict[str, type]:
     }
     held = {f"internals.provisioner.{name}": kind for name, kind in held.items()}
     held["backups.keys"] = BackupKeys
+    held |= {"adoption.rows": RowsAdoption, "adoption.fleet": FleetAdoption}
     return {"events": EventBus, **held, **handed_out(Tenancy), **below}
 
 
