@@ -21,6 +21,7 @@ from .authentication.keys import KeyManager
 from .authentication.members import MemberManager
 from .authentication.revocations import RevocationManager
 from .backups import BackupKeys, BackupManager, BackupServices, Stores
+from .clones import CloneManager
 from .config import TenancyConfig
 from .connections import ConnectionLeases
 from .control.database import ControlDatabase, head
@@ -142,6 +143,7 @@ class Assembly:
     first_use: FirstUse
     tenants: TenantManager
     adoption: AdoptionManager
+    clones: CloneManager
     domains: DomainManager
     housekeeping: Housekeeping
     operations: OperationManager
@@ -339,6 +341,7 @@ class Assembly:
         self.operations = OperationManager(operations, self.registry)
         self._build_backups()
         self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events, self.backups)
+        self.clones = CloneManager(config, operations, self.tenants, self.migrations, events)
         self.moves = MoveManager(
             config=config,
             registry=self.registry,
@@ -379,6 +382,7 @@ class Assembly:
             usage_exporter=self.usage_exporter,
             restores=self.restores,
             erasures=self.erasures,
+            clones=self.clones,
         )
         self.recovery = RecoveryManager(config, self.control, self.registry, self.servers, self.names, self.audit)
         self.adoption = AdoptionManager(self.migrations, self.tenants, operations, placer)

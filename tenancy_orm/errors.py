@@ -95,6 +95,7 @@
     │   └── AdoptionError                    what exists cannot become a tenant; it is as it was
     │       └── AdoptionDifferencesError     its schema is not that of its revision
     │   ├── ErasureError                     a tenant's erasure is not complete, or a certificate is not valid
+    │   └── AnonymisationError               the rules of a clone cannot be followed; none was made
     │   └── ExportError                      an export would not be whole, or cannot be written there
     │       └── ExportRunningError           another export of the tenant is under way
     ├── JobLostError                         another process does by now what this one had claimed
@@ -1376,6 +1377,13 @@ class AdoptionDifferencesError(AdoptionError):
 
 class ErasureError(OperationError):
     """A tenant's erasure is not complete, so that nothing is certified; or a certificate is not valid."""
+class AnonymisationError(OperationError):
+    """The rules of an anonymisation cannot be followed; no clone was made."""
+
+    def __init__(self, message: str, *, columns: Sequence[str]) -> None:
+        """Give the message, and the columns that it is about, as ``schema.table.column``."""
+        super().__init__(message)
+        self.columns = tuple(columns)
 
 
 class ExportError(OperationError):

@@ -101,6 +101,21 @@ class TenantRestored(TenantEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantCloned(TenantEvent):
+    """A tenant was made as a clone of another one.
+
+    Attributes:
+        of: The other one.
+        anonymised: Whether rules have replaced values.
+        expires_at: When housekeeping deletes and purges it.
+    """
+
+    of: UUID
+    anonymised: bool
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorAdmitted(TenantEvent):
     """A request to a tenant in maintenance was served, since ``TenancyMiddleware(operators=...)`` allowed it."""
 
@@ -703,6 +718,23 @@ class BackupVerified(BackupEvent):
 
     backup_id: UUID
     error: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreDrilled(BackupEvent):
+    """The restore of a tenant was drilled; ``error`` is why it could not be brought back.
+
+    Attributes:
+        backup_id: The backup; None where there is none.
+        error: None where the tenant could be brought back.
+        age_seconds: How old the backup is.
+        seconds: How long the restore took.
+    """
+
+    backup_id: UUID | None
+    error: str | None
+    age_seconds: float | None
     seconds: float
 
 

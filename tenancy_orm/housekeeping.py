@@ -21,6 +21,7 @@ from .audit.log import AuditLog
 from .authentication.members import MemberManager
 from .authentication.revocations import RevocationManager
 from .backups import BackupManager
+from .clones import CloneManager
 from .config import TenancyConfig
 from .errors import InvalidTransitionError, TenancyError, TenantNotFoundError
 from .exports import ErasureManager
@@ -97,6 +98,7 @@ class Housekeeping:
     usage_exporter: UsageExporter | None
     erasures: ErasureManager
     restores: RestoreManager
+    clones: CloneManager
 
     async def run(self, *, actor: Actor = SYSTEM) -> HousekeepingReport:
         """Suspend and purge the tenants that are due, and do every chore; a failure does not stop the rest.
@@ -107,6 +109,8 @@ class Housekeeping:
         run = _Run(self.tenants, actor)
         # before anything that needs the control database, which may suffer from what this ends
         await run.do("end_excessive_sessions", self.provisioner.end_excessive_sessions())
+        # before those that are due are purged, which expired clones are then
+        await run.do("expire_clones", self.clones.expire(actor=actor))
         await self._end_due(run)
         # before reconcile, which would report the logins of what was killed
         await run.do("settle_restores", self.restores.settle(actor=actor))

@@ -20,6 +20,7 @@ from .authentication.keys import KeyManager
 from .authentication.members import MemberManager
 from .authentication.revocations import RevocationManager
 from .backups import BackupManager
+from .clones import CloneManager
 from .config import TenancyConfig
 from .context import bind, refuse_while_bound
 from .errors import ConfigurationError
@@ -525,6 +526,11 @@ class Tenancy:
     def adoption(self) -> AdoptionManager:
         """Make tenants of databases and schemas that exist already."""
         return self._lifetime.parts.adoption
+
+    @property
+    def clones(self) -> CloneManager:
+        """Make other tenants of copies of tenants, for a time, with values replaced where rules say so."""
+        return self._lifetime.parts.clones
 
     @property
     def seeds(self) -> SeedManager:

@@ -1,5 +1,6 @@
 """Backups: encrypted copies of tenants' databases, and of the control database, in a store."""
 
+from .drill import DrillReport
 from .keys import BackupKey, BackupKeys, ResealedKeys
 from .making import BackupServices
 from .manager import BackupManager, BackupReport
@@ -23,6 +24,7 @@ __all__ = [
     "BackupServices",
     "BackupState",
     "DirectoryStore",
+    "DrillReport",
     "Manifest",
     "ObjectStore",
     "OpenBackup",

@@ -17,6 +17,7 @@ from ..loops import HomeLoop
 from ..migrations.failures import describe
 from ..migrations.selection import Selection
 from ..tenant import Tenant, TenantRef
+from .drill import DrillReport, RestoreDrill
 from .keys import CONTROL, BackupKeys
 from .making import FAILURES, BackupMaker, BackupServices
 from .manifest import Manifest
@@ -65,6 +66,7 @@ class BackupManager:
         self._verifier = BackupVerifier(services, records, self._reader)
         self._scanner = BackupScanner(records, self._reader, services.control.installation)
         self._pruner = BackupPruner(self._config, records, stores, self._scanner, services.events)
+        self._drill = RestoreDrill(services, records, self._verifier)
         self._home = HomeLoop()
 
     @property
@@ -280,6 +282,35 @@ class BackupManager:
         """
         found = await self._find(backup)
         return await self._verifier.verify(found, restore=restore, server=server, actor=actor)
+
+    async def drill(
+        self,
+        tenant: TenantRef | None = None,
+        *,
+        server: str | None = None,
+        max_age: float | None = None,
+        actor: Actor = SYSTEM,
+    ) -> DrillReport:
+        """Restore the newest backup of a tenant into a scratch database, and compare: for a timer.
+
+        A tenant without a backup is a bad result, and no error. The result is in the audit log, and an event.
+
+        Args:
+            tenant: The tenant; a random one where None, which is no clone.
+            server: The server of the scratch database; the tenant's own where None.
+            max_age: Seconds that the newest backup may be old.
+            actor: Who does this.
+
+        Raises:
+            TenantNotFoundError: there is no such tenant.
+            BackupError: there is no tenant at all, or as for ``verify``.
+            ServerUnavailableError, UnknownServerError: as for ``verify``.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("drilling a restore")
+        self._home.check()
+        found = None if tenant is None else await self._services.registry.find(tenant)
+        return await self._drill.run(found, server=server, max_age=max_age, actor=actor)
 
     async def _find(self, backup: UUID | Backup) -> Backup:
         refuse_while_bound("reading backups")

@@ -25,9 +25,11 @@ from . import (
     backup_recovery,
     backup_restore,
     call,
+    clone,
     config,
     dev,
     domains,
+    drill,
     each,
     erasure,
     export,
@@ -86,6 +88,7 @@ app.add_typer(erasure.app, name="erasure")
 app.add_typer(backup.app, name="backup")
 backup_restore.register(backup.app)
 backup_recovery.register(backup.app)
+app.command("drill")(drill.drill)
 app.add_typer(secrets.app, name="secrets")
 app.command("init")(dev.init)
 app.command("dev")(dev.dev)
@@ -98,6 +101,7 @@ app.command("export")(export.export)
 app.command("run")(call.call)
 app.command("seed")(seed.seed)
 app.command("adopt")(adopt.adopt)
+app.command("clone")(clone.clone)
 app.command("worker")(jobs.worker)
 app.command("move")(move.move)
 app.command("rebalance")(move.rebalance)
@@ -249,7 +253,8 @@ def show(tenant: TenantArgument, as_json: Json = False) -> None:
         found = await tenancy.tenants.get(tenant)
         has_database = found.placement is not None and found.status is not Status.PROVISIONING
         seeds = await seed.read_status(tenancy, [str(found.id)]) if has_database else {}
-        return {**tenant_fields(found), **seed.status_fields(seeds.get(found.slug))}
+        cloned = clone.clone_fields(await tenancy.clones.get(found))
+        return {**tenant_fields(found), **cloned, **seed.status_fields(seeds.get(found.slug))}
 
     show_tenant(run(command), as_json)
 

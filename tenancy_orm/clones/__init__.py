@@ -1,1 +1,7 @@
-"""Clones: another tenant with the same data, anonymised before anybody can connect."""
+"""Clones: a copy of a tenant becomes another tenant for a time, with its values replaced where rules say so."""
+
+from .manager import CloneManager, CloneReport
+from .records import Clone
+from .rules import AnonymisationRules, ColumnRule
+
+__all__ = ["AnonymisationRules", "Clone", "CloneManager", "CloneReport", "ColumnRule"]

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from contextvars import Context
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -279,6 +279,7 @@ def others(plane: Plane) -> dict[str, Any]:
         "slug": "globex",
         "domain": "taken.example",
         "at": datetime(2099, 1, 1, tzinfo=UTC),
+        "ttl": timedelta(days=1),
         "ends_at": datetime(2099, 1, 1, tzinfo=UTC),
         "before": datetime(2020, 1, 1, tzinfo=UTC),
         "reason": None,

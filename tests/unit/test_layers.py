@@ -72,6 +72,7 @@ EXTRAS: dict[str, frozenset[str]] = {
     "structlog": frozenset({"integrations"}),
     "redis": frozenset({"integrations"}),
     "cashews": frozenset({"integrations"}),
+    "faker": frozenset({"clones"}),
     "obstore": frozenset({"integrations", "backups"}),
     "pyrage": frozenset({"backups"}),
     "fsspec": frozenset({"integrations"}),

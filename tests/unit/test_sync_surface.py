@@ -34,6 +34,7 @@ ASYNCHRONOUS_ALONE = {
             *("jobs", "warm_pool", "adoption"),
             *("secrets", "migrations", "templates", "internals", "seeds", "schedules", "servers"),
             *("jobs", "warm_pool", "erasures", "exports"),
+            *("jobs", "warm_pool", "exports", "clones"),
         ),
         "a part of the Tenancy; sync.call awaits its methods",
     ),
