@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 STOP_SECONDS = 60
@@ -104,6 +105,10 @@ def _kill_group(program: subprocess.Popen[bytes]) -> None:
         os.killpg(program.pid, signal.SIGKILL)
 
 
+def _ignore(_: int, __: FrameType | None) -> None:
+    return None
+
+
 def _read(keeper: Keeper, requests: list[bytes], ready: threading.Condition) -> None:
     """Collect requests; at the end of the input, end what a request still waits for."""
     for line in sys.stdin.buffer:
@@ -120,7 +125,9 @@ def main(arguments: list[str]) -> None:
     """Serve one owner: ``lock uid gid directory...``; the lock is held until the directories are deleted."""
     lock, uid, gid, *directories = arguments
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the owner's end is what ends this
+        # The owner's end is what ends this. Programs inherit what is ignored, but no handler, and Barman waits for ever
+        # for its own processes where these ignore SIGTERM.
+        signal.signal(number, _ignore)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
