@@ -23,6 +23,7 @@ PLAIN_TEXTS = (
     "SET LOCAL TimeZone = 'UTC'",
     "SET LOCAL bytea_output = 'hex'",
     "SET LOCAL extra_float_digits = 3",
+    "SET LOCAL lc_monetary = 'C'",
 )
 _SAMPLES = 3
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tenancy_orm.adoption.selection import Selection
 from tenancy_orm.errors import AdoptionError, ConfigurationError, TenantNotFoundError
 from tests.support.fleet import Fleet
 from tests.support.postgres import Postgres
@@ -181,3 +182,43 @@ async def test_a_mapping_that_is_not_understood_is_refused(
 ) -> None:
     with pytest.raises((AdoptionError, ConfigurationError), match=message):
         await fleet.tenancy.adoption.rows.check("acme", source.url, where=ACME, mapping=values)
+
+
+EXTRAS = """
+CREATE TABLE events (org_id bigint NOT NULL, id bigint NOT NULL, body text) PARTITION BY LIST (org_id);
+CREATE TABLE events_1 PARTITION OF events FOR VALUES IN (1);
+CREATE TABLE events_2 PARTITION OF events FOR VALUES IN (2);
+INSERT INTO events VALUES (1, 1, 'ours'), (2, 2, 'theirs');
+ALTER DATABASE "{0}" SET DateStyle = 'SQL, DMY';
+ALTER DATABASE "{0}" SET IntervalStyle = 'sql_standard';
+ALTER DATABASE "{0}" SET bytea_output = 'escape';
+"""
+
+
+async def test_partitions_and_settings_of_the_source_change_no_value(
+    fleet: Fleet, project: Project, source: ForeignDatabase
+) -> None:
+    """The texts of dates mean the same on both sides; a partitioned table has the rows of its partitions."""
+    project.add("0003", 'op.execute("CREATE TABLE events (id bigint PRIMARY KEY, body text)")', down="0002")
+    await source.execute(EXTRAS.format(source.name))
+    await fleet.tenancy.adoption.rows.adopt("acme", source.url, where=ACME, mapping=MAPPING)
+    assert await fleet.fetch("acme", "SELECT * FROM events") == [(1, "ours")]
+    query = "SELECT data, at AT TIME ZONE 'UTC' FROM comments WHERE id = 1"
+    assert await fleet.fetch("acme", query) == await source.fetch(query)
+
+
+async def test_each_check_catches_what_would_come_along_without_it(
+    fleet: Fleet, source: ForeignDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the look at references, the planted row reaches the copy, and its foreign key refuses it there."""
+    await source.execute("INSERT INTO task_tags VALUES (1, 2)")
+
+    async def nothing(*_: object) -> list[str]:
+        return []
+
+    monkeypatch.setattr(Selection, "problems", nothing)
+    with pytest.raises(AdoptionError, match=r"task_tags refer to rows that do not come along, by foreign key"):
+        await fleet.tenancy.adoption.rows.adopt("acme", source.url, where=ACME, mapping=MAPPING)
+    # without a key in the tenant's table, nothing else sees another customer's rows
+    both = await fleet.tenancy.adoption.rows.check("acme", source.url, where="org_id IN (1, 2)", mapping=MAPPING)
+    assert both.problems == () and both.rows > 30
