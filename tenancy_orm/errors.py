@@ -1377,6 +1377,8 @@ class AdoptionDifferencesError(AdoptionError):
 
 class ErasureError(OperationError):
     """A tenant's erasure is not complete, so that nothing is certified; or a certificate is not valid."""
+
+
 class AnonymisationError(OperationError):
     """The rules of an anonymisation cannot be followed; no clone was made."""
 
