@@ -429,11 +429,15 @@ class Provisioner:
                         await self._block(connection, server, tenant, deadline=deadline)
                         await locks.lock(connection, key, timeout=timeout)
                     current = await self._services.registry.get(tenant.id)
-                    await align_role(self._services, connection, current, deadline=deadline)
-                    if current.status in LOGIN_BLOCKED:
+                    moved = current.placement is not None and current.placement.server != tenant.placement.server
+                    if not moved:
+                        await align_role(self._services, connection, current, deadline=deadline)
+                    if not moved and current.status in LOGIN_BLOCKED:
                         await end_on_replicas(server, tenant.placement.role, deadline=deadline)
                 finally:
                     await run_to_completion(self._admin_connections.release(server, connection, key))
+                if moved:  # while this waited for the lock
+                    await self._align(current, deadline - asyncio.get_running_loop().time())
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
                 f"the role of tenant {tenant.slug!r} could not be aligned within {timeout:g} s ({describe(exc)}); "
@@ -448,7 +452,9 @@ class Provisioner:
         If the tenant is activated at this moment, the alignment under the lock, which follows, unblocks it again.
         """
         current = await self._services.registry.get(tenant.id)
-        if current.status in LOGIN_BLOCKED and current.placement is not None:
+        if current.status in LOGIN_BLOCKED and current.placement is not None and tenant.placement is not None:
+            if current.placement.server != tenant.placement.server:
+                return
             place, blockers = current.placement, self._services.blockers(server)
             await access.block(connection, blockers, database=place.database, role=place.role, deadline=deadline)
 
@@ -490,6 +496,14 @@ class Provisioner:
         server, key = self._services.servers[placement.server], tenant_key(tenant_id)
         connection = await self._admin_connections.acquire(server, key, timeout=self._timeout)
         try:
+            found = await self._services.registry.get(tenant_id)
+            now = found.placement
+            if now is not None and (now.server, now.database) != (placement.server, placement.database):
+                raise ProvisioningError(
+                    f"tenant {found.slug!r} got another database while this waited; try again",
+                    tenant=found.slug,
+                    step="purge",
+                )
             await self._services.registry.begin_purge(tenant_id, listed=listed, actor=actor)
             await drop_all_beside(self._services, connection, server.name, tenant_id, timeout=self._timeout)
             await removal.purge(

@@ -192,10 +192,21 @@ class SecretManager:
         return await self.rotate_passwords(pending, actor=actor)
 
     async def _rotate(self, tenant_id: UUID, placement: Placement, deadline: float, actor: Actor) -> None:
+        moved_to: Placement | None = placement
+        while moved_to is not None:
+            moved_to = await self._rotate_at(tenant_id, moved_to, deadline, actor)
+
+    async def _rotate_at(
+        self, tenant_id: UUID, placement: Placement, deadline: float, actor: Actor
+    ) -> Placement | None:
+        """Rotate the password of the role on this server; returns where the tenant is instead, if it was moved."""
         server, key = self._servers[placement.server], tenant_key(tenant_id)
         # the lock that creation and purge take: one process at a time changes a tenant's role
         connection = await self._admin_connections.acquire(server, key, timeout=self._timeout)
         try:
+            now = (await self._registry.get(tenant_id)).placement
+            if now is not None and (now.server, now.role) != (placement.server, placement.role):
+                return now  # while this waited for the lock
             # no variable holds the password: an error's traceback would have it in its frames
             verifier = scram_verifier(await self._sealed.start_rotation(tenant_id))
             change = partial(roles.set_password, connection, placement.role, verifier=verifier)
@@ -204,6 +215,7 @@ class SecretManager:
             await role_settings.try_restore(
                 connection, self._blockers(server), placement.role, self._role_settings, deadline=deadline
             )
+            return None
         finally:
             await run_to_completion(self._admin_connections.release(server, connection, key))
 
