@@ -86,7 +86,12 @@ class Names:
             operation: The number of the operation.
             direction: "f" for forward, "r" for back.
         """
-        return f"{self.stem}_v_{operation}{direction}"
+        return f"{self.replicator_stem}{operation}{direction}"
+
+    @property
+    def replicator_stem(self) -> str:
+        """The prefix of the names of those logins."""
+        return f"{self.stem}_v_"
 
     def stream(self, operation: int, direction: str) -> str:
         """The name of such a replication: of its slot, its publication and its subscription."""

@@ -74,9 +74,8 @@ class Leftovers:
                 if await self._is_over(name, names.stream_stem):
                     await drop_slot(connection, name)
                     removed.append(f"slot {name} on {server.name}")
-            stem = f"{names.stem}_v_"
-            for (name,) in await connection.fetch(_LOGINS, stem):
-                if await self._is_over(name, stem):
+            for (name,) in await connection.fetch(_LOGINS, names.replicator_stem):
+                if await self._is_over(name, names.replicator_stem):
                     await self._drop_login(connection, blockers, name)
                     removed.append(f"login {name} on {server.name}")
         finally:

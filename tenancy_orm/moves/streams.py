@@ -86,14 +86,15 @@ class Stream:
         await connection.execute(f"DROP PUBLICATION IF EXISTS {name}; CREATE PUBLICATION {name}{listed}")
 
     async def create_login(
-        self, *, seconds: float, replicates: bool = True, member_of: Sequence[str] = ()
+        self, *, seconds: float, reads: bool = True, replicates: bool = True, member_of: Sequence[str] = ()
     ) -> CopyLogin:
         """Create the login that reads the source and replicates it.
 
         Args:
             seconds: For how long it is valid.
+            reads: Whether it has the rights of the owner of tenants' databases, until ``restrict_login``.
             replicates: Whether it may replicate.
-            member_of: Roles that it has the rights of, beside the owner of tenants' databases.
+            member_of: Further roles that it has the rights of.
 
         Raises:
             OperationError: the administrator may not let a login replicate.
@@ -108,13 +109,33 @@ class Stream:
                 self.login_name,
                 self.source.database,
                 seconds=seconds,
-                member_of=[self._services.names.owner, *member_of],
+                member_of=[*([self._services.names.owner] if reads else []), *member_of],
             )
+            if not reads:
+                await self._let_connect(connection)
             if replicates:
                 await self._let_replicate(connection, server)
             return login
         finally:
             await run_to_completion(connections.close(connection))
+
+    async def restrict_login(self) -> None:
+        """Leave the login nothing but the right to replicate the source.
+
+        Its password comes into the catalogue of another server next, while the owner has every tenant's database.
+        """
+        _, blockers = self._server(self.source)
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            await self._let_connect(connection)
+            owner = quote_identifier(self._services.names.owner)
+            await connection.execute(f"REVOKE {owner} FROM {quote_identifier(self.login_name)}")
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def _let_connect(self, connection: Connection) -> None:
+        database, login = quote_identifier(self.source.database), quote_identifier(self.login_name)
+        await connection.execute(f"GRANT CONNECT ON DATABASE {database} TO {login}")
 
     async def _let_replicate(self, connection: Connection, server: Server) -> None:
         quoted = quote_identifier(self.login_name)
