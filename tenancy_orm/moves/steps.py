@@ -32,6 +32,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import find_programs
 from ..provisioning import Provisioner, roles
 from ..provisioning.copy_logins import CopyLogin
+from ..provisioning.differences import enumeration
 from ..provisioning.empty_databases import read_extensions
 from ..provisioning.pipeline import describe
 from ..provisioning.provisioner import services_of, settings_of
@@ -59,6 +60,7 @@ _TOLD = {
     "rolling_back": "catching up, and switching back",
     "confirming": "dropping the former database",
 }
+_PREPARED = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY 1"
 _SERVED = frozenset({Status.TRIAL, Status.ACTIVE})
 _SLOT_SECONDS = 60.0
 _SHOWN = 5
@@ -183,6 +185,7 @@ class Move:
             async with self._forward.begin(reader, timeout=_SLOT_SECONDS) as snapshot:
                 await self._copy(source, reader, expected, snapshot=snapshot.name)
             await self._advance("replicating")
+            await self._forward.restrict_login()
             await self._forward.subscribe(reader)
             # the second time it is what was written during the first
             for _ in range(2):
@@ -329,6 +332,7 @@ class Move:
         opened = _Four(self._forward, self.old, self.new, self._provisioning.names.owner)
         async with opened as four, self._pause() as paused:
             self._refuse_changed(paused.tenant)
+            await self._refuse_prepared(four.from_admin)
             await asyncio.gather(
                 self._forward.wait(source, timeout=self._config.pause_seconds),
                 self._refuse_other_schema(four.from_admin, expected),
@@ -359,12 +363,21 @@ class Move:
             # until the move is confirmed
             kept_until=None,
             operation=self._operation.id,
+            claim=self._services.claimant.id,
             detail={"ended_sessions": paused.ended_sessions},
             actor=self._actor,
         )
         self._pause_seconds = time.monotonic() - paused.began
         self._ended_sessions = paused.ended_sessions
         return after
+
+    async def _refuse_prepared(self, source: Connection) -> None:
+        """Refuse to leave transactions behind that have no session, and can be committed later."""
+        if found := [row["gid"] for row in await source.fetch(_PREPARED)]:
+            raise OperationError(
+                f"tenant {self._tenant.slug!r} cannot be moved: its database has the prepared transactions "
+                f"{enumeration(found)}; end them by COMMIT PREPARED or ROLLBACK PREPARED"
+            )
 
     def _refuse_changed(self, now: Tenant) -> None:
         if now.schema_revision != self._tenant.schema_revision or now.migrating_to is not None:
@@ -396,6 +409,8 @@ class Move:
     async def _run_offline(self) -> None:
         source = await self._forward.connect(self.old)
         try:
+            # until the end: a migration of the old database would be lost, and recorded as done
+            await lock_migrations(source, timeout=self._provisioning.config.provisioning.timeout)
             await self._look(source)
             # large objects belong to the tenant's role
             reader = await self._forward.create_login(
@@ -411,6 +426,8 @@ class Move:
             async with self._services.switch.pause(
                 self._tenant, seconds=self._config.timeout, drain=self._config.drain_seconds
             ) as paused:
+                await self._refuse_prepared(source)
+                self._refuse_changed(paused.tenant)
                 expected = await self._read(self.old, source)
                 await self._copy(source, reader, expected, snapshot=None)
                 async with _Four(self._forward, self.old, self.new, self._provisioning.names.owner) as four:
@@ -477,7 +494,9 @@ class Move:
             return known
         try:
             await self._reverse.drop_subscription()
-            login = await self._reverse.create_login(seconds=self._config.keep_seconds + self._config.timeout)
+            login = await self._reverse.create_login(
+                seconds=self._config.keep_seconds + self._config.timeout, reads=False
+            )
             await self._reverse.subscribe(login)
         except (TenancyError, *SERVER_FAILURES) as exc:
             logger.warning("move %d of tenant %s has no way back: %s", self._operation.id, self._tenant.slug, exc)
@@ -552,6 +571,7 @@ class Move:
             await self._refuse_other_schema(four.from_admin, expected, remedy=remedy)
             await back.wait(four.from_admin, timeout=self._config.timeout)
             async with self._pause() as paused:
+                await self._refuse_prepared(four.from_admin)
                 await asyncio.gather(
                     back.wait(four.from_admin, timeout=self._config.pause_seconds),
                     copy_sequences(four.from_owner, four.to_owner),

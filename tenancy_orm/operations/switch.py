@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
@@ -45,6 +46,16 @@ _POLL_SECONDS = 0.01
 _SESSIONS = """
 SELECT pid::text AS pid, usename::text AS role, state LIKE 'idle in transaction%' OR state = 'active' AS busy
   FROM pg_stat_activity WHERE datname = $1 AND (usename = $2 OR starts_with(usename::text, $3))
+"""
+# A session that logs in holds this lock from before PostgreSQL looks whether it may connect until it is listed as one.
+_LOGGING_IN = """
+SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.objid
+                WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_database'::regclass AND d.datname = $1
+                  AND l.mode = 'RowExclusiveLock' AND l.pid <> pg_backend_pid())
+"""
+_MAY_CONNECT = """
+SELECT has_database_privilege(r.oid, d.oid, 'CONNECT') FROM pg_database d, pg_roles r
+ WHERE d.datname = $1 AND r.rolname = $2
 """
 
 
@@ -75,6 +86,7 @@ class Paused:
         revision: str | None,
         kept_until: datetime | None,
         operation: int | None = None,
+        claim: UUID | None = None,
         detail: Mapping[str, Any] | None = None,
         actor: Actor = SYSTEM,
     ) -> Tenant:
@@ -86,12 +98,15 @@ class Paused:
             revision: The revision of the new database's schema.
             kept_until: When the former database is dropped; None: when somebody decides so.
             operation: The operation's number.
+            claim: Who must have claimed it.
             detail: Further facts for the audit log.
             actor: Who does this.
 
         Raises:
+            OperationError: the former database is not closed any more, or the lock on it is lost.
             TenancyError: as ``Registry.switch_database``; then nothing has changed.
         """
+        await self._check_closed()
         self.switched = await run_to_completion(
             self._services.registry.switch_database(
                 self.tenant,
@@ -100,11 +115,32 @@ class Paused:
                 revision=revision,
                 kept_until=kept_until,
                 operation=operation,
+                claim=claim,
                 detail=detail,
                 actor=actor,
             )
         )
         return self.switched
+
+    async def _check_closed(self) -> None:
+        """Refuse to leave a database that somebody can write to: what is written there now would be lost.
+
+        Whoever holds the tenant's lock may open it, as ``reconcile`` does; so the connection that has it is asked.
+        """
+        place = self.tenant.placement
+        assert place is not None  # noqa: S101 - for the type checker: it is paused in it
+        try:
+            may = await self.connection.fetchval(_MAY_CONNECT, place.database, place.role)
+        except SERVER_FAILURES as exc:
+            raise OperationError(
+                f"server {place.server!r} has ended the session that kept tenant {self.tenant.slug!r} closed "
+                f"({describe(exc)}); try again"
+            ) from exc
+        if may:
+            raise OperationError(
+                f"the role of tenant {self.tenant.slug!r} can connect to its database {place.database!r} in the pause: "
+                "PUBLIC or another role gives it that right; run: tenancy reconcile, and try again"
+            )
 
 
 class Switch:
@@ -191,17 +227,18 @@ class Switch:
         blockers = self._services.blockers(self._services.servers[place.server])
         await access.close_database(connection, blockers, database=place.database, role=place.role)
         began = time.monotonic()
-        looks_left = 2  # a login that succeeded just before appears among the sessions a moment later
-        while looks_left:
+        while True:
+            # first: who has logged in by then is among the sessions, and who begins later is refused
+            logging_in = await connection.fetchval(_LOGGING_IN, place.database)
             found = await connection.fetch(_SESSIONS, place.database, place.role, login_stem(place.role))
             waited = time.monotonic() - began
             due = [row for row in found if waited >= drain or (not row["busy"] and waited >= min(_IDLE_SECONDS, drain))]
             for row in due:
                 paused.ended_sessions += bool(row["busy"])
                 await roles.end_connections(connection, row["role"], [int(row["pid"])])
-            looks_left = 2 if found else looks_left - 1
-            if looks_left:
-                await asyncio.sleep(_POLL_SECONDS)
+            if not found and not logging_in:
+                break
+            await asyncio.sleep(_POLL_SECONDS)
         if paused.ended_sessions:
             logger.warning(
                 "tenant %s: %d sessions with a transaction were ended, since it was longer than %g s",

@@ -17,8 +17,8 @@ from sqlalchemy import Row, delete, func, insert, or_, select, update
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_other_tenant, refuse_while_bound
-from ..control.models import tenant_databases
-from ..errors import OperationStateError, PlacementError
+from ..control.models import operations, tenant_databases
+from ..errors import JobLostError, OperationStateError, PlacementError
 from ..tenant import Placement, Tenant
 from .table import TenantTable
 
@@ -106,6 +106,7 @@ class Databases(TenantTable):
         revision: str | None,
         kept_until: datetime | None,
         operation: int | None = None,
+        claim: UUID | None = None,
         detail: Mapping[str, Any] | None = None,
         actor: Actor = SYSTEM,
     ) -> Tenant:
@@ -118,17 +119,23 @@ class Databases(TenantTable):
             revision: The revision of the new database's schema.
             kept_until: When the former database is dropped; None: when somebody decides so.
             operation: The operation's number.
+            claim: Who must have claimed it; nobody else can take it over before this is committed.
             detail: Further facts for the audit log.
             actor: Who does this.
 
         Raises:
             TenantNotFoundError: there is no such tenant, or it has been purged.
+            JobLostError: another process has the operation by now.
             PlacementError: its database is another one by now, the new one is not recorded or is being dropped, or its
                 server does not take the tenant.
         """
         refuse_other_tenant(listed)
         former = listed.placement
         async with self._control.transaction() as connection:
+            if claim is not None:
+                claimed = (operations.c.id == operation) & (operations.c.claim == claim)
+                if (await connection.execute(select(operations.c.id).where(claimed).with_for_update())).first() is None:
+                    raise JobLostError
             found, _ = await self._lock_unless_purged(connection, listed.id)
             now = found.placement
             if now is None or former is None or (now.server, now.database) != (former.server, former.database):
@@ -143,8 +150,8 @@ class Databases(TenantTable):
                 "role_name": to.role,
                 "schema_revision": revision,
             }
-            if (now.server, now.role) != (to.server, to.role):
-                # otherwise it is the same role's, and may have been sealed again since
+            if to.sealed_password != former.sealed_password:
+                # otherwise it is the same password, and may have been sealed under another key since
                 values["sealed_password"] = to.sealed_password
             after = await self._set(connection, listed.id, **values)
             kept = TenantDatabase(

@@ -18,7 +18,12 @@ from tenancy_orm.tenant import Tenant
 from tests.support.models import Base
 from tests.support.replication import TestServer, primary_server
 
-_SETTINGS: Mapping[str, str] = {"wal_level": "logical", "max_replication_slots": "20", "max_wal_senders": "20"}
+_SETTINGS: Mapping[str, str] = {
+    "wal_level": "logical",
+    "max_replication_slots": "20",
+    "max_wal_senders": "20",
+    "max_prepared_transactions": "5",
+}
 _TENANTS = "SELECT datname FROM pg_database WHERE datname LIKE '%\\_t\\_%'"
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from tenancy_orm import Tenancy
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import OperationError, TenantPausedError
-from tenancy_orm.operations.switch import Switch
+from tenancy_orm.operations.switch import Paused, Switch
 from tenancy_orm.provisioning import databases
 from tenancy_orm.provisioning.provisioner import services_of
 from tenancy_orm.registry.databases import TenantDatabase
@@ -152,6 +152,7 @@ async def test_a_process_that_hears_nothing_cannot_write_to_the_former_database(
             pass
 
         monkeypatch.setattr(Switch, "_close", leave_open)
+        monkeypatch.setattr(Paused, "_check_closed", leave_open)
     acme = (await tenancy.tenants.create("acme")).tenant
     assert acme.placement is not None
     placement = await beside(tenancy, acme)
