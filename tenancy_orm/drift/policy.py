@@ -94,18 +94,26 @@ _CREATABLE = """
 SELECT quote_ident(nspname) FROM pg_namespace n, aclexplode(nspacl) a
  WHERE a.privilege_type = 'CREATE' AND pg_get_userbyid(a.grantee) = $1 AND pg_get_userbyid(nspowner) = $2
 """
-# the catalogue leaves these schemas out
-_OWN_SCHEMAS = """
+# the catalogue leaves these schemas out; the numbers below 16384 are PostgreSQL's own objects
+_LEFT_OUT_SCHEMAS = (RECORD_SCHEMA, CHECKPOINTS_SCHEMA, "information_schema")
+_LEFT_OUT = """
 SELECT format('%s %s.%s', what, nspname, name) FROM (
-  SELECT 'function' AS what, pronamespace AS space, proname AS name FROM pg_proc
-  UNION ALL SELECT 'trigger', relnamespace, tgname FROM pg_trigger JOIN pg_class c ON c.oid = tgrelid
+  SELECT 'function' AS what, pronamespace AS space, proname AS name, oid FROM pg_proc
+  UNION ALL SELECT 'trigger', relnamespace, tgname, t.oid FROM pg_trigger t JOIN pg_class c ON c.oid = tgrelid
              WHERE NOT tgisinternal
-  UNION ALL SELECT 'rule', relnamespace, rulename FROM pg_rewrite JOIN pg_class c ON c.oid = ev_class
-  UNION ALL SELECT 'policy', relnamespace, polname FROM pg_policy JOIN pg_class c ON c.oid = polrelid
-  UNION ALL SELECT 'type', typnamespace, typname FROM pg_type WHERE typtype = 'd'
-  UNION ALL SELECT 'operator', oprnamespace, oprname FROM pg_operator
-  UNION ALL SELECT 'foreign table', relnamespace, relname FROM pg_class WHERE relkind = 'f'
-) found JOIN pg_namespace n ON n.oid = space WHERE nspname = ANY($1::text[])
+  UNION ALL SELECT 'rule', relnamespace, rulename, r.oid FROM pg_rewrite r JOIN pg_class c ON c.oid = ev_class
+  UNION ALL SELECT 'policy', relnamespace, polname, p.oid FROM pg_policy p JOIN pg_class c ON c.oid = polrelid
+  UNION ALL SELECT 'type', typnamespace, typname, oid FROM pg_type WHERE typtype = 'd'
+  UNION ALL SELECT 'operator', oprnamespace, oprname, oid FROM pg_operator
+  UNION ALL SELECT 'foreign table', relnamespace, relname, oid FROM pg_class WHERE relkind = 'f'
+) found JOIN pg_namespace n ON n.oid = space WHERE nspname = ANY($1::text[]) AND found.oid >= 16384
+"""
+# ... and what belongs to an extension: who has created one may add other objects to it
+_IN_EXTENSIONS = """
+SELECT pg_describe_object(s.classid, s.objid, 0) || ' of an extension' FROM pg_shdepend s
+ WHERE s.dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) AND s.deptype = 'o'
+   AND s.refclassid = 'pg_authid'::regclass AND pg_get_userbyid(s.refobjid) = $1
+   AND EXISTS (SELECT FROM pg_depend d WHERE (d.classid, d.objid, d.deptype) = (s.classid, s.objid, 'e'))
 """
 
 
@@ -162,8 +170,8 @@ class RevisionPolicy:
         )
         granted = list(_granted(found))
         refused = list(code_of(expected, self._without_tenants(found)))
-        schemas = [RECORD_SCHEMA, CHECKPOINTS_SCHEMA]
-        refused += [row[0] for row in await connection.fetch(_OWN_SCHEMAS, schemas)]
+        refused += [row[0] for row in await connection.fetch(_LEFT_OUT, _LEFT_OUT_SCHEMAS)]
+        refused += [row[0] for row in await connection.fetch(_IN_EXTENSIONS, login)]
         if granted or (refused and not self._accept):
             revision = format_revision(self.heads) or "base"
             raise ContentsRefusedError(revision, tuple(granted + refused), may_accept=not granted)

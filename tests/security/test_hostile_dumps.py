@@ -20,7 +20,7 @@ from tenancy_orm.provisioning.restoring import restore_archive
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.restores import DumpSource
 from tenancy_orm.tenant import Placement
-from tests.support.dumps import dump
+from tests.support.dumps import dump, rewrite
 from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import NOTES, Project
@@ -263,11 +263,8 @@ async def test_sql_in_a_dump_is_not_the_administrators(fleet: Fleet, tmp_path: P
     """A dump that RESETs its role is refused by PostgreSQL; as an administrator's, or with SET ROLE, it takes over."""
     await as_owner(fleet, f"COMMENT ON TABLE notes IS '{'x' * SPACE}'")
     archive = await dump(fleet, "acme", tmp_path / "dump")
-    contents = (archive / "toc.dat").read_bytes()
-    comment = f"COMMENT ON TABLE public.notes IS '{'x' * SPACE}';"
     sql = filled(fleet, 'RESET ROLE; ALTER ROLE "{role}" CREATEROLE; GRANT "{owner}" TO "{role}"; --')
-    assert comment.encode() in contents
-    (archive / "toc.dat").write_bytes(contents.replace(comment.encode(), sql.ljust(len(comment), "-").encode()))
+    rewrite(archive, f"COMMENT ON TABLE public.notes IS '{'x' * SPACE}';", sql)
     before = await present(fleet)
     with pytest.raises(ProvisioningError, match="permission denied"):
         await fleet.tenancy.restores.restore("acme", DumpSource(archive))
@@ -325,3 +322,24 @@ async def test_rights_that_were_granted_inside_are_refused(fleet: Fleet, tmp_pat
         assert [one for one in refused.value.findings if one.startswith("rights on table public.notes for")]
         assert [one for one in refused.value.findings if one.startswith("default privileges")]
         assert not refused.value.may_accept
+
+
+async def test_no_extension_gives_an_archive_rights_in_a_schema_of_postgresql(
+    config: TenancyConfig, tmp_path: Path
+) -> None:
+    """Its login would get rights there, and what it makes there is not compared: the owner's code in the end."""
+    async with open_fleet(config.replace(extensions=("vector",)), initialise=True) as fleet:
+        await fleet.create("acme", "globex")
+        await as_owner(fleet, f"COMMENT ON TABLE notes IS '{'x' * SPACE}'")
+        archive = await dump(fleet, "acme", tmp_path / "dump")
+        take = 'GRANT CONNECT ON DATABASE "{neighbour}" TO "{role}"'
+        sql = filled(
+            fleet,
+            "SELECT 1;\nCREATE EXTENSION IF NOT EXISTS vector WITH SCHEMA information_schema;\n"
+            "CREATE FUNCTION information_schema.take() RETURNS int LANGUAGE plpgsql SECURITY DEFINER AS "
+            f"$$BEGIN {take}; RETURN 1; END$$; --",
+        )
+        rewrite(archive, f"COMMENT ON TABLE public.notes IS '{'x' * SPACE}';", sql)
+        with pytest.raises(ProvisioningError, match="permission denied for schema information_schema"):
+            await fleet.tenancy.restores.restore("acme", DumpSource(archive))
+        assert not await has_taken(fleet)

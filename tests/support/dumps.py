@@ -29,3 +29,10 @@ async def dump(fleet: Fleet, slug: str, directory: Path, *options: str) -> Path:
         env={**os.environ, **environment, "PGPASSWORD": dsn.password},
     )
     return directory
+
+
+def rewrite(archive: Path, statement: str, other: str) -> None:
+    """Put another statement in the place of one of a dump, as somebody who writes dumps may."""
+    contents = (archive / "toc.dat").read_bytes()
+    assert statement.encode() in contents and len(other) <= len(statement)
+    (archive / "toc.dat").write_bytes(contents.replace(statement.encode(), other.ljust(len(statement), "-").encode()))

@@ -12,8 +12,10 @@ import pytest
 import sqlalchemy as sa
 
 from tenancy_orm import TenancyConfig
-from tenancy_orm.errors import ExtensionUnavailableError, MigrationError, ProvisioningError
+from tenancy_orm.errors import ContentsRefusedError, ExtensionUnavailableError, MigrationError, ProvisioningError
+from tenancy_orm.restores import DumpSource
 from tests.support.control_databases import create_control_database
+from tests.support.dumps import dump, rewrite
 from tests.support.fleet import Fleet, count_queries, fleet_config, open_fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import NOTES, Project
@@ -261,3 +263,21 @@ async def test_a_trusted_extension_can_be_created_by_a_revision_and_an_unknown_o
     with pytest.raises(MigrationError) as failed:
         await fleet.migrations.upgrade()
     assert "extension" not in str(failed.value)
+
+
+async def test_an_extension_hides_no_code_of_an_archive(fleet: Fleet, project: Project, tmp_path: Path) -> None:
+    """Who creates a trusted extension adds functions to it, and what belongs to one is not compared."""
+    project.add("0002", 'op.execute("CREATE EXTENSION trusty")', down="0001")
+    (await fleet.migrations.upgrade()).raise_for_failures()
+    placeholder = "x" * 400
+    async with fleet.connect("acme") as connection:
+        await connection.execute(f"COMMENT ON TABLE notes IS '{placeholder}'")
+    archive = await dump(fleet, "acme", tmp_path / "dump")
+    sql = (
+        "CREATE EXTENSION trusty SCHEMA public; CREATE FUNCTION public.who() RETURNS text LANGUAGE sql SECURITY "
+        "DEFINER AS 'SELECT CURRENT_USER::text'; ALTER EXTENSION trusty ADD FUNCTION public.who(); --"
+    )
+    rewrite(archive, f"COMMENT ON TABLE public.notes IS '{placeholder}';", sql)
+    rewrite(archive, "CREATE EXTENSION IF NOT EXISTS trusty WITH SCHEMA public;", "SELECT 1; --")
+    with pytest.raises(ContentsRefusedError, match=r"who\(\) of an extension"):
+        await fleet.tenancy.restores.restore("acme", DumpSource(archive))
