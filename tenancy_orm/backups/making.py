@@ -159,12 +159,14 @@ class BackupMaker:
     async def _give_up(
         self, backup_id: UUID, claimant: Claimant, store: Store, path: str, error: BaseException
     ) -> None:
-        """Remove what was written, and record the failure; what cannot be removed now is removed by ``prune``."""
+        """Remove what was written, and record the failure; what cannot be removed now is removed by ``prune``.
+
+        A backup that is done stays: a cancellation, or the loss of the connection, may come after the commit.
+        """
         try:
-            await self._records.fail(
-                backup_id, claimant, describe(error) if isinstance(error, Exception) else "stopped"
-            )
-            await store.delete(f"{path}/manifest.json", f"{path}/dump.tar.age")
+            reason = describe(error) if isinstance(error, Exception) else "stopped"
+            if await self._records.fail(backup_id, claimant, reason):
+                await store.delete(f"{path}/manifest.json", f"{path}/dump.tar.age")
         except FAILURES as exc:
             logger.warning("the backup %s that failed could not be cleared away now: %s", backup_id, describe(exc))
 

@@ -190,11 +190,13 @@ class BackupRecords:
             )
         return await self.get(manifest.id)
 
-    async def fail(self, backup_id: UUID, claimant: Claimant, error: str) -> None:
-        """Record that a backup has failed."""
+    async def fail(self, backup_id: UUID, claimant: Claimant, error: str) -> bool:
+        """Record that a backup has failed; False if it is done: what failed came after that."""
         values = {"id": backup_id, "claim": claimant.id, "error": _text(error)}
         async with self._control.transaction() as connection:
-            await connection.execute(_FAILED, values)
+            if (await connection.execute(_FAILED, values)).rowcount:
+                return True
+            return not await connection.scalar(_IS_DONE, {"id": backup_id})
 
     async def take_up(self, manifest: Manifest, *, store: str, path: str, stored_bytes: int, actor: Actor) -> bool:
         """Write the row of a backup that is complete in a store, and has none or one that says that it failed.
@@ -391,6 +393,7 @@ _FAILED = text(
     "UPDATE tenancy.backups SET state = 'failed', ended_at = clock_timestamp(), claim = NULL, claimed_until = NULL, "  # noqa: S608
     f"error = :error {_CLAIMED}"
 ).bindparams(*_IDS)
+_IS_DONE = text("SELECT state = 'done' FROM tenancy.backups WHERE id = :id FOR UPDATE").bindparams(_IDS[0])
 _TAKE_UP = text(
     "INSERT INTO tenancy.backups AS b (id, tenant_id, server, store, path, key_id, state, started_at, ended_at, bytes, "
     "manifest) SELECT :id, CAST(:tenant AS uuid), :server, :store, :path, :key, 'done', :began, :ended, :bytes, "

@@ -133,6 +133,25 @@ async def test_a_failure_of_one_tenant_stops_no_other_and_leaves_nothing(
         await tenancy.backups.verify(failed[0])
 
 
+async def test_what_fails_once_a_backup_is_done_does_not_remove_it(
+    tenancy: Tenancy, acme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancellation after the commit, or a connection that is lost at that moment: the row says done, and so it is."""
+    records = tenancy.backups._records
+    finish = records.finish
+
+    async def lost(*args: Any, **options: Any) -> Backup:
+        await finish(*args, **options)
+        raise ConnectionResetError
+
+    monkeypatch.setattr(records, "finish", lost)
+    assert (await tenancy.backups.run([acme])).reasons.keys() == {acme}
+    (made,) = await tenancy.backups.list(acme)
+    assert made.state == "done"
+    async with tenancy.backups.open(made):
+        pass
+
+
 async def test_temporary_space_is_checked_first(tenancy: Tenancy, acme: str, tmp_path: Path) -> None:
     tenancy.backups._maker._config = tenancy.config.backup.replace(max_temporary_bytes=1)
     report = await tenancy.backups.run(["acme"])
