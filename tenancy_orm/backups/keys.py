@@ -211,6 +211,7 @@ class BackupKeys:
                 # first: what the row says is in the store is there
                 for store in await self._all_stores(row.tenant_id):
                     await self._put(store, renewed, row.id, row.tenant_id, row.recipient)
+                    await self._remove_if_destroyed(store, row.id, row.tenant_id)
             except (SecretError, BackupError, ConfigurationError) as exc:
                 logger.error("the backup key %s was not resealed: %s", row.id, exc)
                 failed[row.id] = str(exc)
@@ -262,7 +263,18 @@ class BackupKeys:
             if sealed is None:
                 raise BackupKeyDestroyedError(f"the key {key.id} was destroyed") from None
             await self._put(store, bytes(sealed), key.id, key.tenant_id, key.recipient)
+            if await self._remove_if_destroyed(store, key.id, key.tenant_id):
+                raise BackupKeyDestroyedError(f"the key {key.id} was destroyed") from None
         self._stored.add((store.url, key.id))
+
+    async def _remove_if_destroyed(self, store: Store, key_id: str, tenant_id: UUID | None) -> bool:
+        """Remove a sealed identity that was written while another process destroyed the key; tells whether one has."""
+        query = select(backup_keys.c.id).where(backup_keys.c.id == key_id, backup_keys.c.destroyed_at.is_(None))
+        async with self._control.connect() as connection:
+            if (await connection.execute(query)).first() is not None:
+                return False
+        await store.delete(self._path(key_id, tenant_id))
+        return True
 
     async def _put(self, store: Store, sealed: bytes, key_id: str, tenant_id: UUID | None, recipient: str) -> None:
         data_key = None
