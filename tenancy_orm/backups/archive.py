@@ -54,6 +54,9 @@ def unpack(chunks: Iterable[bytes], manifest: Manifest, directory: Path) -> None
                 file = next(expected, None)
                 if file is None or not info.isreg() or info.name != file.name or Path(file.name).name != file.name:
                     raise BackupDamagedError(f"the archive has {info.name!r}, which its manifest has not")
+                # first: anybody can encrypt for the key, and fill the disk
+                if info.size != file.bytes:
+                    raise BackupDamagedError(f"{file.name} has {info.size} bytes, and its manifest says {file.bytes}")
                 content = archive.extractfile(info)
                 digest, size = hashlib.sha256(), 0
                 with (directory / file.name).open("xb") as written:

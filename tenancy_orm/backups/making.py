@@ -39,7 +39,7 @@ from .manifest import Manifest
 from .records import Backup, BackupRecords
 from .sources import CONTROL_SCOPE, TENANT_SCOPE, ControlSource, Facts, facts_of
 from .spool import Spool
-from .stores import Store, Stores
+from .stores import MANIFEST_BYTES, Store, Stores
 
 logger = logging.getLogger("tenancy_orm.backups")
 
@@ -139,6 +139,11 @@ class BackupMaker:
                     else:
                         manifest = await self._dump_tenant(backup_id, key, store, path, tenant)
                 signed = manifest.sign(self._services.signer)
+                if len(signed) > MANIFEST_BYTES:
+                    raise BackupError(
+                        f"the manifest, with {len(manifest.files):,} tables and large objects, is larger than the "
+                        f"{MANIFEST_BYTES:,} bytes that are read of one; keep fewer large objects"
+                    )
                 # the last: what has no manifest is no backup
                 await store.put(f"{path}/manifest.json", signed)
             stored = manifest.archive_bytes + len(signed)

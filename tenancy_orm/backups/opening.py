@@ -18,7 +18,7 @@ from .keys import BackupKeys
 from .manifest import Manifest
 from .records import Backup
 from .spool import Spool
-from .stores import Store, Stores
+from .stores import MANIFEST_BYTES, Store, Stores
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class BackupReader:
             BackupNotFoundError: there is none.
             BackupDamagedError: it is not what was written.
         """
-        return Manifest.read(await store.get(path), await self._audit.verifier())
+        return Manifest.read(await store.get(path, at_most=MANIFEST_BYTES), await self._audit.verifier())
 
     async def check(self, backup: Backup) -> Manifest:
         """Verify a backup without its key: the manifest's signature, and the archive's checksum.

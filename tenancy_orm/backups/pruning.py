@@ -62,13 +62,14 @@ class BackupPruner:
             errors = [error for one in await self._records.to_remove() if (error := await self._remove(one, actor))]
         else:
             errors = []
+        found = [await self._records.get(one.id) for one in found]  # with their manifests
         return PruneReport(tuple(found), sum(one.bytes or 0 for one in found), tuple(errors))
 
     async def to_prune(self) -> list[Backup]:
         """Return the backups that the policy does not keep, and those that nobody can read any more."""
         done = [
-            *await self._records.list(states=("done",)),
-            *await self._records.list(control=True, states=("done",)),
+            *await self._records.list(states=("done",), manifests=False),
+            *await self._records.list(control=True, states=("done",), manifests=False),
         ]
         destroyed = await self._records.destroyed_keys()
         lost = [one for one in done if one.key_id in destroyed]

@@ -251,6 +251,7 @@ class BackupRecords:
         control: bool = False,
         states: Iterable[BackupState] | None = None,
         limit: int | None = None,
+        manifests: bool = True,
     ) -> tuple[Backup, ...]:
         """Return backups, the newest first.
 
@@ -259,6 +260,7 @@ class BackupRecords:
             control: Those of the control database instead; with neither, those of all tenants.
             states: Of these states alone.
             limit: At most so many.
+            manifests: Whether they come with their manifests, which have a line for each table.
         """
         if tenant_id is None:
             refuse_while_bound("listing backups")
@@ -269,6 +271,7 @@ class BackupRecords:
             "control": control,
             "states": None if states is None else list(states),
             "limit": limit,
+            "manifests": manifests,
         }
         async with self._control.connect() as connection:
             return tuple(_backup(row) for row in await connection.execute(_LIST, values))
@@ -420,7 +423,7 @@ _KNOWN = text(
 )
 _GET = text(f"SELECT {_COLUMNS} {_FROM} WHERE b.id = :id").bindparams(bindparam("id", type_=Uuid))
 _LIST = text(
-    f"SELECT {_COLUMNS} {_FROM} "
+    f"SELECT {_COLUMNS.replace('b.manifest', 'CASE WHEN :manifests THEN b.manifest END AS manifest')} {_FROM} "
     "WHERE (CASE WHEN :control THEN b.tenant_id IS NULL ELSE b.tenant_id IS NOT NULL END) "
     "AND (CAST(:tenant AS uuid) IS NULL OR b.tenant_id = CAST(:tenant AS uuid)) "
     "AND (:states IS NULL OR b.state = ANY (:states)) ORDER BY b.started_at DESC, b.id LIMIT CAST(:limit AS bigint)"

@@ -22,7 +22,7 @@ from ..secrets.providers import read_secrets
 from .keys import CONTROL, keys_directory, read_object, unseal
 from .manifest import Manifest
 from .opening import fetch
-from .stores import Store, Stores
+from .stores import MANIFEST_BYTES, Store, Stores
 
 logger = logging.getLogger("tenancy_orm.backups")
 
@@ -99,7 +99,7 @@ async def _newest(store: Store, installation: UUID, keys: Mapping[str, bytes], d
         beside = directory.with_name(f".{directory.name}.part")
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            manifest = Manifest.read(await store.get(path), signer)
+            manifest = Manifest.read(await store.get(path, at_most=MANIFEST_BYTES), signer)
             if (manifest.installation, manifest.tenant_id) != (installation, None):
                 raise BackupDamagedError("it is of something else")
             stored = await store.get(f"{keys_directory(installation, None)}/{manifest.key_id}.json")

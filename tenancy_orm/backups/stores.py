@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ CHUNK_BYTES = 1024 * 1024
 
 _PART_BYTES = 16 * 1024**2  # an object of S3 has at most 10,000 parts
 _SMALL_BYTES = 16 * 1024**2
+MANIFEST_BYTES = 128 * 1024**2
+"""How large a manifest may be: it has a line for each table and each large object."""
+
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
@@ -93,14 +97,14 @@ class Store(ABC):
         """Write a small object."""
         await asyncio.to_thread(self.write, path, [data], size=len(data))
 
-    async def get(self, path: str) -> bytes:
+    async def get(self, path: str, *, at_most: int = _SMALL_BYTES) -> bytes:
         """Read a small object.
 
         Raises:
             BackupNotFoundError: there is none.
-            BackupError: it is larger than 16 MiB, or the store does not answer.
+            BackupError: it has more bytes than ``at_most``, or the store does not answer.
         """
-        return await asyncio.to_thread(self._read_small, path)
+        return await asyncio.to_thread(self._read_small, path, at_most)
 
     async def list(self, prefix: str) -> list[StoredObject]:
         """Return the objects below a path, by path."""
@@ -111,11 +115,11 @@ class Store(ABC):
         for path in paths:
             await asyncio.to_thread(self.remove, path)
 
-    def _read_small(self, path: str) -> bytes:
+    def _read_small(self, path: str, at_most: int) -> bytes:
         found = bytearray()
         for chunk in self.read(path):
             found += chunk
-            if len(found) > _SMALL_BYTES:
+            if len(found) > at_most:
                 raise BackupError(f"{path} in {self.url} is too large to be what it should be")
         return bytes(found)
 
@@ -211,13 +215,20 @@ class DirectoryStore(Store):
 
     def find(self, prefix: str) -> Iterator[StoredObject]:
         """Return the files below a directory."""
-        for directory, _, names in os.walk(self._path(prefix) if prefix else self._directory):
+        root = self._path(prefix) if prefix else self._directory
+        for directory, _, names in os.walk(root, onerror=partial(self._fail, prefix)):
             for name in names:
                 file = Path(directory, name)
                 with suppress(FileNotFoundError):
                     found = file.stat()
                     modified_at = datetime.fromtimestamp(found.st_mtime, UTC)
                     yield StoredObject(file.relative_to(self._directory).as_posix(), found.st_size, modified_at)
+
+    def _fail(self, prefix: str, error: OSError) -> None:
+        """Raise what ``os.walk`` passes over: a directory that cannot be read is not an empty one."""
+        if not isinstance(error, FileNotFoundError):
+            with self._failures(prefix):
+                raise error
 
     def remove(self, path: str) -> None:
         """Delete a file, and the directories that are empty then."""
@@ -366,4 +377,13 @@ def _sync_directory(directory: Path) -> None:
         os.close(opened)
 
 
-__all__ = ["CHUNK_BYTES", "DirectoryStore", "ObjectStore", "Store", "StoredObject", "Stores", "open_store"]
+__all__ = [
+    "CHUNK_BYTES",
+    "MANIFEST_BYTES",
+    "DirectoryStore",
+    "ObjectStore",
+    "Store",
+    "StoredObject",
+    "Stores",
+    "open_store",
+]

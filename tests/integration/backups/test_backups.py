@@ -16,7 +16,8 @@ from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import Backup, DirectoryStore
-from tenancy_orm.backups.encryption import decrypt, new_identity
+from tenancy_orm.backups.archive import pack
+from tenancy_orm.backups.encryption import decrypt, encrypt, new_identity
 from tenancy_orm.errors import (
     BackupDamagedError,
     BackupKeyDestroyedError,
@@ -253,6 +254,30 @@ async def test_a_backup_that_lacks_rows_does_not_pass(tenancy: Tenancy, backup: 
     assert "the schema" in str((await tenancy.backups.verify(backup.id)).error)
 
 
+async def test_a_manifest_of_many_large_objects_is_read(tenancy: Tenancy, backup: Backup) -> None:
+    """It has a line for each: a backup that says done, and cannot be read, is none."""
+    assert backup.manifest is not None
+    fields = backup.manifest.to_fields()
+    fields["files"] = [{"name": f"blob_{n}.dat", "bytes": 1, "sha256": "0" * 64} for n in range(160_000)]
+    signed = tenancy.backups._services.signer.sign_statement("tenancy-backup-1", fields).to_bytes()
+    await tenancy.backups.store.put(backup.manifest_path, signed)
+    await statement(tenancy, "UPDATE tenancy.backups SET manifest = NULL")
+    assert len((await tenancy.backups.manifest(backup.id)).files) == 160_000
+
+
+async def test_a_forged_archive_does_not_fill_the_disk(tenancy: Tenancy, backup: Backup, tmp_path: Path) -> None:
+    """Anybody who can write to the store can encrypt for the key; the checksum is known at the end."""
+    assert backup.manifest is not None and backup.tenant_id is not None
+    (key,) = await tenancy.backups.keys.of(backup.tenant_id)
+    large = tmp_path / backup.manifest.files[0].name
+    large.write_bytes(bytes(5_000_000))
+    forged = encrypt(pack([large], lambda _: None), [key.recipient])
+    (tmp_path / "store" / backup.archive_path).write_bytes(b"".join(forged))
+    with pytest.raises(BackupDamagedError, match="has 5000000 bytes"):
+        async with tenancy.backups.open(backup):
+            pass
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +315,26 @@ async def test_a_destroyed_key_ends_all_backups(tenancy: Tenancy, backup: Backup
     report = await tenancy.backups.prune()
     assert [one.id for one in report.pruned] == [again.id]
     assert not any(str(again.id) in path for path in stored(tmp_path))
+
+
+async def test_a_key_that_is_destroyed_while_it_is_written_is_not_left_in_the_store(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a backup into a store that did not have it, or by whoever seals it again."""
+    keys, tenant_id, store = tenancy.backups.keys, backup.tenant_id, tenancy.backups.store
+    assert tenant_id is not None
+    await keys._delete_stored(tenant_id)
+    keys._stored.clear()
+    put = store.put
+
+    async def late(path: str, data: bytes) -> None:
+        monkeypatch.setattr(store, "put", put)
+        await keys.destroy(tenant_id)
+        await put(path, data)
+
+    monkeypatch.setattr(store, "put", late)
+    assert "destroyed" in (await tenancy.backups.run(["acme"])).reasons["acme"]
+    assert not any("/keys/" in path for path in stored(tmp_path))
 
 
 # --- the control database ---------------------------------------------------------------------------------------------

@@ -85,6 +85,16 @@ def test_a_directory_is_its_users_alone(tmp_path: Path) -> None:
             store.write(path, [b"x"])
 
 
+async def test_a_directory_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
+    """Whoever destroys keys, or prunes, would believe that nothing is left in it."""
+    store = open_store(f"file:{tmp_path / 'store'}", {})
+    assert await store.list("i/keys") == []
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "i").symlink_to("i")
+    with pytest.raises(BackupError, match="symbolic links"):
+        await store.list("i/keys")
+
+
 def test_what_no_store_is_is_refused(options: dict[str, str], tmp_path: Path) -> None:
     """And no message has a secret in it."""
     for url in ("s3://key:secret@bucket", "http://bucket", "relative", "s3://bucket?x=y", ""):
