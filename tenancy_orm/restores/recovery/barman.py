@@ -79,9 +79,10 @@ class BarmanRecovery:
         size = backup.size_bytes + len(segments) * _SEGMENT_BYTES
         async with self._options.open(size) as keeper:
             await self._recover(keeper, name, backup, request.time, details)
-            if not (keeper.home / "data" / "barman_wal").is_dir():
+            wal = keeper.home / "data" / "barman_wal"
+            if not wal.is_dir():
                 raise RecoveryError("barman has copied no WAL; the option get-wal must not be in recovery_options")
-            run = self._options.run(keeper, programs, request, restore_command='cp "barman_wal/%f" "%p"')
+            run = self._options.run(keeper, programs, request, wal=wal, restore_command='cp "barman_wal/%f" "%p"')
             async with run as recovered:
                 yield recovered
 

@@ -140,10 +140,10 @@ class ScratchOptions:
 
     @asynccontextmanager
     async def run(
-        self, keeper: Keeper, programs: Programs, request: RecoveryRequest, *, restore_command: str
+        self, keeper: Keeper, programs: Programs, request: RecoveryRequest, *, wal: Path, restore_command: str
     ) -> AsyncIterator[RecoveredDatabase]:
         """Recover the files in ``keeper.home / "data"``, and run them for the body."""
-        scratch = ScratchServer(keeper, programs, restore_command=restore_command, settings=self.settings)
+        scratch = ScratchServer(keeper, programs, wal=wal, restore_command=restore_command, settings=self.settings)
         last_commit = await scratch.recover(request.time)
         async with scratch.open(request.database, request.installation, request.tenant_id, request.slug) as dsn:
             yield RecoveredDatabase(
@@ -217,7 +217,8 @@ class DirectoryRecovery:
                 await opened.__aexit__(type(exc), exc, exc.__traceback__)
                 raise
         try:
-            run = self._options.run(keeper, plan.programs, request, restore_command='cp "../wal/%f" "%p"')
+            wal = keeper.home / "wal"
+            run = self._options.run(keeper, plan.programs, request, wal=wal, restore_command='cp "../wal/%f" "%p"')
             async with run as recovered:
                 yield recovered
         finally:

@@ -31,6 +31,7 @@ from ...provisioning.scram import scram_verifier
 from ...routing.marker import marker_text
 from ...secrets.keyring import new_password
 from .keeper import Keeper
+from .wal_files import find_new_tablespace
 
 _PORT = 5432  # of a socket's name alone
 _CONNECT_SECONDS = 30.0
@@ -41,8 +42,16 @@ _LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-
 _FATAL = re.compile(r"(?:FATAL|PANIC|ERROR): +(?P<text>.*)")
 _SHOWN = 300  # characters of an error
 
-# What else a server reads at its start, and what a standby or a killed server leaves.
-_REMOVED = ("standby.signal", "postmaster.pid", "postmaster.opts", "recovery.conf", "backup_label.old")
+# What else a server reads at its start, and what a standby or a killed server leaves. The last one would lead the
+# tablespaces back to the directories of the server that was backed up.
+_REMOVED = (
+    "standby.signal",
+    "postmaster.pid",
+    "postmaster.opts",
+    "recovery.conf",
+    "backup_label.old",
+    "tablespace_map",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,15 +81,17 @@ class ScratchServer:
     Args:
         keeper: Runs its programs. Its ``home`` has the files of the base backup in ``data``.
         programs: PostgreSQL's, of the version of the files.
-        restore_command: The shell command that fetches a file of WAL; it runs in ``data``.
+        wal: The directory of the WAL.
+        restore_command: The shell command that fetches a file of it; it runs in ``data``.
         settings: Further settings, ``shared_buffers`` for example.
     """
 
     def __init__(
-        self, keeper: Keeper, programs: Programs, *, restore_command: str, settings: Mapping[str, str]
+        self, keeper: Keeper, programs: Programs, *, wal: Path, restore_command: str, settings: Mapping[str, str]
     ) -> None:
         self._keeper = keeper
         self._programs = programs
+        self._wal = wal
         self._restore_command = restore_command
         self._further = settings
         self._data = keeper.home / "data"
@@ -93,9 +104,16 @@ class ScratchServer:
         """Recover the files to a time and shut the server down; returns the time of the last transaction it has.
 
         Raises:
-            RecoveryTargetError: the WAL ends before that time.
+            RecoveryTargetError: the WAL ends before that time, or a tablespace was made between the base backup and it.
             RecoveryError: PostgreSQL does not recover.
         """
+        # PostgreSQL would make it at the same place, which is the directory of a server that runs
+        if (place := await find_new_tablespace(self._programs, self._wal, target)) is not None:
+            raise RecoveryTargetError(
+                f"a tablespace was made in {place!r} between the base backup and {target.isoformat()}: a recovery "
+                "would write into that directory; choose a time before that, or one after the next base backup, or "
+                "recover the server on another machine and name it with --recovered-server"
+            )
         await asyncio.to_thread(self._keeper.account.take, self._keeper.home)
         await asyncio.to_thread(self._neutralise, await self._required_settings(), target)
         await self._start()
@@ -143,6 +161,7 @@ class ScratchServer:
         """Replace everything that says how the server works, and what it recovers to."""
         for name in _REMOVED:
             (self._data / name).unlink(missing_ok=True)
+        self._refuse_links()
         (self._data / "postgresql.auto.conf").write_text("", "utf-8")
         (self._data / "recovery.signal").touch()
         home = self._keeper.home
@@ -164,6 +183,13 @@ class ScratchServer:
         (home / "pg_hba.conf").write_text("local all all reject\n", "utf-8")
         self._data.chmod(0o700)
         self._keeper.account.take(home)
+
+    def _refuse_links(self) -> None:
+        """Refuse files that are elsewhere: the server that they were copied from may still use them."""
+        home = self._keeper.home.resolve()
+        for link in (self._data / "pg_wal", *(self._data / "pg_tblspc").iterdir()):
+            if not link.resolve().is_relative_to(home):
+                raise RecoveryError(f"the recovered files lead to {str(link.resolve())!r}, which is not a copy")
 
     def _admit(self, database: str) -> None:
         """Let two logins in, each to one database, and nobody else."""

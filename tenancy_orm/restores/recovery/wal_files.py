@@ -11,12 +11,14 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ...cancellation import run_to_completion
+from ...errors import RecoveryError
 from ...postgres.programs import Programs
 
 _NAME = re.compile(r"[0-9A-F]{24}")
@@ -25,6 +27,10 @@ _PARTIAL = ".partial"
 # magic, flags, timeline, address, rest of a record, system identifier, sizes of a segment and of a page
 _LONG_HEADER = struct.Struct("=HHIQI4xQII")
 _LONG_FLAG = 0x0002
+_TABLESPACE = re.compile(
+    rb"^rmgr: Tablespace .*? lsn: ([0-9A-F]+/[0-9A-F]+), .*? desc: CREATE \d+ \"(.+)", re.MULTILINE
+)
+_LSN = re.compile(rb" lsn: ([0-9A-F]+/[0-9A-F]+), ")
 _TIME = re.compile(rb"(?:COMMIT|ABORT)(?:_PREPARED)? .*?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+) UTC")
 
 
@@ -122,29 +128,68 @@ async def times_in(programs: Programs, segment: Segment) -> tuple[datetime, date
             # by its own name alone can it be read
             path = Path(directory) / segment.name
             await asyncio.to_thread(shutil.copyfile, segment.path, path)
-        process = await asyncio.create_subprocess_exec(
-            programs.path("pg_waldump"),
-            "--rmgr=Transaction",
-            str(path),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env={"TZ": "UTC", "LC_ALL": "C"},
-        )
         first = last = None
-        try:
-            assert process.stdout is not None  # noqa: S101 - it is a pipe
-            async for line in process.stdout:
-                if match := _TIME.search(line):
-                    last = match[1]
-                    first = first or last
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            # where the segment is not full, it ends with an error
-            await run_to_completion(process.wait())
+        async for line in _records(programs, "--rmgr=Transaction", str(path)):
+            if match := _TIME.search(line):
+                last = match[1]
+                first = first or last
     return None if first is None or last is None else (_time(first), _time(last))
+
+
+async def find_new_tablespace(programs: Programs, directory: Path, target: datetime) -> str | None:
+    """Return the location of a tablespace that a recovery of these files at a time would make; None without any."""
+    timelines: dict[str, list[str]] = {}
+    for name in sorted(entry.name for entry in os.scandir(directory) if _NAME.fullmatch(entry.name)):
+        timelines.setdefault(name[:8], []).append(name)
+    for names in timelines.values():
+        # together, since a record may begin in one file and end in the next
+        files = (f"--path={directory}", names[0], names[-1])
+        tablespaces = _records(programs, "--rmgr=Tablespace", *files)
+        made = [match async for line in tablespaces if (match := _TABLESPACE.search(line))]
+        if made and not await _ends_before(programs, files, _place(made[0][1]), target):
+            return str(made[0][2].decode(errors="replace")).strip().removesuffix('"')
+    return None
+
+
+async def _ends_before(programs: Programs, files: Sequence[str], place: int, target: datetime) -> bool:
+    """Whether a recovery at a time ends before a place in the WAL: at the first transaction that ended later."""
+    async with aclosing(_records(programs, "--rmgr=Transaction", *files)) as lines:
+        async for line in lines:
+            if (lsn := _LSN.search(line)) and _place(lsn[1]) > place:
+                return False
+            if (match := _TIME.search(line)) and _time(match[1]) > target:
+                return True
+    return False
+
+
+def _place(lsn: bytes) -> int:
+    high, _, low = lsn.partition(b"/")
+    return (int(high, 16) << 32) + int(low, 16)
+
+
+async def _records(programs: Programs, *arguments: str) -> AsyncGenerator[bytes]:
+    """Yield the lines that ``pg_waldump`` prints."""
+    process = await asyncio.create_subprocess_exec(
+        programs.path("pg_waldump"),
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={"TZ": "UTC", "LC_ALL": "C"},
+    )
+    try:
+        assert process.stdout is not None  # noqa: S101 - it is a pipe
+        async for line in process.stdout:
+            yield line
+    except BaseException:
+        with suppress(ProcessLookupError):
+            process.kill()
+        raise
+    finally:
+        # where the last file is not full, it ends with an error
+        await run_to_completion(process.wait())
+    if process.returncode is not None and process.returncode < 0:
+        raise RecoveryError(f"the WAL cannot be read: pg_waldump was ended by signal {-process.returncode}")
 
 
 def _time(text: bytes) -> datetime:
@@ -162,6 +207,7 @@ async def last_time(programs: Programs, segments: Sequence[Segment]) -> datetime
 __all__ = [
     "Segment",
     "SegmentHeader",
+    "find_new_tablespace",
     "last_time",
     "list_histories",
     "list_segments",

@@ -332,6 +332,43 @@ async def test_what_the_servers_administrators_have_set_is_without_effect(
         primary.query("DROP TABLESPACE IF EXISTS side")
 
 
+async def test_no_recovery_writes_into_a_tablespace_of_the_server_itself(
+    tenancy: Tenancy, primary: TestServer, directory: Path
+) -> None:
+    """One that was made since the base backup would be made at the same place: such a time is refused."""
+    acme = await create(tenancy, "acme")
+    assert acme.placement is not None
+    place = directory / "later"
+    place.mkdir()
+    owner = primary.data_dir.joinpath("pgdata").resolve().stat()
+    os.chown(place, owner.st_uid, owner.st_gid)
+    try:
+        async with receiving(tenancy):
+            await tenancy.recovery.take_base()
+            await write(tenancy, "acme", "before")
+            early = now(primary)
+            await write(tenancy, "acme", "after")
+            primary.query(f"CREATE TABLESPACE later LOCATION '{place}'")
+            primary.query("CREATE TABLE aside () TABLESPACE later", database=acme.placement.database)
+            late = now(primary)
+            files = sorted(place.rglob("*"))
+            with pytest.raises(RecoveryTargetError, match=rf"a tablespace was made in '{place}' between"):
+                async with tenancy.recovery.open(acme, late):
+                    pass
+            async with tenancy.recovery.open(acme, early) as recovered:
+                assert await read(recovered) == ["before"]
+            assert sorted(place.rglob("*")) == files and left_in(directory) == []
+            (base,) = (directory / "kept").glob("default/base/*")
+            (elsewhere := directory / "elsewhere").mkdir()
+            (base / "data" / "pg_tblspc" / "4711").symlink_to(elsewhere)
+            with pytest.raises(RecoveryError, match=rf"lead to '{elsewhere}', which is not a copy"):
+                async with tenancy.recovery.open(acme, early):
+                    pass
+    finally:
+        primary.query("DROP TABLE IF EXISTS aside", database=acme.placement.database)
+        primary.query("DROP TABLESPACE IF EXISTS later")
+
+
 async def test_a_server_that_was_recovered_elsewhere_gives_one_database(
     tenancy: Tenancy, primary: TestServer, directory: Path
 ) -> None:
