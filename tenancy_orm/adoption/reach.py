@@ -118,6 +118,14 @@ class Reach:
                 how = f"its {column} is {self.mapping.column} of other tables"
                 self.tables[key.target] = Reached(known[key.target], Way.ROOT, how, root_column=column)
 
+    def customers_column(self, reached: Reached) -> str | None:
+        """The column of a table that says the customer: of this name, or what that column of other tables refers to."""
+        relation, column = reached.relation, self.mapping.column
+        if relation.has(column):
+            return column
+        keys = (key for other in self.relations for key in other.keys if key.target == relation.oid)
+        return next((key.target_columns[0] for key in keys if key.columns == (column,)), None)
+
     def _round(self) -> Iterator[Reached]:
         for relation in self.relations:
             if relation.oid in self.tables:

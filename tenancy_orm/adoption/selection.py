@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import asyncpg
@@ -222,6 +222,23 @@ class Selection:
         if len(values) > 1:
             listed = ", ".join(f"{value} (in {table})" for value, table in list(values.items())[: _SAMPLES + 1])
             found.insert(0, f"rows of more than one customer would come along, by {column}: {listed}")
+        return found + await self._shared_customers(values)
+
+    async def _shared_customers(self, own: Container[str]) -> list[str]:
+        """What is copied whole has no row of another customer, with or without a foreign key that would say so."""
+        found = []
+        for reached in self._reach:
+            relation, name = reached.relation, self._reach.customers_column(reached)
+            if reached.way is not Way.SHARED or name is None:
+                continue
+            alias = self._reach.alias()
+            column = f"{alias}.{quote_identifier(name)}"
+            query = f"SELECT DISTINCT {column}::text FROM {relation.rows(alias)} WHERE {column} IS NOT NULL LIMIT 2"  # noqa: S608
+            if others := [one for (one,) in await self._fetch(query, relation) if one not in own]:
+                found.append(
+                    f"table {relation.label} is shared, and has rows of other customers ({name} = {others[0]}): it "
+                    "would be copied whole; take it out of shared, or give it a where"
+                )
         return found
 
     async def _broken(self, reached: Reached, key: ForeignKey) -> str | None:

@@ -87,6 +87,19 @@ async def test_each_customer_gets_its_rows_and_the_shared_ones(fleet: Fleet, sou
     assert again.api_key is None and again.rows == report.rows and "already" in again.notes[0]
 
 
+@pytest.mark.parametrize(("table", "shown"), [("projects", "org_id = 2"), ("orgs", "id = 2")])
+async def test_a_table_with_other_customers_is_not_shared(
+    fleet: Fleet, source: ForeignDatabase, table: str, shown: str
+) -> None:
+    """Also without a foreign key that would say so, and with the column left out."""
+    await source.execute("ALTER TABLE projects DROP CONSTRAINT IF EXISTS projects_org_id_fkey")
+    mapping = {**MAPPING, "shared": [table, "countries"]}
+    mapping["tables"] = {name: one for name, one in MAPPING["tables"].items() if name != table or "where" not in one}
+    report = await fleet.tenancy.adoption.rows.check("acme", source.url, where=ACME, mapping=mapping)
+    wanted = f"table public.{table} is shared, and has rows of other customers ({shown})"
+    assert any(problem.startswith(wanted) for problem in report.problems), report.problems
+
+
 PLANTED = {
     "a task of another customer's project": (
         "UPDATE tasks SET project_id = 3 WHERE id = 1",
