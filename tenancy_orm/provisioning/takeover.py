@@ -338,8 +338,9 @@ class DatabaseTakeover:
             await self._rename(admin, name, self._former)
         connection = await self._connect()
         try:
-            if await self._owner_of(connection) == state["owner"]:
-                return  # what changes first is its owner
+            # what changes first is its owner, unless tenants' owner owned it before: then all is done again
+            if state["owner"] != self._owner and await self._owner_of(connection) == state["owner"]:
+                return
             exists = await roles.exists(connection, self._role)
             wanted = [state["owner"], *state["owners"], *([self._role] if exists else [])]
             async with self._joined(connection, wanted):
