@@ -36,6 +36,9 @@ def restore(
         str | None,
         typer.Option("--as", help="Make another tenant of it, with this slug; the first one is not touched."),
     ] = None,
+    server: Annotated[
+        str | None, typer.Option("--server", help="With --as: the server to place the new tenant on.")
+    ] = None,
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Stop before the swap, and say how to look into the restored database.")
     ] = False,
@@ -52,6 +55,8 @@ def restore(
         fail("give a backup, or --to, or --recovered-server", kind="ConfigurationError")
     if as_slug is not None and inspect:
         fail("--as and --inspect exclude each other: another tenant is looked at by its own login")
+    if server is not None and as_slug is None:
+        fail("--server goes with --as: a restore of the tenant itself stays on its server")
     if as_slug is None and not inspect and not yes:
         question = (
             f"Replace the database of tenant {tenant!r}? What it has now is kept beside, and undo-restore swaps back."
@@ -63,7 +68,12 @@ def restore(
         source = await _source(tenancy, tenant, backup, to, recovered_server)
         if as_slug is not None:
             return await tenancy.restores.restore_as(
-                as_slug, source, accept=accept_differences, tell=_tell(as_json), actor=operator()
+                as_slug,
+                source,
+                server=server,
+                accept=accept_differences,
+                tell=_tell(as_json),
+                actor=operator(),
             )
         return await tenancy.restores.restore(
             tenant, source, inspect=inspect, accept=accept_differences, tell=_tell(as_json), actor=operator()

@@ -105,7 +105,11 @@ class Making:
         return await programs_for(self._config, version)
 
     async def extensions(self, tenant: Tenant, archive: Archive) -> tuple[InstalledExtension, ...]:
-        """The archive's extensions, as far as they are configured or the tenant's database has them."""
+        """The archive's extensions, as far as they are configured, or the tenant's database has or had them."""
+        if archive.extensions is not None and archive.server_version is not None:
+            # a signed manifest names them, so that the tenant's server need not be there any more
+            programs = await programs_for(self._config, archive.server_version)
+            return await extensions_in(programs, archive.path, archive.extensions | set(self._config.extensions))
         place = placement_of(tenant)
         connection = await self._provisioner.connect_admin(place.server, place.database, purpose="tenancy-restore")
         try:

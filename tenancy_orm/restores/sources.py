@@ -23,6 +23,7 @@ class Archive:
         tenant_owned: What the tenant's role owned ("table sandbox.drafts"), by a signed manifest.
         rows: Rows by table, as its quoted name with the schema; empty where nobody has counted them.
         server_version: The major version of the server that it was made on; None where that is not known.
+        extensions: The names of the extensions that the database had, by a signed manifest; None without one.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Archive:
     tenant_owned: tuple[str, ...] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
     server_version: int | None = None
+    extensions: frozenset[str] | None = None
 
 
 class RestoreSource(Protocol):
@@ -126,6 +128,7 @@ class BackupSource:
                 tenant_owned=manifest.tenant_owned,
                 rows=manifest.tables,
                 server_version=int(manifest.server_version.split(".")[0]),
+                extensions=frozenset(one.name for one in manifest.extensions),
             )
 
 

@@ -57,6 +57,16 @@ async def test_a_backup_is_restored_and_never_after_a_purge(fleet: Fleet, tmp_pa
     assert await databases(fleet) == left
 
 
+async def test_another_tenant_is_made_where_the_first_ones_database_is_lost(fleet: Fleet, postgres: Postgres) -> None:
+    """As when its server is gone: the signed manifest names the extensions."""
+    (backup,) = (await fleet.tenancy.backups.run(["acme"])).done
+    acme = await fleet.registry.find("acme")
+    assert acme.placement is not None
+    await postgres.drop_database(acme.placement.database)
+    report = await fleet.tenancy.restores.restore_as("acme-2", BackupSource(fleet.tenancy.backups, backup))
+    assert (report.slug, await notes(fleet, "acme-2")) == ("acme-2", 100)
+
+
 async def test_a_backup_that_was_changed_is_refused(fleet: Fleet, tmp_path: Path) -> None:
     """A flipped byte, before anything is made; and rows that are not those that were counted, after it."""
     tenancy, restores = fleet.tenancy, fleet.tenancy.restores
