@@ -348,6 +348,16 @@ def keys_directory(installation: UUID, tenant_id: UUID | None) -> str:
     return f"{installation}/keys/{tenant_id or CONTROL}"
 
 
+async def check_store(store: Store, installation: UUID | str) -> None:
+    """Refuse a store that has no key of the installation: each store with backups has some.
+
+    Raises:
+        BackupError: it has none: a directory that is not mounted looks like that.
+    """
+    if not await store.list(f"{installation}/keys"):
+        raise BackupError(f"the store {store.url} has nothing of this installation; mount it, or correct backup.store")
+
+
 def write_object(
     sealed: bytes, key_id: str, tenant_id: UUID | None, recipient: str, *, data_key: tuple[str, bytes] | None = None
 ) -> bytes:

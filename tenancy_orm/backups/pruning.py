@@ -12,6 +12,7 @@ from ..audit.actor import Actor
 from ..config import BackupConfig
 from ..errors import BackupDamagedError, BackupNotFoundError, TenancyError
 from ..events import BackupPruned, EventBus
+from .keys import check_store
 from .records import Backup, BackupRecords
 from .retention import expired
 from .scanning import BackupScanner
@@ -84,9 +85,11 @@ class BackupPruner:
             store = self._stores.at(backup.store)
             if backup.state == "failed" and await self._is_complete(backup, store, actor):
                 return None
+            listed = [found.path for found in await store.list(backup.path)]
+            if not listed and backup.state == "pruned":
+                await check_store(store, backup.path.partition("/")[0])
             # what has no manifest is no backup
-            await store.delete(backup.manifest_path)
-            await store.delete(*[found.path for found in await store.list(backup.path)])
+            await store.delete(backup.manifest_path, *listed)
             await self._records.finish_pruning(backup)
         except TenancyError as exc:
             logger.warning("the backup %s could not be removed: %s", backup.id, exc)

@@ -23,6 +23,7 @@ from ..postgres import connections
 from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.restoring import check_rows, programs_for, restore_archive
 from ..provisioning.scratch import ScratchDatabase
+from .keys import check_store
 from .making import BackupServices
 from .manifest import Manifest
 from .opening import BackupReader, OpenBackup
@@ -94,7 +95,10 @@ class BackupVerifier:
                         restored = True
                 else:
                     manifest = await self._reader.check(backup)
-        except (BackupDamagedError, BackupNotFoundError, _DiffersError) as exc:
+        except BackupNotFoundError as exc:
+            await check_store(self._services.stores.at(backup.store), self._services.control.installation)
+            error = str(exc)
+        except (BackupDamagedError, _DiffersError) as exc:
             error = str(exc)
         except TimeoutError as exc:
             timeout = self._services.config.backup.timeout

@@ -20,6 +20,7 @@ from tenancy_orm.backups.archive import pack
 from tenancy_orm.backups.encryption import decrypt, encrypt, new_identity
 from tenancy_orm.errors import (
     BackupDamagedError,
+    BackupError,
     BackupKeyDestroyedError,
     BackupNotFoundError,
     ConfigurationError,
@@ -335,6 +336,23 @@ async def test_a_key_that_is_destroyed_while_it_is_written_is_not_left_in_the_st
     monkeypatch.setattr(store, "put", late)
     assert "destroyed" in (await tenancy.backups.run(["acme"])).reasons["acme"]
     assert not any("/keys/" in path for path in stored(tmp_path))
+
+
+async def test_a_store_that_is_not_mounted_says_nothing_of_backups(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path
+) -> None:
+    """A backup in it is not bad, and what is pruned is not removed from it yet."""
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    (tmp_path / "store").mkdir()
+    with pytest.raises(BackupError, match="mount it"):
+        await tenancy.backups.verify(backup)
+    assert (await tenancy.backups.get(backup.id)).is_good
+    await statement(tenancy, "UPDATE tenancy.backups SET state = 'pruned'")
+    assert "mount it" in (await tenancy.backups.prune()).errors[0]
+    (tmp_path / "store").rmdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "store")
+    assert (await tenancy.backups.prune()).errors == ()
+    assert not any(str(backup.id) in path for path in stored(tmp_path))
 
 
 # --- the control database ---------------------------------------------------------------------------------------------
