@@ -101,7 +101,7 @@ async def test_what_fails_brings_it_back_to_how_it_was(
     async def refuse(*_: Any, **__: Any) -> Any:
         raise ProvisioningError("it does not log in")
 
-    names = fleet.tenancy.internals.provisioner.names
+    names, before = fleet.tenancy.internals.provisioner.names, list[Any]()
     for owner in (names.owner, source.name):  # that of tenants' databases owns it before already, or somebody else
         await postgres.administer(f'ALTER DATABASE "{source.name}" OWNER TO "{owner}"')
         before = await source.fetch(RIGHTS)
