@@ -26,6 +26,7 @@ from ..operations import Operation, Operations
 from ..postgres import connections as plain_connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
+from ..provisioning import advisory_locks
 from ..provisioning.takeover import Takeover
 from ..tenant import Tenant
 from ..tenants.manager import CreatedTenant, TenantManager
@@ -35,11 +36,6 @@ from .frame import Tell
 from .looking import Looking
 from .source import OpenSource
 
-# who holds the lock is seen on that server alone, and by everybody there
-_LOCKED = """
-SELECT d.datname::text FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.database
- WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND l.classid = $1::bigint AND l.objid = $2::bigint
-"""
 _SHARED_DATABASES = ("postgres", "template0", "template1")
 
 
@@ -146,7 +142,7 @@ class InPlace:
             except (ServerUnavailableError, *SERVER_FAILURES):
                 continue
             try:
-                if await connection.fetchval(_LOCKED, first, second) == opened.database:
+                if await connection.fetchval(advisory_locks.LOCKED, first, second) == opened.database:
                     return name
             finally:
                 await run_to_completion(plain_connections.close(connection))

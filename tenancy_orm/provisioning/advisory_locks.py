@@ -31,6 +31,12 @@ SELECT bool_and(NOT has_function_privilege('public', f, 'EXECUTE')
 """
 _IS_OPEN = "SELECT has_function_privilege('public', 'pg_catalog.pg_try_advisory_lock(bigint)', 'EXECUTE')"
 
+LOCKED = """
+SELECT d.datname::text FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.database
+ WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 2 AND l.classid = $1::bigint AND l.objid = $2::bigint
+"""
+"""The database in which somebody holds a lock: seen on that server alone, and by everybody there."""
+
 
 def restrictions(owner: str) -> Sequence[str]:
     """The statements with which a superuser restricts these functions of one database to its owner."""

@@ -6,23 +6,25 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ...cancellation import run_to_completion
 from ...control.names import Names
-from ...errors import ConfigurationError, RecoveryError, RecoveryTargetError
+from ...errors import ConfigurationError, RecoveryError, RecoveryTargetError, ServerUnavailableError
 from ...postgres import connections, login
 from ...postgres.connections import Connection
 from ...postgres.dsn import Dsn
 from ...postgres.errors import INVALID_CATALOG_NAME
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.quoting import quote_identifier
+from ...provisioning import advisory_locks
 from ...provisioning.copy_logins import create_login
 from ...routing import marker
 from ...servers import Servers
 from .accounts import Account
+from .base_backups import connected
 from .keeper import open_keeper
 from .providers import RecoveryRequest, RecoveryWindow
 from .scratch import RecoveredDatabase
@@ -107,10 +109,26 @@ class RecoveredServer:
             raise RecoveryError(f"the recovered server cannot be opened: {login.reason_of(exc)}") from exc
         try:
             await marker.verify(connection, request.installation, request.tenant_id, tenant=request.slug)
+            if await self._is_present(connection, request.server):
+                raise ConfigurationError(
+                    f"the URL of the recovered server leads to server {request.server!r} itself, by another name"
+                )
         except BaseException:
             await run_to_completion(connections.close(connection))
             raise
         return connection
+
+    async def _is_present(self, connection: Connection, server: str) -> bool:
+        """Whether this is the server that the tenant has now: its rows would be taken for those of that time."""
+        if server not in self._servers:
+            return False
+        first, second = secrets.randbits(31), secrets.randbits(31)
+        # where no lock may be taken, or the server was lost, nothing can be said
+        with suppress(ServerUnavailableError, *SERVER_FAILURES):
+            await connection.execute(f"SELECT pg_catalog.pg_advisory_lock_shared({first}, {second})")
+            async with connected(self._servers[server]) as present:
+                return await present.fetchval(advisory_locks.LOCKED, first, second) is not None
+        return False
 
     async def _reader(self, connection: Connection, role: str, database: str) -> Dsn:
         """Make the login, with the rights of those that own something in the database."""

@@ -379,6 +379,8 @@ async def test_a_server_that_was_recovered_elsewhere_gives_one_database(
     await write(tenancy, "beta", "old")
     with pytest.raises(ConfigurationError, match="leads to server 'default' itself"):
         await tenancy.recovery.source("acme", recovered_server=primary.url())
+    with pytest.raises(ConfigurationError, match="leads to server 'default' itself, by another name"):
+        await tenancy.recovery.source("acme", recovered_server=primary.url().replace("127.0.0.1", "localhost"))
     with pytest.raises(ConfigurationError, match="the URL of the recovered server is not a URL"):
         await tenancy.recovery.source("acme", recovered_server="elsewhere")
     with standby_of(primary, settings={"max_prepared_transactions": "7"}) as elsewhere:
