@@ -28,6 +28,9 @@ SELECT e.extname::text AS name, n.nspname::text AS schema, e.extversion AS versi
  WHERE e.extname <> 'plpgsql' ORDER BY e.oid
 """
 
+# in each database: an archive, or a server that is adopted from, names the schema, and gets no rights in these by that
+_SERVERS = ("public", "pg_catalog", "information_schema")
+
 
 @dataclass(frozen=True, slots=True)
 class InstalledExtension:
@@ -94,7 +97,7 @@ async def create_for_login(
 async def _prepare(inside: Connection, owner: str, role: str, extensions: Iterable[InstalledExtension]) -> None:
     """Install extensions, while nothing of a tenant's is in the database yet: an administrator does this."""
     for one in extensions:
-        is_own = one.schema not in ("public", "pg_catalog")
+        is_own = one.schema not in _SERVERS
         if is_own:
             await inside.execute(f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(one.schema)}")
         create = f"CREATE EXTENSION IF NOT EXISTS {quote_identifier(one.name)} SCHEMA {quote_identifier(one.schema)}"
