@@ -186,7 +186,11 @@ class DirectoryStore(Store):
         """Write a file beside its place, and move it there once it is on the disk."""
         target = self._path(path)
         with self._failures(path):
-            target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._directory.parent.mkdir(parents=True, exist_ok=True)
+            # with parents=True, each directory but the last would get the mode of the umask
+            for directory in reversed([target.parent, *target.parent.parents]):
+                if directory.is_relative_to(self._directory):
+                    directory.mkdir(exist_ok=True, mode=0o700)
         beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
         try:
             with self._failures(path):

@@ -78,8 +78,10 @@ async def test_an_error_on_the_way_leaves_nothing(store: Store) -> None:
 def test_a_directory_is_its_users_alone(tmp_path: Path) -> None:
     store = open_store(f"file:{tmp_path / 'store'}", {})
     store.write("a/b", [b"x"])
+    store.write("a/c/d/e", [b"x"])
     assert stat.S_IMODE((tmp_path / "store" / "a" / "b").stat().st_mode) == 0o600
-    assert stat.S_IMODE((tmp_path / "store" / "a").stat().st_mode) & 0o077 == 0
+    for directory in ("store", "store/a", "store/a/c", "store/a/c/d"):
+        assert stat.S_IMODE((tmp_path / directory).stat().st_mode) == 0o700, directory
     for path in ("../x", "a/../../x", "/x", "a//b", ""):
         with pytest.raises(BackupError, match="not a path"):
             store.write(path, [b"x"])
