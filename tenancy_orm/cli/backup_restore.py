@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -12,7 +13,7 @@ from ..restores import BackupSource, RestoreReport, RestoreSource
 from ..tenancy import Tenancy
 from .backup import run_stoppable
 from .output import note, print_fields, print_json
-from .runtime import Json, TenantArgument, Yes, confirm, fail, given_url, operator
+from .runtime import Json, TenantArgument, Yes, confirm, fail, given_url, operator, run
 
 _LATEST = "latest"
 
@@ -58,14 +59,12 @@ def restore(
     if server is not None and as_slug is None:
         fail("--server goes with --as: a restore of the tenant itself stays on its server")
     if as_slug is None and not inspect and not yes:
-        question = (
-            f"Replace the database of tenant {tenant!r}? What it has now is kept beside, and undo-restore swaps back."
-        )
-        if not confirm(question):
-            fail("nothing was changed")
+        backup = _ask(tenant, backup, to)
 
     async def command(tenancy: Tenancy) -> RestoreReport:
         source = await _source(tenancy, tenant, backup, to, recovered_server)
+        if not as_json:
+            note(f"from {_chosen(source, to)}")
         if as_slug is not None:
             return await tenancy.restores.restore_as(
                 as_slug,
@@ -117,6 +116,29 @@ async def _source(
     return BackupSource(tenancy.backups, await tenancy.backups.get(number))
 
 
+def _ask(tenant: str, backup: str | None, to: str | None) -> str | None:
+    """Ask whether to go on, and return the id of the backup: ``latest`` stays the one that the question has named."""
+    chosen = "what the recovered server has" if to is None else f"what it had at {to}"
+    if backup is not None:
+
+        async def lookup(tenancy: Tenancy) -> RestoreSource:
+            return await _source(tenancy, tenant, backup, to, None)
+
+        source = run(lookup)  # ends before the question, so that Ctrl-C ends the command there
+        chosen = _chosen(source, to)
+        backup = str(source.backup.id) if isinstance(source, BackupSource) else backup
+    kept = "What it has now is kept beside, and undo-restore swaps back."
+    if not confirm(f"Replace the database of tenant {tenant!r} by {chosen}? {kept}"):
+        fail("nothing was changed")
+    return backup
+
+
+def _chosen(source: RestoreSource, to: str | None) -> str:
+    if isinstance(source, BackupSource):
+        return f"backup {source.backup.id} of {source.backup.started_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return "what the recovered server has" if to is None else f"what it had at {to}"
+
+
 def _listing_findings(command: Any) -> Any:
     """Print everything that was refused, a line each, before the error."""
 
@@ -165,8 +187,11 @@ def _print(report: RestoreReport, as_json: bool) -> None:
         note(f"look into it with: tenancy operations psql {report.operation}")
         note(f"swap with: tenancy operations resume {report.operation}")
         note(f"or drop it with: tenancy operations undo {report.operation}")
-    elif report.replaced is not None:
-        note(f"swap back until {report.kept_until:%Y-%m-%d %H:%M} with: tenancy backup undo-restore {report.slug}")
+    elif report.api_key is not None:
+        note("the API key is not shown again")
+    elif report.replaced is not None and report.kept_until is not None:
+        until = report.kept_until.astimezone(UTC)
+        note(f"swap back until {until:%Y-%m-%d %H:%M} UTC with: tenancy backup undo-restore {report.slug}")
 
 
 __all__ = ["register"]

@@ -21,6 +21,10 @@ async def test_a_backup_is_inspected_swapped_undone_and_made_another_tenant(cli:
     backup = made.json["done"][0]["id"]
     unanswered = await cli("backup", "restore", "acme", backup, stdin="", **store)
     assert (unanswered.status, "answer it with --yes" in unanswered.err) == (1, True)
+    latest = await cli("backup", "restore", "acme", "latest", stdin="n", **store)
+    assert (latest.status, f"by backup {backup} of 20" in latest.out) == (1, True), latest
+    unknown = await cli("backup", "restore", "nosuch", "latest", stdin="y", **store)
+    assert (unknown.status, "Replace" in unknown.out, "does not exist" in unknown.err) == (1, False, True)
 
     waiting = await cli("backup", "restore", "acme", "latest", "--inspect", **store)
     assert waiting.status == 0, waiting.err
