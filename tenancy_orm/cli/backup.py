@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 app = typer.Typer(name="backup", help="Encrypted backups of tenants and of the control database.", no_args_is_help=True)
 
+_CONTROL = "control"  # names the control database where a tenant's slug or a backup's id is expected
 Control = Annotated[bool, typer.Option("--control", help="The control database instead of tenants.")]
 
 _LISTED = (
@@ -88,13 +89,15 @@ def run_backups(
 
 @app.command("list")
 def list_backups(
-    tenant: Annotated[str | None, typer.Argument(help="A slug or an id.")] = None,
+    tenant: Annotated[str | None, typer.Argument(help="A slug or an id; control is the control database.")] = None,
     control: Control = False,
     pruned: Annotated[bool, typer.Option("--pruned", help="Those that were removed too.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """List backups, the newest first."""
+    """List backups of tenants, or of the control database, the newest first."""
+    if tenant == _CONTROL:  # as verify and extract name it
+        tenant, control = None, True
 
     async def command(tenancy: Tenancy) -> tuple[Backup, ...]:
         states: Any = ("running", "done", "failed", *(["pruned"] if pruned else []))
@@ -238,7 +241,7 @@ def extract_backup(
 
 
 def _recover(backup: str, directory: Path, installation: str | None, as_json: bool) -> None:
-    if backup != "control":
+    if backup != _CONTROL:
         fail("--from-store is for the control database: tenancy backup extract control DIRECTORY --from-store")
     named = None if installation is None else parse_id(installation)
     if installation is not None and named is None:
@@ -261,10 +264,11 @@ async def find_backup(tenancy: Tenancy, name: str) -> Backup:
     """
     if (backup_id := parse_id(name)) is not None:
         return await tenancy.backups.get(backup_id)
-    is_control = name == "control"
+    is_control = name == _CONTROL
     found = await tenancy.backups.list(None if is_control else name, control=is_control, states=("done",), limit=1)
     if not found:
-        raise BackupNotFoundError(f"there is no backup of {name!r}; make one with: tenancy backup run {name}")
+        option = "--control" if is_control else name
+        raise BackupNotFoundError(f"there is no backup of {name!r}; make one with: tenancy backup run {option}")
     return found[0]
 
 

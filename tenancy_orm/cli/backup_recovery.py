@@ -126,6 +126,7 @@ def window(server: Server = None, as_json: Json = False) -> None:
         return
     if found.oldest is None:
         console.print(f"server {found.server}: there is no base backup; no time can be recovered", markup=False)
+        note(f"take one with: tenancy backup base --server {found.server}")
         return
     newest = "no transaction is received yet" if found.newest is None else f"to {found.newest.isoformat()}"
     console.print(f"server {found.server}: from {found.oldest.isoformat()} {newest}", markup=False)

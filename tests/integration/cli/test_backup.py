@@ -13,6 +13,8 @@ async def test_backups_are_made_listed_verified_kept_extracted_and_pruned(cli: C
     """Tables for people, JSON for programs."""
     await cli("init")
     await cli("create", "acme")
+    missing = await cli("backup", "verify", "control")
+    assert (missing.status, missing.err.strip().endswith("tenancy backup run --control")) == (1, True), missing.err
     with (tmp_path / "tenancy.toml").open("a") as settings:
         settings.write(f'\n[backup]\nstore = "file:{tmp_path / "store"}"\n')
     made = await cli("backup", "run", "--all")
@@ -26,6 +28,7 @@ async def test_backups_are_made_listed_verified_kept_extracted_and_pruned(cli: C
     assert due == {"done": [], "failed": {}, "skipped": ["control"]}
     acme = (await cli("backup", "list", "acme", "--json")).json[0]
     assert control["id"] in (await cli("backup", "list", "--control")).out
+    assert control["id"] in (await cli("backup", "list", "control")).out
     verified = await cli("backup", "verify", "acme", "control", "--json")
     assert verified.status == 0, verified.err
     assert [(one["good"], one["restored"]) for one in verified.json] == [(True, True), (True, True)]
