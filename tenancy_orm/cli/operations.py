@@ -87,7 +87,7 @@ def show(number: Number, as_json: Json = False) -> None:
     values = {name: value for name, value in fields.items() if value is not None}
     print_fields(f"operation {found.id}", {**values, **{f"detail.{name}": x for name, x in found.detail.items()}})
     if found.state == "waiting" or found.is_abandoned:
-        note(f"go on with: tenancy operations resume {number}; or end it with: tenancy operations undo {number}")
+        note(_advice(found))
 
 
 @app.command()
@@ -95,8 +95,7 @@ def resume(number: Number, as_json: Json = False) -> None:
     """Go on with an operation that waits, or that no process does any more."""
 
     async def command(tenancy: Tenancy) -> Any:
-        manager = await _manager(tenancy, number)
-        return await _method(manager, "resume", number)(number, actor=operator())
+        return await (await _method(tenancy, "resume", number))(number, actor=operator())
 
     _print(run(command), number, as_json)
 
@@ -107,11 +106,16 @@ def undo(number: Number, yes: Yes = False, as_json: Json = False) -> None:
     if not yes and not confirm(f"Remove what operation {number} has made?"):
         fail("nothing was changed")
 
-    async def command(tenancy: Tenancy) -> Any:
-        manager = await _manager(tenancy, number)
-        return await _method(manager, "discard", number)(number, actor=operator())
+    async def command(tenancy: Tenancy) -> Operation:
+        await (await _method(tenancy, "discard", number))(number, actor=operator())
+        return await tenancy.operations.get(number)
 
-    _print(run(command), number, as_json)
+    found = run(command)
+    fields = {"operation": number, "kind": found.kind, "tenant": found.slug, "state": _state(found)}
+    if as_json:
+        print_json(fields)
+    else:
+        print_fields(f"operation {number}", fields)
 
 
 @app.command()
@@ -137,19 +141,29 @@ def psql(
     raise typer.Exit(status)
 
 
-async def _manager(tenancy: Tenancy, number: int) -> Any:
-    kind = (await tenancy.operations.get(number)).kind
-    manager = getattr(tenancy, _MANAGERS.get(kind, ""), None)
-    if manager is None:
-        fail(f"operation {number} ({kind}) cannot be steered; housekeeping goes on with it")
-    return manager
-
-
-def _method(manager: Any, name: str, number: int) -> Callable[..., Awaitable[Any]]:
+async def _method(tenancy: Tenancy, name: str, number: int) -> Callable[..., Awaitable[Any]]:
+    found = await tenancy.operations.get(number)
+    manager = getattr(tenancy, _MANAGERS.get(found.kind, ""), None)
     method = getattr(manager, name, None)
-    if method is None:
-        fail(f"operation {number} has commands of its own for that; see its kind's page")
+    if method is None or (found.kind == "move" and found.state == "waiting"):
+        is_over = found.state not in ("running", "waiting")
+        what = f"operation {number} ({found.kind} of {found.slug!r})"
+        fail(f"{what}: it is {found.state}" if is_over else f"{what}: {_advice(found)}")
     return cast("Callable[..., Awaitable[Any]]", method)
+
+
+def _advice(operation: Operation) -> str:
+    """Return which command goes on with an operation that waits or is interrupted, and which one ends it."""
+    number, slug = operation.id, operation.slug
+    if operation.kind == "move":
+        if operation.state == "waiting":
+            return f"keep it with: tenancy move {slug} --confirm; or go back with: tenancy move {slug} --rollback"
+        return f"finish it, or undo it before its switch, with: tenancy operations resume {number}"
+    if operation.kind == "export":
+        return f"repeat the command with --resume: tenancy export {slug} --to FILE --resume"
+    if operation.kind not in ("restore", "adopt"):
+        return "housekeeping goes on with it, or removes what it has made"
+    return f"go on with: tenancy operations resume {number}; or end it with: tenancy operations undo {number}"
 
 
 def _print(report: Any, number: int, as_json: bool) -> None:

@@ -125,7 +125,8 @@ class Move:
         return not self._operation.detail["offline"]
 
     async def _advance(self, step: str, **detail: Any) -> None:
-        self._tell(_TOLD.get(step, step))
+        if step != "switched" or self._online:  # after a move by a dump, nothing follows
+            self._tell(_TOLD.get(step, step))
         self._operation = await self._services.operations.advance(
             self._operation, self._services.claimant, step, detail=detail
         )

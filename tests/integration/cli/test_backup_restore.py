@@ -49,5 +49,13 @@ async def test_a_backup_is_inspected_swapped_undone_and_made_another_tenant(cli:
     assert "swapping ..." in undone.err
     assert "with: tenancy backup undo-restore acme" in undone.err
     assert undone.out.startswith("operation")
+    second = (await cli("backup", "restore", "acme", backup, "--inspect", "--json", **store)).json["operation"]
+    ended = await cli("operations", "undo", str(second), "--yes")
+    assert [line.split() for line in ended.out.splitlines()] == [
+        ["operation", str(second)],
+        ["kind", "restore"],
+        ["tenant", "acme"],
+        ["state", "undone"],
+    ], ended.err
     copied = await cli("backup", "restore", "acme", backup, "--as", "acme-copy", "--json", **store)
     assert (copied.json["tenant"], copied.json["api_key"].startswith("ten_live_")) == ("acme-copy", True)

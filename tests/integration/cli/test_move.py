@@ -58,9 +58,16 @@ async def test_a_tenant_is_moved_back_and_confirmed_by_command(
         moved.err
     )
     assert "tenancy move acme --rollback; or: --confirm" in moved.err + moved.out
+    number = str((await told("operations", "list"))["items"][0]["operation"])
+    for steered in (("show", number), ("resume", number), ("undo", number, "--yes")):
+        advised = await cli("operations", *steered)
+        assert "with: tenancy move acme --confirm; or go back with: tenancy move acme --rollback" in advised.err
+        assert "tenancy operations" not in advised.err
     back = await cli("move", "acme", "--rollback")
     assert (back.status, back.out) == (0, "acme is on one again\n"), back.err
     assert (await told("move", "acme", "--to", "two"))["state"] == "waiting"
+    over = await cli("operations", "undo", number, "--yes")
+    assert over.err == f"error: operation {number} (move of 'acme'): it is undone\n"
     sure = await cli("move", "acme", "--confirm", "--yes")
     assert (sure.status, sure.out) == (0, "acme stays on two; its database on one was dropped\n"), sure.err
     await told("create", "globex")
