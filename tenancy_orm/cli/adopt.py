@@ -196,7 +196,8 @@ def _remarks(report: AdoptionReport) -> Iterator[str]:
     for one in report.refused:
         yield f"refused: {one}, which its revision does not make: it would run with the owner's rights"
     yield from (f"note: {one}" for one in report.notes)
-    what = f"{report.rows} rows in {len(report.tables)} tables, {size_text(report.size)}"
+    rows, tables = report.rows, len(report.tables)
+    what = f"{rows} row{'s' * (rows != 1)} in {tables} table{'s' * (tables != 1)}, {size_text(report.size)}"
     came = f"{report.source} (PostgreSQL {report.version}, {report.revision or 'base'}): {what}"
     after = f", then brought to {report.pending}" if report.pending else ""
     if report.tenant is None:

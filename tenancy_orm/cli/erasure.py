@@ -12,7 +12,7 @@ from ..audit.checkpoints import Verifier
 from ..exports import ErasureCertificate
 from ..tenancy import Tenancy
 from .audit import read_verifier
-from .output import console, print_json, printable
+from .output import console, note, print_json, printable
 from .runtime import Json, TenantArgument, exit_on_error, fail, operator, run
 
 app = typer.Typer(help="Certify what was erased of purged tenants.", no_args_is_help=True)
@@ -40,6 +40,7 @@ def certificate(
             file.write(found.to_bytes())
     except OSError as exc:
         fail(f"{str(out)!r} cannot be written: {exc.strerror}")
+    note(f"wrote the certificate of {found.slug} to {out}")
 
 
 @app.command()

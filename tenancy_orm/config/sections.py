@@ -671,7 +671,7 @@ class BackupConfig(Section, frozen=True):
     def _check_store(cls, store: str | None) -> str | None:
         if store is not None and not _STORE.fullmatch(store):
             # it may have a password
-            raise ValueError("must be file:/directory, s3://, gs:// or az://, without credentials")
+            raise ValueError("must be file: and an absolute path, or s3://, gs:// or az://, without credentials")
         return store
 
     @field_validator("compression", mode="after")

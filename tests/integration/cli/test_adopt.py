@@ -28,6 +28,7 @@ async def test_a_database_is_compared_then_adopted(cli: Cli, postgres: Postgres,
             assert found.status == 1, found.out + found.err
             assert "  table extra should not exist" in found.out
             assert "nothing was changed" in found.out + found.err
+            assert " 1 tables" not in found.out + found.err
             assert source.password not in found.out + found.err
         assert (await cli("list", "--json")).json["items"] == []
         done = await cli(

@@ -166,7 +166,8 @@ async def test_an_operator_purges_and_hands_the_certificate_on(cli: Cli, tmp_pat
     assert (purged.status, purged.json["backup_keys"]) == (0, 0), purged.err
     keys = await cli("audit", "public-keys")
     (tmp_path / "keys.json").write_text(keys.out)
-    assert (await cli("erasure", "certificate", "acme", "--out", "acme.json")).status == 0
+    written = await cli("erasure", "certificate", "acme", "--out", "acme.json")
+    assert (written.status, written.err) == (0, "wrote the certificate of acme to acme.json\n")
     printed = await cli("erasure", "certificate", purged.json["id"])
     assert printed.out == (tmp_path / "acme.json").read_text()
     assert (await cli("erasure", "certificate", "acme", "--out", "acme.json")).status == 1

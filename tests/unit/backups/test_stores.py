@@ -99,10 +99,11 @@ async def test_a_directory_that_cannot_be_read_is_not_an_empty_one(tmp_path: Pat
 
 def test_what_no_store_is_is_refused(options: dict[str, str], tmp_path: Path) -> None:
     """And no message has a secret in it."""
-    for url in ("s3://key:secret@bucket", "http://bucket", "relative", "s3://bucket?x=y", ""):
+    for url in ("s3://key:secret@bucket", "http://bucket", "relative", "file:store", "s3://bucket?x=y", ""):
         with pytest.raises(SettingError) as refused:
             BackupConfig(store=url)
         assert "secret@" not in str(refused.value)
+        assert "file: and an absolute path" in str(refused.value)
     with pytest.raises(ConfigurationError, match="store_options"):
         open_store(f"file:{tmp_path}", {"region": "x"})
     with pytest.raises(ConfigurationError, match="cannot be opened") as wrong:
