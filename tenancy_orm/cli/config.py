@@ -16,7 +16,9 @@ from .output import Column, console, print_json, print_table
 from .runtime import Json, exit_on_error, extend_path, load_tenancy
 
 # what may hold credentials
-_SECRETS = frozenset({"control_url", "servers", "encryption_keys", "control.listen_url", "keys.peppers"})
+_SECRETS = frozenset(
+    {"control_url", "servers", "encryption_keys", "control.listen_url", "keys.peppers", "backup.store_options"}
+)
 
 app = typer.Typer(help="Show what is configured; print the JSON Schema of a settings file.", no_args_is_help=True)
 
@@ -73,7 +75,7 @@ def _shown(config: TenancyConfig, name: str) -> str | None:
     value: Any = getattr(model, field)
     if value is None:
         return None
-    if name in _SECRETS:
+    if name in _SECRETS and value:
         return "(set)"
     if name in ("tiers", "reference"):
         return ", ".join(value)

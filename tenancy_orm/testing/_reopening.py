@@ -66,7 +66,8 @@ class ReopenedAssembly(Assembly):
         self.compatibility = first.compatibility
         self.keyring = Keyring(config.sealing_keys)
         self.names = Names(config.name_prefix, self.control.installation)
-        self.audit = AuditLog(self.control, Signer(config.sealing_keys))
+        self.signer = Signer(config.sealing_keys)
+        self.audit = AuditLog(self.control, self.signer)
         self._follow_servers()
         self._build_parts()
         self.leases.open_like(first.leases)

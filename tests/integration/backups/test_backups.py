@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.backups import Backup, DirectoryStore
+from tenancy_orm.backups import Backup, DirectoryStore, dump
 from tenancy_orm.backups.archive import pack
 from tenancy_orm.backups.encryption import decrypt, encrypt, new_identity
 from tenancy_orm.errors import (
@@ -430,15 +430,17 @@ async def test_pg_dump_waits_while_the_store_is_slow(
 ) -> None:
     """So that temporary space stays bounded; large objects and other tables are in the backup as well."""
     tables = "; ".join(
-        f"CREATE TABLE t{n} AS SELECT repeat(md5(i::text), 100) AS c FROM generate_series(1, 300) i" for n in range(8)
+        f"CREATE TABLE t{n} AS SELECT repeat(md5(i::text), 100) AS c FROM generate_series(1, 2000) i" for n in range(8)
     )
     await as_administrator(
         tenancy, postgres, "acme", f'SET ROLE "{tenancy.internals.provisioner.names.owner}"; {tables}'
     )
     async with tenancy.transaction("acme") as session:
         await session.execute(text("SELECT lo_from_bytea(0, 'large')"))
-    settings = tenancy.config.backup.replace(compression="none", max_temporary_bytes=4_000_000)
+    settings = tenancy.config.backup.replace(compression="none", max_temporary_bytes=26_000_000)
     monkeypatch.setattr(tenancy.backups._maker, "_config", settings)
+    # pg_dump writes 50 MB, and must not have ended before anybody looks
+    monkeypatch.setattr(dump, "_POLL_SECONDS", 0.002)
     is_paused, is_resumed = threading.Event(), threading.Event()
     signalled = RunningProgram._signal
 
@@ -464,5 +466,5 @@ async def test_pg_dump_waits_while_the_store_is_slow(
     (made,) = (await tenancy.backups.run(["acme"])).done
     assert is_resumed.is_set()
     assert made.manifest is not None
-    assert (made.manifest.large_objects, made.manifest.tables["public.t7"]) == (1, 300)
+    assert (made.manifest.large_objects, made.manifest.tables["public.t7"]) == (1, 2000)
     assert (await tenancy.backups.verify(made)).error is None
