@@ -138,8 +138,13 @@ def look_before_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
         async def opened() -> Any:
             return connection
 
-        async with watched(pid, opened) as watch:
-            yield watch
+        try:
+            async with watched(pid, opened) as watch:
+                yield watch
+        finally:
+            # where nobody has asked for it
+            if not connection.is_closed():
+                connection.terminate()
 
     monkeypatch.setattr(waits, "watched", connected)
 
