@@ -34,19 +34,12 @@ from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
 from . import archives, databases, event_trigger, removal
 from .blockers import Blockers
-from .copy_logins import CopyLogin, create_login, end_login
+from .copy_logins import HOLDING, CopyLogin, create_login, end_login
 from .empty_databases import InstalledExtension, create_for_login, read_extensions
 
 Content = Literal["data", "schema", "nothing"]
 """What a copy has: everything; or the schema alone, with statistics from PostgreSQL 18 on; or only ``extensions``."""
 
-# of the session that holds the locks, idle for as long as the copy is used
-_HOLDING = {
-    "tcp_keepalives_idle": "30",
-    "tcp_keepalives_interval": "10",
-    "tcp_keepalives_count": "3",
-    "idle_session_timeout": "0",
-}
 _LOCK_WAIT = "10s"  # a migration that has a table of the tenant locked is not queued behind for longer
 _COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
 _SCHEMA = ("--schema-only", "--no-publications", "--no-subscriptions")
@@ -156,7 +149,7 @@ class Copies:
         place = _placement(tenant)
         server = self._servers[place.server]
         blockers = self._blockers(server)
-        connection = await blockers.connect(settings=_HOLDING, purpose="tenancy-copy")
+        connection = await blockers.connect(settings=HOLDING, purpose="tenancy-copy")
         copying = _Copying(self._config, self._names, server, blockers, connection, tenant, place)
         try:
             try:

@@ -29,6 +29,14 @@ from . import roles
 from .blockers import Blockers
 from .scram import scram_verifier
 
+HOLDING = {
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "idle_session_timeout": "0",
+}
+"""Settings of the session that holds the lock of a login or a database, idle for as long as that is used."""
+
 _ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE INHERIT NOREPLICATION NOBYPASSRLS"
 _CONNECTIONS = 8
 

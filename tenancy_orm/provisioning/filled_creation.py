@@ -7,18 +7,15 @@ hands them over: see ``new_databases``. A process that dies leaves what ``reconc
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from ..cancellation import run_to_completion
-from ..postgres import connections, locks
-from ..postgres.connections import Connection
 from ..tenant import Tenant
-from . import databases, grants
+from . import databases
 from .empty_databases import InstalledExtension
-from .new_databases import HOLDING, ContentsPolicy, NewDatabase, NewDatabases
-from .pipeline import Creation, Step, tenant_key
+from .long_creation import LongCreation
+from .new_databases import ContentsPolicy, NewDatabase, NewDatabases
+from .pipeline import Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +37,7 @@ class Filling:
     finish: Callable[[Tenant], Awaitable[None]] | None = None
 
 
-class FilledCreation(Creation):
+class FilledCreation(LongCreation):
     """The creation of one tenant with contents from elsewhere.
 
     Args:
@@ -61,19 +58,6 @@ class FilledCreation(Creation):
             Step("finished", self._finish, self._end_connections),
         )
 
-    def _ending(self, step: Step) -> AbstractAsyncContextManager[None]:
-        # others' statements take long there, and wait for nobody
-        return super()._ending(step) if step.name == "role" else nullcontext()
-
-    async def _lock(self) -> Connection:
-        connection = await self._blockers.connect(settings=HOLDING)
-        try:
-            await locks.lock(connection, tenant_key(self._draft.id), timeout=self._timeout)
-        except BaseException:
-            await run_to_completion(connections.close(connection))
-            raise
-        return connection
-
     async def _fill(self) -> None:
         draft, filling = self._draft, self._filling
         tenant = await self._services.registry.get(draft.id)
@@ -93,12 +77,7 @@ class FilledCreation(Creation):
     async def _finish(self) -> None:
         if self._filling.finish is not None:
             await self._filling.finish(await self._services.registry.get(self._draft.id))
-        owner = self._services.names.owner
-        connection = await self._blockers.connect(self._draft.database, role=owner)
-        try:
-            self._revision = await grants.revision(connection, owner)
-        finally:
-            await run_to_completion(connections.close(connection))
+        await self._read_revision()
 
 
 __all__ = ["FilledCreation", "Filling"]

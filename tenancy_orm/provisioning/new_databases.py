@@ -37,21 +37,13 @@ from ..tenant import Placement, Status, Tenant
 from . import advisory_locks, databases, event_trigger, grants, removal, roles
 from .blockers import Blockers
 from .contents_check import ContentsCheck
-from .copy_logins import CopyLogin, end_login
+from .copy_logins import HOLDING, CopyLogin, end_login
 from .differences import enumeration
 from .empty_databases import InstalledExtension, create_for_login
 from .pipeline import ProvisioningServices, describe, prove, tenant_key
 from .tenant_rights import TenantRights
 
 logger = logging.getLogger("tenancy_orm.provisioning")
-
-HOLDING = {
-    "tcp_keepalives_idle": "30",
-    "tcp_keepalives_interval": "10",
-    "tcp_keepalives_count": "3",
-    "idle_session_timeout": "0",
-}
-"""Settings of a session that holds a lock, idle for as long as others work."""
 
 SAFE_PATH = {"search_path": "pg_catalog, pg_temp"}
 """Settings of a session in a database with contents that nobody has checked: no name is resolved to one of them."""

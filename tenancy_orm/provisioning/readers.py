@@ -25,15 +25,7 @@ from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
 from . import removal
 from .blockers import Blockers
-from .copy_logins import CopyLogin, create_login, end_login
-
-# of the session that holds the lock, idle for as long as the login is used
-HOLDING = {
-    "tcp_keepalives_idle": "30",
-    "tcp_keepalives_interval": "10",
-    "tcp_keepalives_count": "3",
-    "idle_session_timeout": "0",
-}
+from .copy_logins import HOLDING, CopyLogin, create_login, end_login
 
 # 'o' is SHARED_DEPENDENCY_OWNER
 _OWNS = """
@@ -167,4 +159,4 @@ class Readers:
             await connections.close(connection)
 
 
-__all__ = ["HOLDING", "Reader", "Readers"]
+__all__ = ["Reader", "Readers"]

@@ -18,9 +18,8 @@ from ..postgres.connections import Connection
 from ..servers import Server, Servers
 from . import removal
 from .blockers import Blockers
-from .copy_logins import CopyLogin, end_login
+from .copy_logins import HOLDING, CopyLogin, end_login
 from .empty_databases import InstalledExtension, create_for_login
-from .readers import HOLDING
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,19 +7,14 @@ takes it over, see ``Registry.is_taken_over``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
-from ..cancellation import run_to_completion
-from ..postgres import connections, locks
-from ..postgres.connections import Connection
-from . import grants
-from .new_databases import HOLDING
-from .pipeline import Creation, Step, tenant_key
+from .long_creation import LongCreation
+from .pipeline import Step
 from .takeover import DatabaseTakeover, Takeover
 
 
-class TakenCreation(Creation):
+class TakenCreation(LongCreation):
     """The creation of one tenant of an existing database.
 
     Args:
@@ -42,18 +37,6 @@ class TakenCreation(Creation):
             Step("takeover", self._take, self._give_back),
         )
 
-    def _ending(self, step: Step) -> AbstractAsyncContextManager[None]:
-        return super()._ending(step) if step.name == "role" else nullcontext()
-
-    async def _lock(self) -> Connection:
-        connection = await self._blockers.connect(settings=HOLDING)
-        try:
-            await locks.lock(connection, tenant_key(self._draft.id), timeout=self._timeout)
-        except BaseException:
-            await run_to_completion(connections.close(connection))
-            raise
-        return connection
-
     async def _register(self) -> None:
         await super()._register()
         await self._takeover.begin(await self._services.registry.get(self._draft.id))
@@ -70,12 +53,7 @@ class TakenCreation(Creation):
         self._state = state
         tenant = await self._services.registry.get(draft.id)
         await database.take(tenant, takeover, self._admin, name=draft.database)
-        owner = self._services.names.owner
-        connection = await self._blockers.connect(draft.database, role=owner)
-        try:
-            self._revision = await grants.revision(connection, owner)
-        finally:
-            await run_to_completion(connections.close(connection))
+        await self._read_revision()
 
     async def _give_back(self) -> None:
         if self._state is not None:
