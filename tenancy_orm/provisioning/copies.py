@@ -34,7 +34,7 @@ from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
 from . import archives, databases, event_trigger, removal
 from .blockers import Blockers
-from .copy_logins import HOLDING, CopyLogin, create_login, end_login
+from .copy_logins import HOLDING, CopyLogin, create_reader, end_login
 from .empty_databases import InstalledExtension, create_for_login, read_extensions
 
 Content = Literal["data", "schema", "nothing"]
@@ -44,13 +44,6 @@ _LOCK_WAIT = "10s"  # a migration that has a table of the tenant locked is not q
 _COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
 _SCHEMA = ("--schema-only", "--no-publications", "--no-subscriptions")
 _STATISTICS_VERSION = 18
-
-# 'o' is SHARED_DEPENDENCY_OWNER
-_OWNS = """
-SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
-  WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o' AND r.rolname = $1
-    AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()))
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +200,9 @@ class _Copying:
         # in a thread: it looks at many directories, and starts the programs
         programs = await asyncio.to_thread(find_programs, version, self._config.provisioning.client_programs)
         with_statistics = content == "schema" and min(version, programs.version) >= _STATISTICS_VERSION
-        reader = await self._create_reader(seconds)
+        reader = await create_reader(
+            self._connection, self._server.dsn, self._names, self._reader, self._place, seconds=seconds
+        )
         try:
             schemas = {one.schema for one in extensions}
             left_out = await self._transfer(programs, reader, restorer, content, with_statistics, schemas)
@@ -268,18 +263,6 @@ class _Copying:
             seconds=seconds,
             extensions=extensions,
             wanted=wanted,
-        )
-
-    async def _create_reader(self, seconds: float) -> CopyLogin:
-        place = self._place
-        inside = await self._blockers.connect(place.database, purpose="tenancy-copy")
-        try:
-            owns = await inside.fetchval(_OWNS, place.role)
-        finally:
-            await run_to_completion(connections.close(inside))
-        member_of = [self._names.owner, *([place.role] if owns else [])]
-        return await create_login(
-            self._connection, self._server.dsn, self._reader, place.database, seconds=seconds, member_of=member_of
         )
 
     async def _extensions(self) -> tuple[InstalledExtension, ...]:

@@ -20,11 +20,13 @@ from datetime import datetime
 from functools import partial
 from types import MappingProxyType
 
+from ..control.names import Names
 from ..postgres import connections, login
 from ..postgres.connections import Connection
 from ..postgres.dsn import Dsn
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..secrets.keyring import new_password
+from ..tenant import Placement
 from . import roles
 from .blockers import Blockers
 from .scram import scram_verifier
@@ -37,6 +39,12 @@ HOLDING = {
 }
 """Settings of the session that holds the lock of a login or a database, idle for as long as that is used."""
 
+# 'o' is SHARED_DEPENDENCY_OWNER
+_OWNS = """
+SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
+  WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o' AND r.rolname = $1
+    AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = $2))
+"""
 _ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE INHERIT NOREPLICATION NOBYPASSRLS"
 _CONNECTIONS = 8
 
@@ -102,6 +110,24 @@ async def create_login(
     ]
     await connection.execute("; ".join(statements))
     return CopyLogin(role=role, database=database, password=password, dsn=dsn.without_service())
+
+
+async def create_reader(
+    connection: Connection, dsn: Dsn, names: Names, role: str, place: Placement, *, seconds: float
+) -> CopyLogin:
+    """Create the login that reads a tenant's database: as the owner, and as the tenant's role if that owns something.
+
+    Args:
+        connection: An administrative one.
+        dsn: The administrator's, of the same server.
+        names: Of this installation.
+        role: The login's name, which is new.
+        place: Where the tenant's data is.
+        seconds: For how long its password is valid.
+    """
+    owns = await connection.fetchval(_OWNS, place.role, place.database)
+    member_of = [names.owner, *([place.role] if owns else [])]
+    return await create_login(connection, dsn, role, place.database, seconds=seconds, member_of=member_of)
 
 
 async def end_login(connection: Connection, blockers: Blockers, role: str) -> None:

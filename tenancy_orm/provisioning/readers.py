@@ -22,17 +22,10 @@ from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..servers import Server, Servers
-from ..tenant import Placement, Tenant
+from ..tenant import Tenant
 from . import removal
 from .blockers import Blockers
-from .copy_logins import HOLDING, CopyLogin, create_login, end_login
-
-# 'o' is SHARED_DEPENDENCY_OWNER
-_OWNS = """
-SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
-  WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o' AND r.rolname = $1
-    AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = $2))
-"""
+from .copy_logins import HOLDING, CopyLogin, create_reader, end_login
 
 _END = """
 SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = {literal};
@@ -129,17 +122,12 @@ class Readers:
             async with asyncio.timeout(self._config.provisioning.timeout):
                 # it tells reconcile that the login is in use
                 await locks.lock(connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
-                login = await self._create(connection, server, name, tenant.placement, seconds)
+                login = await create_reader(
+                    connection, server.dsn, self._names, name, tenant.placement, seconds=seconds
+                )
             yield Reader(login, connection)
         finally:
             await run_to_completion(self._remove(connection, blockers, name))
-
-    async def _create(
-        self, connection: Connection, server: Server, name: str, place: Placement, seconds: float
-    ) -> CopyLogin:
-        owns = await connection.fetchval(_OWNS, place.role, place.database)
-        member_of = [self._names.owner, *([place.role] if owns else [])]
-        return await create_login(connection, server.dsn, name, place.database, seconds=seconds, member_of=member_of)
 
     async def _remove(self, connection: Connection, blockers: Blockers, name: str) -> None:
         """Drop the login, over another connection if the first one was lost."""
