@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tenancy_orm.migrations.layout import init_directory
+from tests.support.modules import write_module
 
 _REVISION = '''\
 """{message}"""
@@ -65,7 +66,8 @@ class Project:
     ) -> Path:
         """Write a revision; ``upgrade``, ``downgrade`` and ``preflight`` are the bodies of its functions."""
         path = self.migrations / "versions" / f"{revision}.py"
-        path.write_text(
+        write_module(
+            path,
             _REVISION.format(
                 message=message,
                 revision=revision,
@@ -74,14 +76,14 @@ class Project:
                 preflight="" if preflight is None else f"\ndef preflight():\n{_body(preflight)}\n\n",
                 upgrade=_body(upgrade),
                 downgrade=_body(downgrade),
-            )
+            ),
         )
         return path
 
     def configure(self, options: str) -> None:
         """Give ``environment.run`` in env.py more arguments."""
         env = self.migrations / "env.py"
-        env.write_text(env.read_text().replace("    target_metadata=target_metadata,\n", f"    {options},\n"))
+        write_module(env, env.read_text().replace("    target_metadata=target_metadata,\n", f"    {options},\n"))
 
 
 def _body(code: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 
+from tests.support.modules import write_module
 from tests.support.postgres import Postgres
 from tests.support.shell import python_path
 
@@ -88,7 +89,7 @@ class Suite:
     def write(self, **files: str) -> None:
         """Write ``name=text`` as name.py, and the configuration."""
         for name, text in {"shop": APPLICATION, **files}.items():
-            (self.directory / f"{name}.py").write_text(dedent(text), "utf-8")
+            write_module(self.directory / f"{name}.py", dedent(text))
         self.write_configuration()
 
     def write_configuration(self) -> None:
