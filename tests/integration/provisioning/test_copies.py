@@ -312,22 +312,31 @@ async def test_reconcile_removes_what_a_killed_process_leaves(
     await waiting.until(removed)
 
 
-async def test_a_copy_outlasts_the_time_limits_of_sessions(fleet: Fleet, copies: Copies, postgres: Postgres) -> None:
+async def test_a_copy_outlasts_the_time_limits_of_sessions(
+    fleet: Fleet, config: TenancyConfig, postgres: Postgres
+) -> None:
     """One that is idle holds the locks by which ``reconcile`` knows that the copy is in use; another the snapshot."""
     if int(postgres.version.partition(".")[0]) >= 17:
         name = quote_identifier(fleet.database("acme"))
         await postgres.administer(f"ALTER DATABASE {name} SET transaction_timeout = '50ms'")
-    await postgres.administer("ALTER ROLE CURRENT_USER SET idle_session_timeout = '200ms'")
+    # an administrator of its own: other tests work as the server's at the same time
+    role = postgres.new_name("admin")
+    url = postgres.url(user=role, password="of this test")
+    await postgres.administer(f"CREATE ROLE {role} SUPERUSER LOGIN PASSWORD 'of this test'")
     try:
-        async with copies.open(fleet.tenants["acme"], timeout=60, valid_for=60) as copy:
-            async with postgres.connect() as bounded:
-                # one of the same role that is as old as the copy has ended by then
-                await waiting.until(lambda: asyncio.sleep(0, bounded.is_closed()))
-            await postgres.administer("ALTER ROLE CURRENT_USER RESET idle_session_timeout")
-            await fleet.provisioner.reconcile()
+        await postgres.administer(f"ALTER ROLE {role} SET idle_session_timeout = '200ms'")
+        async with (
+            open_fleet(config.replace(servers={"default": url})) as other,
+            other.provisioner.copies.open(fleet.tenants["acme"], timeout=60, valid_for=60) as copy,
+        ):
+            bounded = await asyncpg.connect(url)
+            # one of the same role that is as old as the copy has ended by then
+            await waiting.until(lambda: asyncio.sleep(0, bounded.is_closed()))
+            await postgres.administer(f"ALTER ROLE {role} RESET idle_session_timeout")
+            await other.provisioner.reconcile()
             assert await fetch(copy, "SELECT count(*) FROM notes") == [(100,)]
     finally:
-        await postgres.administer("ALTER ROLE CURRENT_USER RESET idle_session_timeout")
+        await postgres.administer(f"DROP ROLE {role}")
 
 
 def test_the_programs_are_of_the_servers_version_or_the_next_newer_one(tmp_path: Path) -> None:
