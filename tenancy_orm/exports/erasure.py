@@ -61,6 +61,15 @@ _USAGE = text(
     "SELECT count(*) AS count, count(*) FILTER (WHERE sent_at IS NULL) AS unsent, max(sent_at) AS sent_at "
     "FROM tenancy.usage_records WHERE tenant_id = :id"
 )
+# with clones of clones; each has its own end
+_CLONES = text("""
+WITH RECURSIVE made AS (
+  SELECT tenant_id, detail FROM tenancy.operations WHERE kind = 'clone' AND detail->>'of' = CAST(:id AS text)
+  UNION SELECT o.tenant_id, o.detail FROM tenancy.operations o JOIN made m ON o.detail->>'of' = m.tenant_id::text
+         WHERE o.kind = 'clone')
+SELECT count(*) AS count, max((m.detail->>'expires_at')::timestamptz) AS expires_at
+  FROM made m JOIN tenancy.tenants t ON t.id = m.tenant_id WHERE t.status <> 'purged'
+""")
 _PENDING = text("""
 SELECT t.id FROM tenancy.tenants t WHERE t.status = 'purged' AND NOT EXISTS (
   SELECT FROM tenancy.operations o WHERE o.tenant_id = t.id AND o.kind = 'erasure' AND o.state = 'done')
@@ -284,6 +293,7 @@ class ErasureManager:
         async with self._control.connect() as connection:
             left = await connection.scalar(_LEFT, {"id": tenant.id})
             usage = (await connection.execute(_USAGE, {"id": tenant.id})).one()
+            clones = (await connection.execute(_CLONES, {"id": str(tenant.id)})).one()
             updated_at = await connection.scalar(_UPDATED, {"id": tenant.id})
         if left:
             raise ErasureError(f"the purge of tenant {tenant.slug!r} has left something: run tenancy reconcile")
@@ -297,10 +307,10 @@ class ErasureManager:
             purged_at=purged_at,
             erased=_ERASED,
             backup_keys={key.id: key.destroyed_at for key in keys if key.destroyed_at is not None},
-            remains=self._remains(purged_at, backups, usage),
+            remains=self._remains(purged_at, backups, usage, clones),
         )
 
-    def _remains(self, purged_at: datetime, backups: int, usage: Any) -> tuple[Remaining, ...]:
+    def _remains(self, purged_at: datetime, backups: int, usage: Any, clones: Any) -> tuple[Remaining, ...]:
         erasure, retention = self._config.erasure, self._config.retention
         audit_seconds = retention.audit_seconds
         found = [
@@ -340,6 +350,16 @@ class ErasureManager:
         ]
         if backups == 0:
             found.pop(0)
+        if clones.count:
+            found.append(
+                Remaining(
+                    what=f"{clones.count} clones of it, which are other tenants",
+                    is_readable=True,
+                    until=clones.expires_at,
+                    note="with its rows as the rules of each clone have left them; housekeeping purges each when its "
+                    "time is over",
+                )
+            )
         if usage.count:
             sent = None if usage.unsent else usage.sent_at + timedelta(days=_USAGE_DAYS)
             note = f"{usage.unsent} are not sent yet; each is kept {_USAGE_DAYS} days after that"

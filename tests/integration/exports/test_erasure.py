@@ -179,3 +179,19 @@ async def test_an_operator_purges_and_hands_the_certificate_on(cli: Cli, tmp_pat
     (tmp_path / "keys.json").write_text(json.dumps(dict.fromkeys(json.loads(keys.out), "A" * 43 + "=")))
     refused = await cli("erasure", "verify", "acme.json", "--public-keys", "keys.json")
     assert (refused.status, "signature is not valid" in refused.err) == (1, True)
+
+
+async def test_a_certificate_names_the_clones_that_are_left(tenancy: Tenancy, acme: str) -> None:
+    """And clones of clones, until the last one ends; not those that are purged."""
+    found = await tenancy.tenants.get(acme)
+    await tenancy.clones.create(acme, "one", ttl=timedelta(days=2))
+    last = await tenancy.clones.create("one", "two", ttl=timedelta(days=3))
+    await tenancy.clones.create(acme, "three", ttl=timedelta(days=9))
+    await tenancy.clones.create("three", "other", ttl=timedelta(days=8))
+    for slug in ("other", "three"):
+        await purge(tenancy, slug)
+    await purge(tenancy)
+    certificate = await tenancy.erasures.complete(found.id)
+    (clones,) = [one for one in certificate.remains if "clone" in one.what]
+    assert clones.what.startswith("2 clones of it") and clones.is_readable
+    assert clones.until == last.clone.expires_at
