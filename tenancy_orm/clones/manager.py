@@ -36,15 +36,17 @@ from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.filled_creation import Filling
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
 from ..provisioning.new_databases import NewDatabase
+from ..provisioning.pipeline import describe
 from ..provisioning.restoring import programs_for
 from ..provisioning.tenant_rights import RECORD_SCHEMA
 from ..runs import FleetMigrator
-from ..tenant import Placement, Status, Tenant, TenantRef
+from ..tenant import Status, Tenant, TenantRef
 from ..tenants.manager import CreatedTenant, TenantManager
 from .plan import Table, plan_tables
 from .records import Clone, CloneRecords
 from .rules import AnonymisationRules, RulesSource
-from .transfer import SETTINGS, CloneTransfer
+from .snapshot import begin_snapshot
+from .transfer import READING, CloneTransfer
 from .values import Replacing
 
 logger = logging.getLogger("tenancy_orm.clones")
@@ -174,7 +176,7 @@ class CloneManager:
             raise ConfigurationError(f"a clone is kept for more than no time, and at most {LONGEST.days} days")
         parsed = None if rules is None else AnonymisationRules.of(rules)
         found = await self._registry.find(tenant)
-        place = self._check(found)
+        self._check(found)
         environment = None if self._config.migrations is None else await self._migrations.environment()
         policy = RevisionPolicy(self._services, self._connections, environment, accept=accept)
         expires_at = datetime.now(UTC) + ttl
@@ -185,13 +187,11 @@ class CloneManager:
 
         tell("reading the tables")
         tables, extensions = await self._look(found, parsed, environment, require_rules)
-        changed = [f"{table.label}.{column.name}" for table in tables for column in table.columns if column.is_changed]
-        made.columns = tuple(changed)
         about = {
             "of": str(found.id),
             "slug": found.slug,
             "expires_at": expires_at.isoformat(),
-            "anonymised": changed != [],
+            "anonymised": any(table.is_changed for table in tables),
         }
         created = await self._tenants.create(
             slug,
@@ -204,24 +204,13 @@ class CloneManager:
             filling=Filling(fill=fill, policy=policy, timeout=self._config.backup.timeout, extensions=extensions),
             actor=actor,
         )
-        return await self._finished(created, found, place, policy, made, started, actor)
+        return await self._finished(created, found, policy, made, started)
 
     async def _finished(
-        self,
-        created: CreatedTenant,
-        source: Tenant,
-        place: Placement,
-        policy: RevisionPolicy,
-        made: _Made,
-        started: float,
-        actor: Actor,
+        self, created: CreatedTenant, source: Tenant, policy: RevisionPolicy, made: _Made, started: float
     ) -> CloneReport:
         clone = await self._records.of(created.id)
         assert clone is not None  # noqa: S101 - nothing is created without it
-        detail = {"of": str(source.id), "expires_at": clone.expires_at.isoformat(), "columns": list(clone.columns)}
-        await self._registry.record(created.id, "tenant.clone", detail=detail, actor=actor)
-        into = {"clone": str(created.id), "slug": created.slug}
-        await self._registry.record(source.id, "tenant.cloned_to", detail=into, actor=actor)
         self._events.emit(
             TenantCloned(
                 tenant_id=created.id,
@@ -243,26 +232,30 @@ class CloneManager:
         )
 
     @staticmethod
-    def _check(tenant: Tenant) -> Placement:
+    def _check(tenant: Tenant) -> None:
         if tenant.status is Status.PURGED or tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
         if tenant.status is Status.DELETED:
             raise TenantDeletedError(tenant.slug)
         if tenant.status is Status.PROVISIONING:
             raise OperationError(f"tenant {tenant.slug!r} is being created")
-        return tenant.placement
 
     async def _look(
         self, tenant: Tenant, rules: AnonymisationRules | None, environment: Environment | None, require_rules: bool
     ) -> tuple[tuple[Table, ...], tuple[InstalledExtension, ...]]:
         """Refuse rules that cannot be followed before anything is made, and read the extensions."""
-        async with self._provisioner.readers.open(tenant, seconds=self._config.provisioning.timeout) as reader:
-            connection = await reader.connect(timeout=self._config.pool.connect_timeout, settings=SETTINGS)
-            try:
-                tables = await self._plan(connection, rules, environment, require_rules)
-                return tables, await read_extensions(connection)
-            finally:
-                await run_to_completion(postgres_connections.close(connection))
+        try:
+            async with self._provisioner.readers.open(tenant, seconds=self._config.provisioning.timeout) as reader:
+                connection = await reader.connect(timeout=self._config.pool.connect_timeout, settings=READING)
+                try:
+                    tables = await self._plan(connection, rules, environment, require_rules)
+                    return tables, await read_extensions(connection)
+                finally:
+                    await run_to_completion(postgres_connections.close(connection))
+        except SERVER_FAILURES as exc:
+            raise OperationError(
+                f"the database of tenant {tenant.slug!r} cannot be read ({describe(exc)}); nothing was made"
+            ) from exc
 
     async def _plan(
         self,
@@ -304,14 +297,19 @@ class CloneManager:
                 "of": str(source.id),
                 "of_slug": source.slug,
                 "expires_at": expires_at.isoformat(),
-                "columns": list(made.columns),
+                "columns": [],
             },
             actor=actor,
         )
         async with self._operations.keep(operation, claimant):
             tell("copying")
             await self._transfer(new, source, rules, environment, require_rules, made)
-        await self._operations.finish(operation, claimant, "done")
+            # before anybody can use it, so that no clone is without these entries
+            detail = {"of": str(source.id), "expires_at": expires_at.isoformat(), "columns": list(made.columns)}
+            await self._registry.record(number, "tenant.clone", detail=detail, actor=actor)
+            into = {"clone": str(number), "slug": (await self._registry.get(number)).slug}
+            await self._registry.record(source.id, "tenant.cloned_to", detail=into, actor=actor)
+        await self._operations.finish(operation, claimant, "done", detail={"columns": list(made.columns)})
 
     async def _transfer(
         self,
@@ -324,19 +322,23 @@ class CloneManager:
     ) -> None:
         version, timeout = await self._version(new.server), self._config.pool.connect_timeout
         async with self._provisioner.readers.open(source, seconds=self._config.backup.timeout) as reader:
-            connection = await reader.connect(timeout=timeout, settings=SETTINGS, purpose="tenancy-clone")
+            connection = await reader.connect(timeout=timeout, settings=READING, purpose="tenancy-clone")
             try:
                 if postgres_connections.version(connection) >= 17:
                     await connection.execute("SET transaction_timeout = 0")
                 newest = max(version, postgres_connections.version(connection))
                 programs = await programs_for(self._config, newest)
-                await connection.transaction(isolation="repeatable_read", readonly=True).start()
+                await begin_snapshot(connection)
+                # as they are in this snapshot: a migration may have run since
+                tables = await self._plan(connection, rules, environment, require_rules)
+                made.columns = tuple(
+                    f"{table.label}.{column.name}" for table in tables for column in table.columns if column.is_changed
+                )
                 transfer = CloneTransfer(
                     reader=reader,
                     source=connection,
                     into=new.login,
-                    # as they are in this snapshot: a migration may have run since
-                    tables=await self._plan(connection, rules, environment, require_rules),
+                    tables=tables,
                     replacing=Replacing(secrets.token_bytes(32)),
                     programs=programs,
                     version=version,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import AnonymisationError
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
 from ..provisioning.event_trigger import NAME as GUARD_SCHEMA
-from .rules import AnonymisationRules, ColumnRule, TableRules
+from ..provisioning.grants import CHECKPOINTS_SCHEMA
+from .rules import AnonymisationRules, ColumnRule, TableRules, is_pattern, matches
 
 _TABLES = """
 SELECT c.oid::bigint AS oid, n.nspname::text AS schema, c.relname::text AS name,
@@ -33,25 +33,35 @@ WITH RECURSIVE base AS (
   UNION ALL SELECT b.oid, t.oid, t.typtype, t.typbasetype, b.typnotnull OR t.typnotnull,
                    CASE WHEN b.typtypmod < 0 THEN t.typtypmod ELSE b.typtypmod END
     FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.typbasetype WHERE b.typtype = 'd')
-SELECT a.attrelid::bigint AS oid, a.attname::text AS name, t.typname::text AS type, t.typcategory::text AS category,
-       CASE WHEN t.typcategory = 'A' THEN e.typcategory::text END AS element, e.typname::text AS element_type,
+SELECT a.attrelid::bigint AS oid, a.attname::text AS name, t.typname::text AS type,
+       (WITH RECURSIVE within AS (
+          SELECT t.oid AS type
+          UNION SELECT CASE WHEN i.typcategory = 'A' THEN i.typelem WHEN i.typtype = 'd' THEN i.typbasetype
+                            ELSE r.rngsubtype END
+            FROM within JOIN pg_catalog.pg_type i ON i.oid = within.type
+            LEFT JOIN pg_catalog.pg_range r ON i.oid IN (r.rngtypid, r.rngmultitypid)
+           WHERE i.typcategory = 'A' OR i.typtype = 'd' OR r.rngtypid IS NOT NULL)
+        SELECT pg_catalog.bool_or(i.typcategory::text = ANY ($2::text[])
+                                  AND i.oid <> 'pg_catalog.uuid'::pg_catalog.regtype)
+          FROM within JOIN pg_catalog.pg_type i ON i.oid = within.type WHERE i.typtype <> 'd') AS like_text,
        a.attnotnull OR b.typnotnull AS not_null, a.attgenerated <> '' AS generated,
        CASE WHEN a.atttypmod >= 0 THEN a.atttypmod ELSE b.typtypmod END AS modifier
   FROM pg_catalog.pg_attribute a JOIN base b ON b.oid = a.atttypid AND b.typtype <> 'd'
-  JOIN pg_catalog.pg_type t ON t.oid = b.type LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem
+  JOIN pg_catalog.pg_type t ON t.oid = b.type
  WHERE a.attrelid = ANY ($1::bigint[]) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
 """
 _UNIQUE = """
 SELECT i.indrelid::bigint AS oid, ic.relname::text AS name,
        (SELECT pg_catalog.array_agg(a.attname::text) FROM pg_catalog.pg_attribute a
          WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey[:i.indnkeyatts - 1])) AS columns,
-       i.indpred IS NULL AND i.indexprs IS NULL AS plain
+       i.indexprs IS NULL AS plain, i.indpred IS NOT NULL AS partial
   FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class ic ON ic.oid = i.indexrelid
  WHERE i.indrelid = ANY ($1::bigint[]) AND i.indisunique
 """
 _REFERENCES = """
 SELECT c.conrelid::bigint AS oid, c.confrelid::bigint AS other, a.attname::text AS name, b.attname::text AS other_name
-  FROM pg_catalog.pg_constraint c CROSS JOIN LATERAL ROWS FROM (unnest(c.conkey), unnest(c.confkey)) AS k(here, there)
+  FROM pg_catalog.pg_constraint c
+ CROSS JOIN LATERAL ROWS FROM (pg_catalog.unnest(c.conkey), pg_catalog.unnest(c.confkey)) AS k(here, there)
   JOIN pg_catalog.pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.here
   JOIN pg_catalog.pg_attribute b ON b.attrelid = c.confrelid AND b.attnum = k.there
  WHERE c.contype = 'f'
@@ -60,8 +70,10 @@ _PARTITION_KEYS = """
 SELECT p.partrelid::bigint AS oid, a.attname::text AS name FROM pg_catalog.pg_partitioned_table p
   JOIN pg_catalog.pg_attribute a ON a.attrelid = p.partrelid AND a.attnum = ANY (p.partattrs)
 """
+_BATCHES = f"{CHECKPOINTS_SCHEMA}.data"
 _HASHED = frozenset({"text", "varchar", "bpchar", "name", "citext", "bytea", "uuid", "json", "jsonb"})
-_HARMLESS = frozenset({"uuid", "vector", "halfvec"})
+# strings, addresses of networks, places, composite types, and types of users and extensions, JSON and bytea among them
+_LIKE_TEXT = ["S", "I", "G", "C", "U"]
 _HASH_LENGTH = 32
 _LENGTH_HEADER = 4  # a type's modifier counts it
 
@@ -77,6 +89,7 @@ class Column:
         generated: Whether PostgreSQL computes it.
         not_null: Whether NULL is refused.
         is_unique: Whether a unique index has this column alone.
+        differs: Whether each row should get another value: it is unique, if only among some rows.
         like_text: Whether people's data may be in it, as far as its type tells.
         rule: The rule; None for none.
     """
@@ -87,6 +100,7 @@ class Column:
     generated: bool
     not_null: bool
     is_unique: bool
+    differs: bool
     like_text: bool
     rule: ColumnRule | None = None
 
@@ -94,6 +108,11 @@ class Column:
     def is_changed(self) -> bool:
         """Whether a rule changes its values."""
         return self.rule is not None and self.rule.kind != "keep"
+
+
+def hash_length(column: Column) -> int:
+    """Return how many signs the hash of a text in this column has."""
+    return min(_HASH_LENGTH, column.length or _HASH_LENGTH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,9 +202,11 @@ async def plan_tables(
         _assign(rules, found, subject, assigned)
     tables = {oid: _table(found, oid, assigned) for oid in found.tables}
     problems = [text for oid in subject for text in _broken(tables[oid])]
-    problems += await _broken_references(connection, found, assigned)
+    problems += await _broken_references(connection, found, tables, assigned)
     if problems:
         raise _refused("the rules break constraints", problems)
+    if any(table.is_changed for table in tables.values()):
+        await _refuse_batches(connection)
     real = {oid: table for oid, table in tables.items() if oid not in found.partitioned}
     if require_rules:
         missing = [
@@ -200,11 +221,32 @@ async def plan_tables(
     return tuple(real.values())
 
 
+async def read_tables(connection: Connection) -> dict[int, Any]:
+    """Return the tables, by their oids: each with ``schema``, ``name`` and the oids of those that it is a part of."""
+    return {row["oid"]: row for row in await connection.fetch(_TABLES, [GUARD_SCHEMA])}
+
+
+async def _refuse_batches(connection: Connection) -> None:
+    """Refuse a database with a data migration that is half done: it keeps keys of rows, which no rule replaces.
+
+    With other keys, the clone's would not find the rows that are left, either.
+    """
+    if not await connection.fetchval(f"SELECT pg_catalog.to_regclass('{_BATCHES}') IS NOT NULL"):
+        return
+    query = f"SELECT EXISTS (SELECT FROM {_BATCHES} WHERE after IS NOT NULL OR until IS NOT NULL)"  # noqa: S608
+    if await connection.fetchval(query):
+        raise AnonymisationError(
+            "a data migration is half done, and keeps keys of rows: finish it with tenancy migrate upgrade, or clone "
+            "without rules",
+            columns=(f"{_BATCHES}.after", f"{_BATCHES}.until"),
+        )
+
+
 async def _read(connection: Connection) -> _Found:
-    tables = {row["oid"]: row for row in await connection.fetch(_TABLES, [GUARD_SCHEMA])}
+    tables = await read_tables(connection)
     partitioned = frozenset(row["oid"] for row in await connection.fetch(_KINDS) if row["partitioned"])
     found = _Found(tables, partitioned)
-    for row in await connection.fetch(_COLUMNS, list(tables)):
+    for row in await connection.fetch(_COLUMNS, list(tables), _LIKE_TEXT):
         found.columns.setdefault(row["oid"], []).append(row)
     for row in await connection.fetch(_UNIQUE, list(tables)):
         found.unique.setdefault(row["oid"], []).append(row)
@@ -215,21 +257,24 @@ def _assign(
     rules: AnonymisationRules, found: _Found, subject: Sequence[int], assigned: dict[tuple[int, str], ColumnRule]
 ) -> None:
     """Find the columns of each rule. Names that are written out win over patterns."""
-    by_pattern: dict[tuple[int, str], str] = {}
+    assigned_by: dict[tuple[int, str], tuple[str, bool]] = {}
     nothing: list[str] = []
     for one in sorted(rules.tables, key=lambda table: table.is_pattern):
         oids = [oid for oid in subject if one.is_of(found.names(oid))]
         if not oids:
             nothing.append(f"{one.pattern}: there is no such table")
             continue
-        for pattern, rule in sorted(one.columns.items(), key=lambda item: "*" in item[0] or "?" in item[0]):
+        for pattern, rule in sorted(one.columns.items(), key=lambda item: is_pattern(item[0])):
             hits = [
-                (oid, row["name"]) for oid in oids for row in found.columns[oid] if fnmatchcase(row["name"], pattern)
+                (oid, row["name"])
+                for oid in oids
+                for row in found.columns.get(oid, ())
+                if matches(row["name"], pattern)
             ]
             if not hits:
                 nothing.append(f"{one.pattern}.{pattern}: there is no such column")
             for hit in hits:
-                _assign_one(found, one, pattern, hit, rule, assigned, by_pattern)
+                _assign_one(found, one, pattern, hit, rule, assigned, assigned_by)
     if nothing:
         raise _refused("rules are about nothing", nothing)
 
@@ -241,30 +286,36 @@ def _assign_one(
     hit: tuple[int, str],
     rule: ColumnRule,
     assigned: dict[tuple[int, str], ColumnRule],
-    by_pattern: dict[tuple[int, str], str],
+    assigned_by: dict[tuple[int, str], tuple[str, bool]],
 ) -> None:
     label = f"{found.label(hit[0])}.{hit[1]}"
-    is_pattern, written = table.is_pattern or "*" in pattern or "?" in pattern, f"{table.pattern}.{pattern}"
-    if hit not in assigned:
+    is_guess, written = table.is_pattern or is_pattern(pattern), f"{table.pattern}.{pattern}"
+    other, other_is_guess = assigned_by.get(hit, ("", True))
+    if not other or (other_is_guess and not is_guess):
         assigned[hit] = rule
-        by_pattern[hit] = written if is_pattern else ""
-    elif by_pattern[hit] and assigned[hit] != rule:
-        raise _refused("two patterns are about one column", [f"{label}: {by_pattern[hit]} and {written}"])
+        assigned_by[hit] = written, is_guess
+    # a partition's own name and that of its table are both written out
+    elif is_guess is other_is_guess and assigned[hit] != rule:
+        raise _refused("two rules are about one column", [f"{label}: {other} and {written}"])
 
 
 def _table(found: _Found, oid: int, assigned: Mapping[tuple[int, str], ColumnRule]) -> Table:
     row = found.tables[oid]
-    unique = [one for one in found.unique.get(oid, ()) if one["plain"]]
+    indexes = [one for one in found.unique.get(oid, ()) if one["plain"]]
+    unique = [one for one in indexes if not one["partial"]]
     alone = {one["columns"][0] for one in unique if len(one["columns"]) == 1}
+    differing = {one["columns"][0] for one in indexes if len(one["columns"]) == 1}
     return Table(
         schema=row["schema"],
         name=row["name"],
-        columns=tuple(_column(one, alone, assigned.get((oid, one["name"]))) for one in found.columns.get(oid, ())),
+        columns=tuple(
+            _column(one, alone, differing, assigned.get((oid, one["name"]))) for one in found.columns.get(oid, ())
+        ),
         unique=tuple(UniqueIndex(name=one["name"], columns=tuple(one["columns"])) for one in unique),
     )
 
 
-def _column(row: Any, alone: Collection[str], rule: ColumnRule | None) -> Column:
+def _column(row: Any, alone: Collection[str], differing: Collection[str], rule: ColumnRule | None) -> Column:
     limited = row["type"] in ("varchar", "bpchar") and row["modifier"] >= _LENGTH_HEADER
     return Column(
         name=row["name"],
@@ -273,15 +324,10 @@ def _column(row: Any, alone: Collection[str], rule: ColumnRule | None) -> Column
         generated=row["generated"],
         not_null=row["not_null"],
         is_unique=row["name"] in alone,
-        like_text=_is_like_text(row["type"], row["category"])
-        or (row["element"] is not None and _is_like_text(row["element_type"], row["element"])),
+        differs=row["name"] in differing,
+        like_text=row["like_text"],
         rule=rule,
     )
-
-
-def _is_like_text(type_name: str, category: str) -> bool:
-    # strings, addresses of networks, composite types, and types of users and extensions, JSON and bytea among them
-    return category in "SICU" and type_name not in _HARMLESS
 
 
 def _broken(table: Table) -> Iterator[str]:
@@ -300,20 +346,24 @@ def _broken(table: Table) -> Iterator[str]:
 
 
 async def _broken_references(
-    connection: Connection, found: _Found, assigned: Mapping[tuple[int, str], ColumnRule]
+    connection: Connection,
+    found: _Found,
+    tables: Mapping[int, Table],
+    assigned: Mapping[tuple[int, str], ColumnRule],
 ) -> list[str]:
     problems = []
     changed = {hit: rule for hit, rule in assigned.items() if rule.kind != "keep"}
     for row in await connection.fetch(_REFERENCES):
         here, there = changed.get((row["oid"], row["name"])), changed.get((row["other"], row["other_name"]))
-        if here == there and (here is None or here.kind == "hash"):
-            continue
-        if there is None and here is not None and here.kind == "null":
-            continue
-        problems.append(
-            f"{found.label(row['oid'])}.{row['name']} refers to {found.label(row['other'])}.{row['other_name']}: "
-            "write hash for both, or null for the first"
-        )
+        if here is not None and here.kind == "null":
+            continue  # what is NULL refers to nothing
+        what = f"{found.label(row['oid'])}.{row['name']} refers to {found.label(row['other'])}.{row['other_name']}"
+        if here != there or (here is not None and here.kind != "hash"):
+            problems.append(f"{what}: write hash for both, or null for the first")
+        elif here is not None and _form(tables[row["oid"]], row["name"]) != _form(
+            tables[row["other"]], row["other_name"]
+        ):
+            problems.append(f"{what}: hashes of these two types differ; write null for the first")
     for row in await connection.fetch(_PARTITION_KEYS):
         problems += [
             f"{found.label(oid)}.{name}: it decides which partition a row belongs to"
@@ -323,10 +373,18 @@ async def _broken_references(
     return list(dict.fromkeys(problems))
 
 
+def _form(table: Table, name: str) -> tuple[str, int]:
+    """Return what the hash of a value depends on beside the value."""
+    (column,) = (one for one in table.columns if one.name == name)
+    # bpchar without the spaces that fill it up is the text
+    kind = column.type if column.type in ("citext", "uuid", "bytea", "json", "jsonb") else "text"
+    return kind, hash_length(column)
+
+
 def _refused(what: str, problems: Sequence[str], *, columns: Sequence[str] | None = None) -> AnonymisationError:
     named = columns if columns is not None else [problem.partition(":")[0] for problem in problems]
     listed = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
     return AnonymisationError(f"{what}: {listed}", columns=tuple(named))
 
 
-__all__ = ["Column", "Table", "UniqueIndex", "plan_tables"]
+__all__ = ["Column", "Table", "UniqueIndex", "hash_length", "plan_tables", "read_tables"]

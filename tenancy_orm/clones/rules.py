@@ -14,10 +14,19 @@ from ..errors import AnonymisationError
 RuleKind = Literal["keep", "null", "constant", "hash", "faker"]
 _PLAIN = ("keep", "null", "hash")
 _OPTIONS = {"constant": frozenset({"constant"}), "faker": frozenset({"faker", "seed", "locale"})}
-_WILDCARDS = frozenset("*?[")
 
 RulesSource: TypeAlias = "AnonymisationRules | Mapping[str, Any] | str | Path"
 """Rules, the contents of a file of rules, or the path of one."""
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a name of a file of rules may be several names."""
+    return "*" in text or "?" in text
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name is one of those that a pattern with ``*`` and ``?`` is about. Brackets are a part of names."""
+    return fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +97,11 @@ class TableRules:
     @property
     def is_pattern(self) -> bool:
         """Whether it may name several tables."""
-        return not _WILDCARDS.isdisjoint(self.pattern)
+        return is_pattern(self.pattern)
 
     def is_of(self, names: tuple[str, ...]) -> bool:
         """Whether it names one of these tables, which are one and those that it is a part of."""
-        return any(fnmatchcase(name, self.pattern) if self.is_pattern else name == self.pattern for name in names)
+        return any(matches(name, self.pattern) for name in names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,4 +163,4 @@ class AnonymisationRules:
         return cls.parse(source) if isinstance(source, Mapping) else cls.load(source)
 
 
-__all__ = ["AnonymisationRules", "ColumnRule", "RuleKind", "RulesSource", "TableRules"]
+__all__ = ["AnonymisationRules", "ColumnRule", "RuleKind", "RulesSource", "TableRules", "is_pattern", "matches"]

@@ -28,6 +28,7 @@ from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.readers import Reader
 from ..provisioning.restoring import check_rows
 from .plan import Table
+from .snapshot import LOCK_WAIT
 from .values import Replacement, Replacing, replace_rows
 
 SETTINGS = {
@@ -38,19 +39,32 @@ SETTINGS = {
     "extra_float_digits": "1",
     "bytea_output": "hex",
     "xmloption": "content",
+    "lc_monetary": "C",
 }
 """Settings of both sides' sessions: what one writes as text, the other one reads as the same value."""
 
+READING = {
+    **SETTINGS,
+    "default_transaction_read_only": "on",
+    "search_path": "pg_catalog, pg_temp",
+    "row_security": "off",
+    "synchronize_seqscans": "off",
+}
+"""Settings of the session that reads: names are complete, no row is hidden without an error, the order is the same."""
+
 _COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
 _SCHEMA_ONLY = ("--schema-only", "--no-publications", "--no-subscriptions")
-_LOCK_WAIT = "10s"
 _QUEUED = 16  # pieces of a table that are in memory at most
 _MATERIALIZED = """
 SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
   FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind = 'm' AND c.relispopulated ORDER BY c.oid
+ WHERE c.relkind = 'm' AND c.relispopulated
+   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
+                      AND d.objid = c.oid AND d.deptype = 'e')
+ ORDER BY c.oid
 """
 _HIDDEN = "SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relrowsecurity AND relforcerowsecurity)"
+_OF_VALUES = ("22", "23", "P0")  # data exception, integrity constraint violation, RAISE in a CHECK's function
 _COLUMN = re.compile(r"^COPY [^\n]*, line \d+, column ([^:\n]+)", re.MULTILINE)
 
 
@@ -93,7 +107,7 @@ class CloneTransfer:
         if await self.source.fetchval(_HIDDEN):
             await self.reader.see_all_rows()
         snapshot = await self.source.fetchval("SELECT pg_catalog.pg_export_snapshot()")
-        filled = [row["name"] for row in await self.source.fetch(_MATERIALIZED)]
+        views = [row["name"] for row in await self.source.fetch(_MATERIALIZED)]
         # before anything is written: Faker may lack a provider
         replacements = {
             table: {
@@ -115,7 +129,7 @@ class CloneTransfer:
             await self._bring_rows(dump)
             await self._anonymise(replacements)
             await self._restore(use, "--section=post-data", archive)
-        await self._settle(filled)
+        await self._settle(views)
         return left_out
 
     def _dump_command(self, snapshot: str) -> list[str]:
@@ -123,7 +137,7 @@ class CloneTransfer:
             self.programs.path("pg_dump"),
             *_COMMON,
             f"--exclude-schema={_pattern(event_trigger.NAME)}",
-            f"--lock-wait-timeout={_LOCK_WAIT}",
+            f"--lock-wait-timeout={LOCK_WAIT}",
             f"--snapshot={snapshot}",
         ]
 
@@ -209,16 +223,26 @@ class CloneTransfer:
                 group.create_task(write())
         except BaseExceptionGroup as exc:
             first = _first(exc)
-            if isinstance(first, asyncpg.PostgresError):
+            # of the others, a server that stops or a full disk for example, no rule is the cause
+            if isinstance(first, asyncpg.PostgresError) and (first.sqlstate or "")[:2] in _OF_VALUES:
                 raise _explained(table, first) from exc
             raise first from None
 
-    async def _settle(self, filled: Sequence[str]) -> None:
+    async def _settle(self, views: Sequence[str]) -> None:
         """Fill materialized views, make the planner's statistics, and compare the numbers of rows."""
         into = await self.into.connect(timeout=self.connect_timeout, settings=SETTINGS)
         try:
-            for name in filled:
-                await into.execute(f"REFRESH MATERIALIZED VIEW {name}")
+            waiting = list(views)
+            while waiting:
+                later = []
+                for name in waiting:
+                    try:
+                        await into.execute(f"REFRESH MATERIALIZED VIEW {name}")
+                    except asyncpg.ObjectNotInPrerequisiteStateError:
+                        later.append(name)  # it reads another one, which is not filled yet
+                        if len(later) == len(waiting):
+                            raise
+                waiting = later
             await into.execute("ANALYZE")
         finally:
             await run_to_completion(connections.close(into))
@@ -279,4 +303,4 @@ def _pattern(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-__all__ = ["SETTINGS", "CloneTransfer"]
+__all__ = ["READING", "CloneTransfer"]

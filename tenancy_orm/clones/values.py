@@ -12,13 +12,12 @@ from typing import Any
 from uuid import UUID
 
 from ..errors import AnonymisationError, MissingExtraError
-from .plan import Column, Table
+from .plan import Column, Table, hash_length
 
 Replacement = Callable[[bytes], bytes]
 """Makes a field of another one, both as COPY writes them."""
 
 NULL = rb"\N"
-_LENGTH = 32
 _ESCAPES = {ord("\\"): r"\\", ord("\n"): r"\n", ord("\r"): r"\r", ord("\t"): r"\t", 0: ""}
 
 
@@ -51,7 +50,7 @@ class Replacing:
 
     def _hash(self, column: Column) -> Replacement:
         key, kind = self._key, column.type
-        length = min(_LENGTH, column.length or _LENGTH)
+        length = hash_length(column)
 
         def replace(field: bytes) -> bytes:
             if field == NULL:
@@ -93,7 +92,7 @@ def _faker(table: Table, column: Column) -> Replacement:
     public = rule.value.isidentifier() and not rule.value.startswith("_")
     if not public or not any(callable(getattr(type(provider), rule.value, None)) for provider in providers):
         raise AnonymisationError(f"{label}: Faker has no provider {rule.value!r}", columns=(label,))
-    make = getattr(generator.unique if column.is_unique else generator, rule.value)
+    make = getattr(generator.unique if column.differs else generator, rule.value)
 
     def replace(field: bytes) -> bytes:
         if field == NULL:
@@ -101,7 +100,7 @@ def _faker(table: Table, column: Column) -> Replacement:
         try:
             made = make()
         except Exception as exc:
-            why = "has no more values that differ" if column.is_unique else "needs arguments, or failed"
+            why = "has no more values that differ" if column.differs else "needs arguments, or failed"
             raise AnonymisationError(f"{label}: Faker's {rule.value} {why}", columns=(label,)) from exc
         return NULL if made is None else _encode(_fitting(_text(made, column), column))
 
