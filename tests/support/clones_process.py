@@ -1,0 +1,91 @@
+"""A process that makes or ends a clone and is killed: ``python -m tests.support.clones_process``.
+
+It reads what to do as JSON from stdin. At the point that is named there, it kills itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tenancy_orm import Tenancy
+from tenancy_orm.clones import manager
+from tenancy_orm.clones.transfer import CloneTransfer
+from tenancy_orm.operations import Operations
+from tenancy_orm.postgres import programs
+from tenancy_orm.provisioning import databases, grants, new_databases, removal
+from tenancy_orm.provisioning.new_databases import NewDatabase
+from tenancy_orm.registry.registry import Registry
+from tenancy_orm.tenants.manager import TenantManager
+from tests.support.runs_process import config_of
+
+RULES = {"tables": {"notes": {"body": "hash"}}}
+
+# by the name of a point: what is wrapped, at which call, and whether it dies after it
+REMOVED: dict[str, tuple[Any, str, int, bool]] = {
+    "once the tables are read": (manager, "read_extensions", 1, True),
+    "after the empty database": (new_databases, "create_for_login", 1, True),
+    "after its end is recorded": (Operations, "begin", 1, True),
+    "after the schema": (CloneTransfer, "_restore", 1, True),
+    "while rows come": (programs, "_start", 5, True),
+    "before the values": (CloneTransfer, "_anonymise", 1, False),
+    "after the values": (CloneTransfer, "_anonymise", 1, True),
+    "after the indexes": (CloneTransfer, "_restore", 2, True),
+    "between the audit entries": (Registry, "record", 1, True),
+    "after the copying": (Operations, "finish", 1, True),
+    "after the rights": (grants, "grant_and_mark", 1, True),
+    "after all is handed over": (NewDatabase, "hand_over", 1, True),
+    "once its role may connect": (databases, "open_to_role", 1, True),
+}
+KEPT: dict[str, tuple[Any, str, int, bool]] = {
+    "before it is active": (Registry, "complete", 1, False),
+    "after it is active": (Registry, "complete", 1, True),
+}
+ENDED: dict[str, tuple[Any, str, int, bool]] = {
+    "before it is deleted": (TenantManager, "delete", 1, False),
+    "after it is deleted": (TenantManager, "delete", 1, True),
+    "before its purge": (TenantManager, "purge_due", 1, False),
+    "in its purge": (removal, "drop_database", 1, True),
+}
+POINTS = {**REMOVED, **KEPT, **ENDED}
+
+
+def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
+    """Have this process kill itself when it comes to the point."""
+    owner, name, which, after = POINTS[point]
+    original: Callable[..., Awaitable[Any]] = getattr(owner, name)
+    calls = 0
+
+    async def wrapped(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = await original(*args, **options) if after else None
+        if calls == which:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result if after else await original(*args, **options)
+
+    patch.setattr(owner, name, wrapped)
+
+
+async def main(task: dict[str, Any]) -> None:
+    """Make a clone, or end those that have expired."""
+    async with Tenancy(config_of(task)) as tenancy:
+        if task["what"] == "expire":
+            await tenancy.run_housekeeping()
+        else:
+            await tenancy.clones.create("acme", "clone", ttl=timedelta(hours=1), rules=RULES)
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.stdin.read())
+    with pytest.MonkeyPatch.context() as patching:
+        arrange(patching, given["at"])
+        asyncio.run(main(given))
