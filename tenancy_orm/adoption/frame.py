@@ -28,6 +28,9 @@ from ..tenants.manager import CreatedTenant, TenantManager
 Tell = Callable[[str], None]
 """Receives a line about what is done now."""
 
+KEY_SHOWN = "and its API key was shown then; tenancy keys issue makes another"
+"""What there is to say of a tenant that is complete already."""
+
 _SETTLE_SECONDS = 10.0  # for which the connections of a process that has died are waited for
 
 
@@ -158,8 +161,13 @@ class AdoptionFrame:
             claimant = Claimant()
             await self._operations.finish(await self._operations.claim(operation.id, claimant), claimant, "done")
             operation = await self._operations.get(operation.id)
-        if operation is None or operation.state != "done" or operation.detail.get("source") != source:
-            return None  # TenantExistsError follows
+        if operation is not None and operation.is_claimed:
+            raise AdoptionError(
+                f"a process on {operation.host} adopts {tenant.slug!r} now; if it was killed, try again in a minute"
+            )
+        is_whole = operation is not None and operation.state == "done" and tenant.status is not Status.DELETED
+        if operation is None or not is_whole or operation.detail.get("source") != source:
+            return None  # TenantExistsError follows; a deleted tenant has to be purged first
         return tenant, operation
 
     async def settle(self, tenant: Tenant, operation: Operation | None, *, actor: Actor) -> None:
@@ -181,4 +189,4 @@ class AdoptionFrame:
             await asyncio.sleep(POLL_SECONDS)
 
 
-__all__ = ["AdoptionFrame", "Steps", "Tell", "Work"]
+__all__ = ["KEY_SHOWN", "AdoptionFrame", "Steps", "Tell", "Work"]

@@ -176,9 +176,12 @@ class Reach:
         renamed = f"SELECT {column} AS {quote_identifier(self.mapping.column)}"
         return f"(SELECT {_said(self.mapping.where)} FROM ({renamed}) AS {inner})"  # noqa: S608 - quoted, or the operator's
 
-    def nobodys(self, alias: str) -> str:
-        """The condition that a row of ``alias`` has no customer."""
-        return f"{alias}.{quote_identifier(self.mapping.column)} IS NULL"
+    def nobodys(self, reached: Reached, alias: str) -> str:
+        """The condition that a row of ``alias`` has no customer: by its column, or since it refers to nothing."""
+        if reached.relation.has(self.mapping.column):
+            return f"{alias}.{quote_identifier(self.mapping.column)} IS NULL"
+        unset = (f"NOT ({key.is_set(alias)})" for key in reached.keys)
+        return " AND ".join(unset) or "false"
 
     def refers(self, key: ForeignKey, alias: str) -> str:
         """The condition that a row of ``alias`` refers to a row that comes along."""
@@ -206,7 +209,7 @@ class Reach:
         # not through another one that follows: two of them might follow each other
         keys = [key for key in self.stray_keys(reached) if self._is_certain(key.target)]
         followed = " OR ".join(self.refers(key, alias) for key in keys) or "false"
-        return f"({condition} OR ({self.nobodys(alias)} AND ({followed})))"
+        return f"({condition} OR ({self.nobodys(reached, alias)} AND ({followed})))"
 
     def _is_certain(self, oid: int) -> bool:
         found = self.tables[oid]

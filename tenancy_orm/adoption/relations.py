@@ -35,7 +35,22 @@ SELECT k.conrelid::bigint AS relation, k.conname::text AS name,
          AS columns,
        ARRAY(SELECT a.attname::text FROM pg_catalog.unnest(k.confkey) WITH ORDINALITY u(number, place)
                JOIN pg_catalog.pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.number ORDER BY place)
-         AS target_columns
+         AS target_columns,
+       -- as the key compares: that of citext, for example, is in the schema of its extension
+       ARRAY(SELECT CASE WHEN place = cardinality(k.conpfeqop)
+                          AND (pg_catalog.to_jsonb(k) ->> 'conperiod')::boolean THEN 'pg_catalog.&&'
+                         ELSE pg_catalog.quote_ident(n.nspname) || '.' || o.oprname END
+               FROM pg_catalog.unnest(k.conpfeqop) WITH ORDINALITY u(number, place)
+               JOIN pg_catalog.pg_operator o ON o.oid = u.number
+               JOIN pg_catalog.pg_namespace n ON n.oid = o.oprnamespace ORDER BY place) AS operators,
+       ARRAY(SELECT CASE WHEN ours.attcollation <> theirs.attcollation
+                         THEN pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.collname) END
+               FROM ROWS FROM (pg_catalog.unnest(k.conkey), pg_catalog.unnest(k.confkey))
+                    WITH ORDINALITY u(number, other, place)
+               JOIN pg_catalog.pg_attribute ours ON ours.attrelid = k.conrelid AND ours.attnum = u.number
+               JOIN pg_catalog.pg_attribute theirs ON theirs.attrelid = k.confrelid AND theirs.attnum = u.other
+               LEFT JOIN pg_catalog.pg_collation c ON c.oid = theirs.attcollation
+               LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.collnamespace ORDER BY place) AS collations
   FROM pg_catalog.pg_constraint k
  WHERE k.contype = 'f' AND k.conparentid = 0 AND k.conrelid = ANY($1::oid[]) ORDER BY k.conrelid, k.conname
 """
@@ -52,17 +67,26 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class ForeignKey:
-    """A foreign key; ``target`` is the number of the relation that it refers to."""
+    """A foreign key; ``target`` is the number of the relation that it refers to.
+
+    It compares by ``operators``, which are qualified; in ``collations`` where those of two columns differ.
+    """
 
     name: str
     columns: tuple[str, ...]
     target: int
     target_columns: tuple[str, ...]
+    operators: tuple[str, ...]
+    collations: tuple[str | None, ...]
 
     def matches(self, alias: str, target: str) -> str:
         """The condition that a row of ``alias`` refers to a row of ``target``."""
-        pairs = zip(self.columns, self.target_columns, strict=True)
-        return " AND ".join(f"{target}.{quote_identifier(to)} = {alias}.{quote_identifier(of)}" for of, to in pairs)
+        parts = zip(self.columns, self.target_columns, self.operators, self.collations, strict=True)
+        return " AND ".join(
+            f"{target}.{quote_identifier(to)} OPERATOR({operator}) {alias}.{quote_identifier(of)}"
+            + ("" if collation is None else f" COLLATE {collation}")
+            for of, to, operator, collation in parts
+        )
 
     def is_set(self, alias: str) -> str:
         """The condition that a row refers to one."""
@@ -110,7 +134,8 @@ async def read_relations(connection: Connection, *, left_out: Iterable[str] = ()
         columns.setdefault(row["relation"], []).append(Column(row["name"], row["generated"], row["wanted"]))
     keys: dict[int, list[ForeignKey]] = {}
     for row in await connection.fetch(_KEYS, numbers):
-        key = ForeignKey(row["name"], tuple(row["columns"]), row["target"], tuple(row["target_columns"]))
+        lists = ("columns", "target_columns", "operators", "collations")
+        key = ForeignKey(name=row["name"], target=row["target"], **{name: tuple(row[name]) for name in lists})
         keys.setdefault(row["relation"], []).append(key)
     return [
         Relation(

@@ -16,7 +16,7 @@ from .contents import Contents
 from .frame import Tell
 from .selection import PLAIN_TEXTS, Selection, Transferred
 from .source import OpenSource
-from .verification import verify
+from .verification import SEQUENCES, set_sequence, verify
 
 _CHUNKS = 8  # of a COPY, which are in memory at most
 _FOREIGN_KEYS = """
@@ -30,9 +30,9 @@ _TRIGGERS = """
 SELECT t.tgrelid::pg_catalog.regclass::text AS table, pg_catalog.quote_ident(t.tgname) AS name,
        t.tgenabled = 'A' AS always
   FROM pg_catalog.pg_trigger t WHERE NOT t.tgisinternal AND t.tgparentid = 0 AND t.tgenabled IN ('O', 'A')
-   AND t.tgrelid = ANY($1::oid[]) ORDER BY 1, 2
+   -- partitions may have triggers of their own
+   AND COALESCE(pg_catalog.pg_partition_root(t.tgrelid), t.tgrelid) = ANY($1::oid[]) ORDER BY 1, 2
 """
-_OLD_TRIGGERS = _TRIGGERS.replace(" AND t.tgparentid = 0", "")  # PostgreSQL 12 does not have it
 _FORCED = """
 SELECT c.oid::pg_catalog.regclass::text AS table FROM pg_catalog.pg_class c
  WHERE c.relforcerowsecurity AND c.oid = ANY($1::oid[]) ORDER BY 1
@@ -41,6 +41,12 @@ _VIEWS = """
 SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
   FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind = 'm' AND c.relispopulated ORDER BY c.oid
+"""
+_OWN_SEQUENCES = """
+SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name,
+       pg_catalog.has_sequence_privilege(c.oid, 'SELECT') AS readable
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind = 'S' AND pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) = ANY($1)
 """
 _NOTHING = Contents(tables=(), extensions=(), unused=(), filled=frozenset(), notes=())
 
@@ -93,6 +99,7 @@ class RowsCopy:
             await self._compare(target)
             # references are validated, and sequences set
             notes += await verify(target, _NOTHING, lambda table: table.schema)
+            notes += await self._set_free_sequences(target)
             for row in await target.fetch(_VIEWS):
                 await target.execute(f"REFRESH MATERIALIZED VIEW {row['name']}")
         await target.execute("ANALYZE")
@@ -103,8 +110,7 @@ class RowsCopy:
         """Take foreign keys, triggers and forced row security off for the body."""
         numbers = [pair.target.oid for pair in self._pairs]
         keys = await target.fetch(_FOREIGN_KEYS)
-        has_parents = target.get_server_version().major >= 13
-        triggers = await target.fetch(_TRIGGERS if has_parents else _OLD_TRIGGERS, numbers)
+        triggers = await target.fetch(_TRIGGERS, numbers)
         forced = await target.fetch(_FORCED, numbers)
         for key in keys:
             await target.execute(f"ALTER TABLE {key['table']} DROP CONSTRAINT {key['name']}")
@@ -178,6 +184,29 @@ class RowsCopy:
             raise AdoptionError(f"table {label} cannot be copied: {reason_of(failures[0])}") from failures[0]
         if (count := int(status.rpartition(" ")[2])) != expected:
             raise AdoptionError(f"the copy is not complete: {label} has {count} rows, and the source {expected}")
+
+    async def _set_free_sequences(self, target: Connection) -> list[str]:
+        """Let sequences that no column of whole numbers tells the state of go on where the source's are.
+
+        The code of the application asks for their values, or a text is made of them: they are past those of all
+        customers in the source.
+        """
+        notes = []
+        found = await target.fetch(SEQUENCES)
+        free = [row["sequence"] for row in found if row["column"] is None]
+        own = await self._opened.connection.fetch(_OWN_SEQUENCES, free)
+        readable = {row["name"]: row["readable"] for row in own}
+        for name in free:
+            if not readable.get(name):
+                why = "has none of this name" if name not in readable else "does not let this role read it"
+                notes.append(f"sequence {name} is where the revisions leave it: the source {why}")
+                continue
+            state = await self._opened.connection.fetchrow(f"SELECT last_value, is_called FROM {name}")  # noqa: S608
+            assert state is not None  # noqa: S101 - a sequence has one row
+            refusal = await set_sequence(target, name, *state)
+            what = f"goes on where the source's is, at {state['last_value']}"
+            notes.append(f"sequence {name} {what if refusal is None else f'is not where the source has it: {refusal}'}")
+        return notes
 
     async def _compare(self, target: Connection) -> None:
         for pair in self._pairs:

@@ -16,7 +16,7 @@ class TableRows:
         target: The table in the tenant's database; None where it does not come along.
         rows: How many rows come along.
         total: How many rows the source has.
-        nobodys: How many rows have no customer, of a table that has the customer's column.
+        nobodys: How many rows have no customer: the customer's column is NULL, or every reference that is followed.
         how: How its rows are reached.
         shared: Whether every customer gets all of it.
     """

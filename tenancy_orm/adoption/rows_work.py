@@ -28,7 +28,7 @@ from ..provisioning.tenant_rights import RECORD_SCHEMA
 from ..runs import FleetMigrator
 from ..servers.placement import Placer
 from ..tenant import Tenant
-from .frame import AdoptionFrame, Steps, Tell
+from .frame import KEY_SHOWN, AdoptionFrame, Steps, Tell
 from .looking import Looking
 from .mapping import RowsMapping
 from .reach import Reach
@@ -227,11 +227,12 @@ async def look_at(
     tables = await selection.count()
     tell("check references")
     problems += await selection.problems(tables)
-    notes += [
-        f"{one.nobodys} rows of {one.source} have no {said.column}" + (", and are nobody's" if one.target else "")
-        for one in tables
-        if one.nobodys
-    ]
+    for reached, one in zip(reach, tables, strict=True):
+        if one.nobodys:
+            what = f"have no {said.column}" if reached.relation.has(said.column) else "refer to no row"
+            notes.append(f"{one.nobodys} rows of {one.source} {what}" + (", and are nobody's" if one.target else ""))
+    if not any(one.rows for one in tables if not one.shared):
+        notes.append(f"no row of the source is this customer's: is the condition right? {said.where}")
     filled = {one.target for one in tables}
     notes += [
         f"table {one.label} of the tenant's database gets no rows of the source"
@@ -338,7 +339,7 @@ def _recorded(tenant: Tenant, operation: Operation, described: Source, said: Row
             TableRows(source=source, target=target, rows=rows, total=total, how="done already", shared=shared)
             for source, (target, rows, total, shared) in detail["tables"].items()
         ),
-        notes=(f"tenant {tenant.slug!r} has been made of these rows already; its API key was shown then",),
+        notes=(f"tenant {tenant.slug!r} has been made of these rows already, {KEY_SHOWN}",),
         seconds=time.monotonic() - started,
         tenant=tenant,
         operation=operation.id,

@@ -180,8 +180,8 @@ class Selection:
         if not relation.readable:  # it is excluded
             self._totals[relation.oid] = (0, 0)
         if relation.oid not in self._totals:
-            of_nobody = reach.nobodys(alias) if relation.has(reach.mapping.column) else "false"
-            counts = f"SELECT count(*), count(*) FILTER (WHERE {of_nobody}) FROM {relation.rows(alias)}"  # noqa: S608
+            of_nobody = f"count(*) FILTER (WHERE {reach.nobodys(reached, alias)})"
+            counts = f"SELECT count(*), {of_nobody} FROM {relation.rows(alias)}"  # noqa: S608 - quoted
             row = await self._fetch(counts, relation)
             self._totals[relation.oid] = (row[0][0], row[0][1])
         total, nobodys = self._totals[relation.oid]
