@@ -63,6 +63,18 @@ SELECT DISTINCT pg_catalog.pg_describe_object(d.classid, d.objid, 0) AS by, i.ty
                     WHERE e.deptype = 'e' AND e.classid = d.refclassid AND e.objid = d.refobjid)
  ORDER BY 4, 1
 """
+# partitions that a dump of their tables does not take along
+_PARTITIONS = """
+SELECT DISTINCT n.nspname || '.' || c.relname AS of, n.nspname = $1 AS is_own, n.nspname = pn.nspname AS is_beside,
+       pn.nspname || '.' || p.relname AS partition
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ CROSS JOIN LATERAL pg_catalog.pg_partition_tree(c.oid) tree
+  JOIN pg_catalog.pg_class p ON p.oid = tree.relid JOIN pg_catalog.pg_namespace pn ON pn.oid = p.relnamespace
+ WHERE c.relkind = 'p' AND (n.nspname = $1 OR n.nspname || '.' || c.relname = ANY($2::text[]))
+   AND n.nspname || '.' || c.relname <> ALL($3::text[]) AND tree.relid <> c.oid
+   AND pn.nspname <> $1 AND pn.nspname || '.' || p.relname <> ALL($2::text[])
+ ORDER BY 1, 3
+"""
 # what is not part of an extension, and needs something that is
 _USED_EXTENSIONS = """
 SELECT DISTINCT x.extname::text AS name
@@ -74,13 +86,15 @@ SELECT DISTINCT x.extname::text AS name
    AND NOT EXISTS (SELECT FROM pg_catalog.pg_extension own
                     WHERE d.classid = 'pg_catalog.pg_extension'::pg_catalog.regclass AND own.oid = d.objid)
 """
-# tables that are left out, and the sequences of their columns
+# tables that are left out, with their partitions, and the sequences of their columns
 _WITHOUT = """
 WITH named AS (
-  SELECT c.oid, n.nspname::text AS schema, c.relname::text AS name, c.relkind
+  SELECT DISTINCT COALESCE(tree.relid, c.oid) AS oid
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-   WHERE n.nspname || '.' || c.relname = ANY($1::text[]) AND relkind IN ('r', 'p', 'v', 'm', 'f'))
-SELECT schema, name, true AS named FROM named
+    LEFT JOIN LATERAL pg_catalog.pg_partition_tree(c.oid) tree ON true
+   WHERE n.nspname || '.' || c.relname = ANY($1::text[]) AND c.relkind IN ('r', 'p', 'v', 'm', 'f'))
+SELECT n.nspname::text AS schema, c.relname::text AS name, true AS named FROM named
+  JOIN pg_catalog.pg_class c ON c.oid = named.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 UNION ALL
 SELECT n.nspname::text, s.relname::text, false FROM pg_catalog.pg_depend d JOIN named ON named.oid = d.refobjid
   JOIN pg_catalog.pg_class s ON s.oid = d.objid AND s.relkind = 'S'
@@ -139,17 +153,14 @@ async def read_contents(opened: OpenSource) -> Contents:
             does not come along.
     """
     source, connection = opened.source, opened.connection
-    if source.schema is not None:
-        await _check_schema(opened)
+    notes = [] if source.schema is None else await _check_schema(opened)
     without = await connection.fetch(_WITHOUT, list(source.without))
     there = {f"{row['schema']}.{row['name']}" for row in without if row["named"]}
     if unknown := [name for name in source.without if name not in there]:
         raise AdoptionError(f"{source.dsn} has no table {unknown[0]!r} to leave out")
     rows = await connection.fetch(_TABLES, source.schema, list(source.shared))
     left = {CHECKPOINTS_SCHEMA, RECORD_SCHEMA} if source.schema is None else set()
-    found = [
-        row for row in rows if row["schema"] not in left and f"{row['schema']}.{row['name']}" not in source.without
-    ]
+    found = [row for row in rows if row["schema"] not in left and f"{row['schema']}.{row['name']}" not in there]
     if not found:
         raise AdoptionError(f"{source} has no tables: there is nothing to adopt")
     if closed := [f"{row['schema']}.{row['name']}" for row in found if not row["readable"]]:
@@ -157,7 +168,6 @@ async def read_contents(opened: OpenSource) -> Contents:
     tables = [await _count(opened, row["schema"], row["name"]) for row in found]
     used = {row["name"] for row in await connection.fetch(_USED_EXTENSIONS)}
     installed = await read_extensions(connection)
-    notes = []
     if source.schema is not None and await connection.fetchval(_LARGE_OBJECTS):
         notes.append("the large objects of the source's database are no schema's, and do not come along")
     return Contents(
@@ -170,8 +180,8 @@ async def read_contents(opened: OpenSource) -> Contents:
     )
 
 
-async def _check_schema(opened: OpenSource) -> None:
-    """Refuse a schema that is not there, or that needs what does not come along."""
+async def _check_schema(opened: OpenSource) -> list[str]:
+    """Refuse a schema that is not there, or that needs what does not come along; return what is worth knowing."""
     source, connection = opened.source, opened.connection
     if not await connection.fetchval("SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)", source.schema):
         raise AdoptionError(f"{source.dsn} has no schema {source.schema!r}")
@@ -179,7 +189,22 @@ async def _check_schema(opened: OpenSource) -> None:
     for name in source.shared:
         if kinds.get(name) not in ("r", "p", "v", "S"):
             raise AdoptionError(f"{source.dsn} has no table {name!r} to bring along")
+    notes: list[str] = []
+    lost: dict[str, list[str]] = {}
     missing: dict[str, list[str]] = {}
+    for row in await connection.fetch(_PARTITIONS, source.schema, list(source.shared), list(source.without)):
+        if row["is_own"]:
+            lost.setdefault(row["of"], []).append(row["partition"])
+        elif row["is_beside"]:
+            missing.setdefault(row["partition"], []).append(f"partitioned table {row['of']}")
+        else:  # another tenant's, in its schema
+            notes.append(f"partition {row['partition']} of table {row['of']} does not come along")
+    if lost:
+        raise AdoptionError(
+            f"tables of schema {source.schema!r} have partitions outside of it, whose rows would be lost: "
+            + "; ".join(f"{_listed(partitions)} (of {name})" for name, partitions in lost.items())
+            + f"; move them in the source: ALTER TABLE {next(iter(lost.values()))[0]} SET SCHEMA {source.schema}"
+        )
     others: dict[str, list[str]] = {}
     for row in await connection.fetch(_REFERENCES, source.schema, list(source.shared)):
         if row["kind"] in ("table", "view", "sequence"):
@@ -189,7 +214,7 @@ async def _check_schema(opened: OpenSource) -> None:
     problems = [f"{name} (for {_listed(by)})" for name, by in missing.items()]
     problems += [f"{name} (for {_listed(by)})" for name, by in others.items()]
     if not problems:
-        return
+        return notes
     options = " ".join(f"--with-shared {name}" for name in missing)
     remedies = [f"bring shared tables along: {options}"] if missing else []
     if others:

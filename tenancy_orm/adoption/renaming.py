@@ -15,7 +15,8 @@ from ..errors import AdoptionError
 from ..postgres.connections import Connection, transaction
 from ..postgres.quoting import quote_identifier
 
-# owned sequences, indexes, row types and arrays follow what they belong to
+# Owned sequences, indexes, row types and arrays follow what they belong to. The functions that make the values of a
+# range type do not, and are the superuser's. Other functions, and operators, go first: their names have those of types.
 _OBJECTS = """
 WITH space AS (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = $1),
 listed AS (
@@ -43,6 +44,7 @@ SELECT CASE i.type WHEN 'statistics object' THEN 'STATISTICS' ELSE pg_catalog.up
   FROM listed CROSS JOIN LATERAL pg_catalog.pg_identify_object(class, oid, 0) i
  WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_depend e
                     WHERE e.deptype = 'e' AND e.classid = class AND e.objid = listed.oid)
+ ORDER BY class IN ('pg_catalog.pg_proc'::pg_catalog.regclass, 'pg_catalog.pg_operator'::pg_catalog.regclass) DESC
 """
 _FUNCTIONS = """
 SELECT p.oid::pg_catalog.regprocedure::text AS name, pg_catalog.pg_get_functiondef(p.oid) AS definition,

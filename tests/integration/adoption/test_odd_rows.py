@@ -105,6 +105,38 @@ INSERT INTO badges VALUES (1, 'ALICE'), (2, 'Bob');
 """
 
 
+TEMPORAL = """
+CREATE TABLE rooms ({org}name int4range NOT NULL, valid daterange NOT NULL, PRIMARY KEY (name, valid WITHOUT OVERLAPS));
+CREATE TABLE bookings (id bigint PRIMARY KEY, name int4range, valid daterange,
+    CONSTRAINT bookings_room FOREIGN KEY (name, PERIOD valid) REFERENCES rooms (name, PERIOD valid));
+CREATE TABLE hints (id bigint PRIMARY KEY, letter_id bigint
+    CONSTRAINT hints_letter REFERENCES letters (id) NOT ENFORCED);
+"""
+
+
+async def test_keys_of_periods_are_followed_and_keys_that_are_not_enforced_stay_so(
+    fleet: Fleet, project: Project, source: ForeignDatabase
+) -> None:
+    if int(source.postgres.version.split(".")[0]) < 18:
+        return  # which does not have them
+    project.add("0002", f"op.execute('''\n{TEMPORAL.format(org='')}\n''')", down="0001")
+    await source.execute(
+        TEMPORAL.format(org="org_id bigint NOT NULL, ")
+        + """
+        INSERT INTO rooms VALUES (1, '[1,2)', '[2026-01-01,2026-02-01)'), (1, '[1,2)', '[2026-02-01,2026-03-01)'),
+            (2, '[2,3)', '[2026-01-01,2026-02-01)');
+        INSERT INTO bookings VALUES (1, '[1,2)', '[2026-01-15,2026-02-15)'), (2, '[2,3)', '[2026-01-02,2026-01-03)');
+        INSERT INTO hints VALUES (1, 1), (2, 2);
+        """
+    )
+    report = await fleet.tenancy.adoption.rows.adopt("acme", source.url, where=ACME)
+    assert report.tenant is not None
+    assert await fleet.fetch("acme", "SELECT id FROM bookings") == [(1,)]
+    assert await fleet.fetch("acme", "SELECT id FROM hints") == [(1,)]
+    enforced = "SELECT conenforced FROM pg_constraint WHERE conname = 'hints_letter'"
+    assert await fleet.fetch("acme", enforced) == [(False,)]
+
+
 async def test_a_row_is_reached_as_its_foreign_key_compares(
     fleet: Fleet, project: Project, source: ForeignDatabase
 ) -> None:
