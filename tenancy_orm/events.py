@@ -745,6 +745,31 @@ class BackupPruned(BackupEvent):
     backup_id: UUID
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupsChecked(Event):
+    """Housekeeping has looked how old the newest good backups are: figures for gauges, and for an alarm.
+
+    Attributes:
+        tenants: How many tenants there are, without deleted ones.
+        backed_up: How many of them have a good backup.
+        verified: How many of them have one that was restored by a verification.
+        overdue: How many have had none for longer than ``backup.overdue_seconds``.
+        oldest_seconds: The age of the oldest of all tenants' newest good backups; None where there is none.
+        oldest_verified_seconds: The same of those that were verified.
+        control_seconds: The age of the control database's newest good backup; None where there is none.
+        control_is_overdue: Whether that is longer than ``backup.overdue_seconds``.
+    """
+
+    tenants: int
+    backed_up: int
+    verified: int
+    overdue: int
+    oldest_seconds: float | None
+    oldest_verified_seconds: float | None
+    control_seconds: float | None
+    control_is_overdue: bool
+
+
 E = TypeVar("E", bound=Event)
 Callback = Callable[[E], Awaitable[None] | None]
 

@@ -141,6 +141,7 @@ class Housekeeping:
         await run.do("prune_metrics", self.metrics.prune())
         if self.config.backup.store is not None:
             await run.do("prune_backups", self._prune_backups(actor))
+            await run.do("check_backups", self.backups.check())
         if self.config.metering.tier_policies:
             # after the sizes were measured, which the policies may be about
             await run.do("evaluate_tier_policies", self.tier_policies.evaluate())

@@ -10,6 +10,7 @@ from .pruning import PruneReport
 from .records import Backup, BackupState
 from .recovering import recover_control
 from .scanning import ScanReport
+from .status import BackupStatus
 from .stores import DirectoryStore, ObjectStore, Store, StoredObject, Stores, open_store
 from .verification import Verification
 
@@ -23,6 +24,7 @@ __all__ = [
     "BackupReport",
     "BackupServices",
     "BackupState",
+    "BackupStatus",
     "DirectoryStore",
     "DrillReport",
     "Manifest",

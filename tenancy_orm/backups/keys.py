@@ -9,10 +9,12 @@ places, and no older backup of the control database brings it back.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -107,13 +109,14 @@ class BackupKeys:
 
         Raises:
             TenantNotFoundError: it has been purged.
-            BackupError: the store does not take the sealed identity.
+            BackupError: the store does not take the sealed identity, or is empty and should not be.
             MissingExtraError: pyrage is not installed.
         """
         for key in await self.of(tenant_id):
             if key.destroyed_at is None:
                 await self._keep_in(store, key)
                 return key
+        await self._refuse_unmounted(store)
         return await self._make(tenant_id, store, actor)
 
     async def open(self, key_id: str, tenant_id: UUID | None, store: Store | None = None) -> str:
@@ -158,9 +161,14 @@ class BackupKeys:
             The keys that were destroyed, now or before.
 
         Raises:
-            BackupError: a store cannot be reached; the keys that are left in it still open backups.
+            BackupError: a store cannot be reached, or is empty and should not be; the keys that are left in it still
+                open backups.
         """
         refuse_while_bound("destroying the keys of backups")
+        if any(key.destroyed_at is None for key in await self.of(tenant_id)):
+            for store in await self._all_stores(tenant_id):
+                # it is not where the key is to be removed
+                await self._refuse_unmounted(store)
         await self._delete_stored(tenant_id)
         async with self._control.transaction() as connection:
             destroyed = update(backup_keys).where(_is_of(tenant_id), backup_keys.c.destroyed_at.is_(None))
@@ -224,7 +232,15 @@ class BackupKeys:
                     detail = {"key_id": self._keyring.current, "backup_key": row.id}
                     await audit.append(connection, action="secrets.reseal", actor=actor, detail=detail)
                     resealed += 1
+            if not changed.rowcount:
+                await self._correct_stored(row, renewed)
         return ResealedKeys(resealed, failed)
+
+    async def _correct_stored(self, row: Row[Any], written: bytes) -> None:
+        """Write what the row says to all stores: another process has sealed the identity again, or destroyed it."""
+        with suppress(BackupKeyDestroyedError):
+            for store in await self._all_stores(row.tenant_id):
+                await self._put_as_recorded(store, row.id, row.tenant_id, row.recipient, written)
 
     async def keys_in_use(self) -> frozenset[str]:
         """Return the ids of the encryption keys that identities are sealed under.
@@ -251,21 +267,57 @@ class BackupKeys:
         return list(found.values())
 
     async def _keep_in(self, store: Store, key: BackupKey) -> None:
-        """See that the sealed identity is in a store: the key may be older than the store."""
-        if (store.url, key.id) in self._stored:
-            return
+        """See that the sealed identity is in a store, as the row has it: the key may be older than the store."""
+        stored: bytes | None = None
+        # each time: a store that is not mounted any more looks like an empty one
         try:
-            await store.get(self._path(key.id, key.tenant_id))
+            stored = read_object(await store.get(self._path(key.id, key.tenant_id)), key.id, key.tenant_id)
         except BackupNotFoundError:
-            query = select(backup_keys.c.sealed_identity).where(backup_keys.c.id == key.id)
+            await self._refuse_unmounted(store)
+        except BackupDamagedError as exc:
+            logger.error("%s; it is written again to %s", exc, store.url)
+        if stored is None or (store.url, key.id) not in self._stored:
+            await self._put_as_recorded(store, key.id, key.tenant_id, key.recipient, stored)
+        self._stored.add((store.url, key.id))
+
+    async def _put_as_recorded(
+        self, store: Store, key_id: str, tenant_id: UUID | None, recipient: str, stored: bytes | None
+    ) -> None:
+        """Write a sealed identity to a store until it is what the row says: others may seal it again, or destroy it.
+
+        Raises:
+            BackupKeyDestroyedError: it was destroyed; it is not in the store.
+        """
+        query = select(backup_keys.c.sealed_identity).where(backup_keys.c.id == key_id)
+        while True:
             async with self._control.connect() as connection:
                 sealed = await connection.scalar(query)
             if sealed is None:
-                raise BackupKeyDestroyedError(f"the key {key.id} was destroyed") from None
-            await self._put(store, bytes(sealed), key.id, key.tenant_id, key.recipient)
-            if await self._remove_if_destroyed(store, key.id, key.tenant_id):
-                raise BackupKeyDestroyedError(f"the key {key.id} was destroyed") from None
-        self._stored.add((store.url, key.id))
+                await store.delete(self._path(key_id, tenant_id))
+                raise BackupKeyDestroyedError(f"the key {key_id} was destroyed")
+            if bytes(sealed) == stored:
+                return
+            stored = bytes(sealed)
+            await self._put(store, stored, key_id, tenant_id, recipient)
+
+    async def _refuse_unmounted(self, store: Store) -> None:
+        """Refuse a store that is empty although it has backups, as the rows say: a directory that is not mounted.
+
+        What is written there would be lost, or in the way of what is mounted next.
+
+        Raises:
+            BackupError: it is.
+        """
+        query = select(backups.c.id).where(backups.c.store == store.url, backups.c.state == "done").limit(1)
+        async with self._control.connect() as connection:
+            if (await connection.execute(query)).first() is None:
+                return
+        prefix = str(self._control.installation)
+        if await asyncio.to_thread(lambda: next(iter(store.find(prefix)), None)) is None:
+            raise BackupError(
+                f"the store {store.url} is empty, and has backups as the control database says; mount it, or correct "
+                "backup.store"
+            )
 
     async def _remove_if_destroyed(self, store: Store, key_id: str, tenant_id: UUID | None) -> bool:
         """Remove a sealed identity that was written while another process destroyed the key; tells whether one has."""
@@ -381,6 +433,19 @@ def read_object(data: bytes, key_id: str, tenant_id: UUID | None) -> bytes:
     """
     try:
         return base64.b64decode(json.loads(data)["sealed"], validate=True)
+    except (ValueError, KeyError, TypeError) as exc:
+        raise BackupDamagedError(f"the object of the key {key_id} of {tenant_id or CONTROL} is damaged") from exc
+
+
+def read_data_key(data: bytes, key_id: str, tenant_id: UUID | None) -> tuple[str, bytes] | None:
+    """Return the id and the wrapped form of the data key in such an object; None where it is sealed without one.
+
+    Raises:
+        BackupDamagedError: it is none.
+    """
+    try:
+        given = json.loads(data)["data_key"]
+        return None if given is None else (str(given["id"]), base64.b64decode(given["wrapped"], validate=True))
     except (ValueError, KeyError, TypeError) as exc:
         raise BackupDamagedError(f"the object of the key {key_id} of {tenant_id or CONTROL} is damaged") from exc
 

@@ -131,9 +131,10 @@ class BackupMaker:
         )
         while not await begin():  # noqa: ASYNC110 - the slots are those of other processes too
             await asyncio.sleep(_SLOT_SECONDS * random.uniform(0.5, 1.5))
+        bound = asyncio.timeout(self._config.timeout)
         try:
             async with keep_claims(lambda: self._records.renew(backup_id, claimant)):
-                async with asyncio.timeout(self._config.timeout):
+                async with bound:
                     if tenant is None:
                         manifest = await self._dump_control(backup_id, key, store, path)
                     else:
@@ -150,7 +151,7 @@ class BackupMaker:
             done = await self._records.finish(manifest, claimant, stored_bytes=stored, actor=actor)
         except BaseException as exc:
             await run_to_completion(self._give_up(backup_id, claimant, store, path, exc))
-            if isinstance(exc, TimeoutError):
+            if isinstance(exc, TimeoutError) and bound.expired():
                 raise BackupError(f"not done within {self._config.timeout:g} s; raise backup.timeout") from exc
             raise
         slug = None if tenant is None else tenant.slug

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from ..control.lookup import resolve_tenant_id
 from ..errors import BackupUnderWayError, FleetBackupError, TenantNotFoundError
+from ..events import BackupsChecked
 from ..loops import HomeLoop
 from ..migrations.failures import describe
 from ..migrations.selection import Selection
@@ -25,10 +27,14 @@ from .opening import BackupReader, OpenBackup
 from .pruning import BackupPruner, PruneReport
 from .records import Backup, BackupRecords, BackupState
 from .scanning import BackupScanner, ScanReport
+from .status import BackupStatus
 from .stores import Store
 from .verification import BackupVerifier, Verification
 
-_AT_ONCE = 200  # tenants that are due and are taken in one go
+logger = logging.getLogger("tenancy_orm.backups")
+
+_AT_ONCE = 200  # tenants of a server that are due and are taken in one go
+_LISTED = 20  # tenants that are named as overdue
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,18 @@ class BackupManager:
         self._home.check()
         store = self.store
         chosen = await Selection(self._services.registry).choose(tenants)
+        return await self._run(chosen, store, kept_until=kept_until, due=due, progress=progress, actor=actor)
+
+    async def _run(
+        self,
+        chosen: Iterable[Tenant],
+        store: Store,
+        *,
+        kept_until: datetime | None,
+        due: float | None,
+        progress: Callable[[Tenant, Backup | str], None] | None,
+        actor: Actor,
+    ) -> BackupReport:
         done: list[Backup] = []
         reasons: dict[str, str] = {}
         skipped: list[str] = []
@@ -172,26 +190,42 @@ class BackupManager:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("backing tenants up")
+        self._home.check()
         every = self._config.every_seconds
         if self._config.store is None or not every:
             return BackupReport(())
-        done: list[Backup] = []
-        reasons: dict[str, str] = {}
-        skipped: list[str] = []
-        seen: set[UUID] = set()
-        while chosen := [one for one in await self._records.due(every=every, limit=_AT_ONCE) if one not in seen]:
-            seen.update(chosen)
-            report = await self.run(chosen, due=every, progress=progress, actor=actor)
-            done += report.done
-            reasons |= report.reasons
-            skipped += report.skipped
+        reports: list[BackupReport] = []
+        store = self.store
+
+        async def back_up(server: str) -> None:
+            seen: set[UUID] = set()
+            while chosen := await self._records.due(server, every=every, but=seen, limit=_AT_ONCE):
+                seen.update(chosen)
+                tenants = [await self._services.registry.get(one) for one in chosen]
+                reports.append(
+                    await self._run(tenants, store, kept_until=None, due=every, progress=progress, actor=actor)
+                )
+
+        # a server that is slow, or does not answer, keeps neither tenants of others nor the control database waiting
+        work = [self._run_control_due(every, actor), *map(back_up, await self._records.servers())]
+        for ended in await asyncio.gather(*work, return_exceptions=True):
+            if isinstance(ended, BaseException):
+                raise ended
+            if ended is not None:
+                reports.append(ended)
+        return BackupReport(
+            tuple(one for report in reports for one in report.done),
+            {slug: reason for report in reports for slug, reason in report.reasons.items()},
+            tuple(slug for report in reports for slug in report.skipped),
+        )
+
+    async def _run_control_due(self, every: float, actor: Actor) -> BackupReport:
         try:
-            done.append(await self.run_control(due=every, actor=actor))
+            return BackupReport((await self.run_control(due=every, actor=actor),))
         except BackupUnderWayError:
-            skipped.append(CONTROL)
+            return BackupReport((), skipped=(CONTROL,))
         except FAILURES as exc:
-            reasons[CONTROL] = describe(exc)
-        return BackupReport(tuple(done), reasons, tuple(skipped))
+            return BackupReport((), {CONTROL: describe(exc)})
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -227,6 +261,42 @@ class BackupManager:
         """
         tenant_id = None if tenant is None else await resolve_tenant_id(self._services.control, tenant)
         return await self._records.list(tenant_id=tenant_id, control=control, states=states, limit=limit)
+
+    async def status(self) -> BackupStatus:
+        """Return how old the newest good backups are, and how many tenants wait for one for too long.
+
+        Too long is longer than ``backup.overdue_seconds``.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("the status of backups")
+        return await self._records.status(overdue_after=self._config.overdue_after, listed=_LISTED)
+
+    async def check(self) -> BackupStatus:
+        """Look at the ``status``, and announce it as ``BackupsChecked``: for metrics and alarms, by housekeeping.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        found = await self.status()
+        for error in found.errors:
+            logger.error("%s", error)
+        self._services.events.emit(
+            BackupsChecked(
+                tenants=found.tenants,
+                backed_up=found.backed_up,
+                verified=found.verified,
+                overdue=found.overdue,
+                oldest_seconds=found.oldest_seconds,
+                oldest_verified_seconds=found.oldest_verified_seconds,
+                control_seconds=found.control_seconds,
+                control_is_overdue=found.control_is_overdue,
+            )
+        )
+        return found
 
     async def manifest(self, backup: UUID | Backup) -> Manifest:
         """Read a backup's manifest from the store, and verify its signature, and that it is this backup's.
@@ -323,7 +393,7 @@ class BackupManager:
         """Keep a backup until a time whatever the retention policy says; None: as the policy says.
 
         Raises:
-            BackupNotFoundError: there is no such backup.
+            BackupNotFoundError: there is no such backup, or it was removed.
             CrossTenantError: a tenant is bound.
         """
         return await self._records.keep(await self._find(backup), until, actor)

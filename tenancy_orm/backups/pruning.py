@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from uuid import UUID
 
 from ..audit.actor import Actor
+from ..cancellation import run_to_completion
 from ..config import BackupConfig
 from ..errors import BackupDamagedError, BackupNotFoundError, TenancyError
 from ..events import BackupPruned, EventBus
+from ..jobs import Claimant
 from .keys import check_store
 from .records import Backup, BackupRecords
 from .retention import expired
@@ -57,40 +57,42 @@ class BackupPruner:
 
     async def prune(self, *, dry_run: bool, actor: Actor) -> PruneReport:
         """Remove what is not kept. It can be repeated, and interrupted, and runs beside others."""
-        found = await self.to_prune()
+        planned, errors = await self.to_prune(), list[str]()
         if not dry_run:
-            found = [one for one in found if await self._records.begin_pruning(one, actor)]
+            planned = [one for one in planned if await self._records.begin_pruning(one, actor)]
+        found = [await self._records.get(one.id) for one in planned]  # with their manifests, which are not kept
+        if not dry_run:
             errors = [error for one in await self._records.to_remove() if (error := await self._remove(one, actor))]
-        else:
-            errors = []
-        found = [await self._records.get(one.id) for one in found]  # with their manifests
+            await self._records.forget_removed()
         return PruneReport(tuple(found), sum(one.bytes or 0 for one in found), tuple(errors))
 
     async def to_prune(self) -> list[Backup]:
         """Return the backups that the policy does not keep, and those that nobody can read any more."""
-        done = [
-            *await self._records.list(states=("done",), manifests=False),
-            *await self._records.list(control=True, states=("done",), manifests=False),
-        ]
+        lost, over, now = list[Backup](), list[Backup](), datetime.now(UTC)
         destroyed = await self._records.destroyed_keys()
-        lost = [one for one in done if one.key_id in destroyed]
-        readable = [one for one in done if one.key_id not in destroyed]
-        now = datetime.now(UTC)
-        over = [one for group in _by_tenant(readable) for one in expired(group, self._config, now=now)]
+        async for done in self._records.done_by_tenant():
+            lost += [one for one in done if one.key_id in destroyed]
+            over += expired([one for one in done if one.key_id not in destroyed], self._config, now=now)
         return [*lost, *over]
 
     async def _remove(self, backup: Backup, actor: Actor) -> str | None:
         """Remove a backup's objects, the manifest first; returns why that failed."""
         try:
-            store = self._stores.at(backup.store)
+            store, claimant = self._stores.at(backup.store), Claimant()
             if backup.state == "failed" and await self._is_complete(backup, store, actor):
                 return None
-            listed = [found.path for found in await store.list(backup.path)]
-            if not listed and backup.state == "pruned":
-                await check_store(store, backup.path.partition("/")[0])
-            # what has no manifest is no backup
-            await store.delete(backup.manifest_path, *listed)
-            await self._records.finish_pruning(backup)
+            if not await self._records.begin_removing(backup, claimant):
+                return None
+            removed = False
+            try:
+                listed = [found.path for found in await store.list(backup.path)]
+                if not listed and backup.state == "pruned":
+                    await check_store(store, backup.path.partition("/")[0])
+                # what has no manifest is no backup
+                await store.delete(backup.manifest_path, *listed)
+                removed = True
+            finally:
+                await run_to_completion(self._records.finish_removing(backup, claimant, removed=removed))
         except TenancyError as exc:
             logger.warning("the backup %s could not be removed: %s", backup.id, exc)
             return f"{backup.id}: {exc}"
@@ -108,13 +110,6 @@ class BackupPruner:
             return await self._scanner.take_up(store, backup.path, listed, actor=actor) is not None
         except (BackupNotFoundError, BackupDamagedError):
             return False
-
-
-def _by_tenant(backups: Iterable[Backup]) -> Iterable[list[Backup]]:
-    found: dict[UUID | None, list[Backup]] = {}
-    for one in backups:
-        found.setdefault(one.tenant_id, []).append(one)
-    return found.values()
 
 
 __all__ = ["BackupPruner", "PruneReport"]

@@ -7,7 +7,7 @@ failed from then on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -26,10 +26,13 @@ from ..control.database import ControlDatabase
 from ..errors import BackupNotFoundError, BackupUnderWayError, JobLostError
 from ..jobs import CLAIM_SECONDS, Claimant
 from .manifest import Manifest
+from .status import BackupStatus
 
 BackupState = Literal["running", "done", "failed", "pruned"]
 
 _LONGEST_ERROR = 2_000
+_REMEMBERED_SECONDS = 90 * 86_400.0  # for how long the row of a backup says that it was removed
+_REMOVAL_SECONDS = 300.0  # after that long, others remove what a killed process was removing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,7 @@ class Backup:
         bytes: Its size in the store.
         manifest: What it has; None unless it is done.
         error: Why it failed.
-        verified_at: When it was verified last.
+        verified_at: When it was restored for a verification, or found to be bad.
         verify_error: What was wrong then.
         kept_until: Until when it is kept whatever the retention policy says.
         pruned_at: When the last of it was removed from the store.
@@ -191,12 +194,18 @@ class BackupRecords:
         return await self.get(manifest.id)
 
     async def fail(self, backup_id: UUID, claimant: Claimant, error: str) -> bool:
-        """Record that a backup has failed; False if it is done: what failed came after that."""
+        """Record that a backup has failed; tells whether what is in the store is this process's to remove.
+
+        It is not where the backup is done, since what failed came after that; and where it counted as abandoned: then
+        another process may have found it complete, or looks at it now. ``to_remove`` has it again.
+        """
         values = {"id": backup_id, "claim": claimant.id, "error": _text(error)}
         async with self._control.transaction() as connection:
             if (await connection.execute(_FAILED, values)).rowcount:
                 return True
-            return not await connection.scalar(_IS_DONE, {"id": backup_id})
+            # another process may have removed it before the last of it was written
+            await connection.execute(_LOOK_AGAIN, {"id": backup_id})
+            return False
 
     async def take_up(self, manifest: Manifest, *, store: str, path: str, stored_bytes: int, actor: Actor) -> bool:
         """Write the row of a backup that is complete in a store, and has none or one that says that it failed.
@@ -276,40 +285,83 @@ class BackupRecords:
         async with self._control.connect() as connection:
             return tuple(_backup(row) for row in await connection.execute(_LIST, values))
 
-    async def note_verified(self, backup: Backup, error: str | None, actor: Actor) -> None:
-        """Record the result of a verification."""
+    async def done_by_tenant(self) -> AsyncIterator[tuple[Backup, ...]]:
+        """Yield the backups that are done, without their manifests: those of one tenant, then those of the next one."""
+        refuse_while_bound("listing backups")
+        group: tuple[Backup, ...] = ()
         async with self._control.transaction() as connection:
-            await connection.execute(_VERIFIED, {"id": backup.id, "error": None if error is None else _text(error)})
+            async for row in await connection.stream(_DONE_BY_TENANT):
+                if group and group[0].tenant_id != row.tenant_id:
+                    yield group
+                    group = ()
+                group += (_backup(row),)
+        if group:
+            yield group
+
+    async def note_verified(self, backup: Backup, error: str | None, *, restored: bool, actor: Actor) -> None:
+        """Record the result of a verification. Only one with a restore shows that a backup is good."""
+        async with self._control.transaction() as connection:
+            if restored or error is not None:
+                await connection.execute(_VERIFIED, {"id": backup.id, "error": None if error is None else _text(error)})
             await self._write_audit(
                 connection,
                 "backup.verify",
                 backup.tenant_id,
                 backup.slug,
                 actor,
-                {"backup": backup.id, "good": error is None},
+                {"backup": backup.id, "good": error is None, "restored": restored},
             )
 
     async def keep(self, backup: Backup, until: datetime | None, actor: Actor) -> Backup:
-        """Set until when a backup is kept whatever the policy says."""
+        """Set until when a backup is kept whatever the policy says.
+
+        Raises:
+            BackupNotFoundError: it has failed, or was removed.
+        """
         async with self._control.transaction() as connection:
-            await connection.execute(_KEEP, {"id": backup.id, "until": until})
+            if not (await connection.execute(_KEEP, {"id": backup.id, "until": until})).rowcount:
+                state = await connection.scalar(_STATE, {"id": backup.id})
+                raise BackupNotFoundError(f"the backup {backup.id} cannot be kept: it is {state or 'not there'}")
             detail = {"backup": backup.id, "kept_until": until}
             await self._write_audit(connection, "backup.keep", backup.tenant_id, backup.slug, actor, detail)
         return await self.get(backup.id)
 
     async def begin_pruning(self, backup: Backup, actor: Actor) -> bool:
-        """Mark a backup as pruned, before anything of it is removed; False if it is kept by now."""
+        """Mark a backup as pruned, before anything of it is removed; False if it is kept by now.
+
+        Whatever was found of others since it was chosen: there is a newer good one, unless nobody can read it any more.
+        """
         async with self._control.transaction() as connection:
+            # a verification that finds the newer one bad comes before this, or after it
+            await connection.execute(_LOCK_DONE, {"tenant": backup.tenant_id})
             if not (await connection.execute(_PRUNE, {"id": backup.id})).rowcount:
                 return False
             detail = {"backup": backup.id, "bytes": backup.bytes, "started_at": backup.started_at}
             await self._write_audit(connection, "backup.prune", backup.tenant_id, backup.slug, actor, detail)
         return True
 
-    async def finish_pruning(self, backup: Backup) -> None:
-        """Record that nothing of a pruned or failed backup is left in the store."""
+    async def begin_removing(self, backup: Backup, claimant: Claimant) -> bool:
+        """Claim what is left of a pruned or failed backup in the store; False if it is not to be removed any more.
+
+        Another process may have taken it up as complete since it was listed, or removes it now.
+        """
+        values = {"id": backup.id, "state": backup.state, "claim": claimant.id, "seconds": _REMOVAL_SECONDS}
         async with self._control.transaction() as connection:
-            await connection.execute(_PRUNED, {"id": backup.id})
+            return bool((await connection.execute(_REMOVE, values)).rowcount)
+
+    async def finish_removing(self, backup: Backup, claimant: Claimant, *, removed: bool) -> None:
+        """Record whether nothing of a pruned or failed backup is left in the store. Its manifest is not kept."""
+        async with self._control.transaction() as connection:
+            statement = _REMOVED if removed else _NOT_REMOVED
+            await connection.execute(statement, {"id": backup.id, "claim": claimant.id})
+
+    async def forget_removed(self) -> None:
+        """Delete rows of backups that were removed from the store long ago.
+
+        The newest of each tenant in each store stays: it says where keys of that tenant are.
+        """
+        async with self._control.transaction() as connection:
+            await connection.execute(_FORGET, {"seconds": _REMEMBERED_SECONDS})
 
     async def to_remove(self) -> tuple[Backup, ...]:
         """Return the backups that are pruned or failed, of which something may be left in the store."""
@@ -318,12 +370,36 @@ class BackupRecords:
             await connection.execute(_ABANDON)
             return tuple(_backup(row) for row in await connection.execute(_TO_REMOVE))
 
-    async def due(self, *, every: float, limit: int) -> tuple[UUID, ...]:
-        """Return the tenants that are due: those with the oldest backup first."""
-        refuse_while_bound("listing tenants that are due")
-        values = {"every": every, "retry": min(every, RETRY_SECONDS), "limit": limit}
+    async def servers(self) -> tuple[str, ...]:
+        """Return the servers with tenants that are backed up."""
         async with self._control.connect() as connection:
-            return tuple(await connection.scalars(_DUE, values))
+            return tuple(await connection.scalars(_SERVERS))
+
+    async def due(self, server: str, *, every: float, but: Collection[UUID], limit: int) -> tuple[UUID, ...]:
+        """Return the tenants of a server that are due: those with the oldest good backup first.
+
+        Args:
+            server: The server's name.
+            every: Seconds since the beginning of the last one.
+            but: Leave these out.
+            limit: At most so many.
+        """
+        refuse_while_bound("listing tenants that are due")
+        values = {"server": server, "every": every, "retry": min(every, RETRY_SECONDS), "but": list(but)}
+        async with self._control.connect() as connection:
+            return tuple(await connection.scalars(_DUE, {**values, "limit": limit}))
+
+    async def status(self, *, overdue_after: float | None, listed: int) -> BackupStatus:
+        """Return how old the newest backups are.
+
+        Args:
+            overdue_after: Seconds; None: none is overdue.
+            listed: How many tenants at most are named.
+        """
+        refuse_while_bound("the status of backups")
+        async with self._control.connect() as connection:
+            row = (await connection.execute(_STATUS, {"overdue": overdue_after, "listed": listed})).one()
+        return BackupStatus(**row._mapping, overdue_after=overdue_after)
 
     async def destroyed_keys(self) -> frozenset[str]:
         """Return the ids of the keys that were destroyed."""
@@ -368,7 +444,8 @@ _COUNT = text("SELECT count(*) FROM tenancy.backups WHERE state = 'running' AND 
     bindparam("server", type_=Text)
 )
 _RECENT = text(
-    f"SELECT 1 FROM tenancy.backups b WHERE {_IS_OF} AND b.state IN ('done', 'failed') "  # noqa: S608 - constants
+    # one in which something wrong was found is none
+    f"SELECT 1 FROM tenancy.backups b WHERE {_IS_OF} AND b.state IN ('done', 'failed') AND b.verify_error IS NULL "  # noqa: S608 - constants
     "AND b.started_at > clock_timestamp() - make_interval(secs => CASE b.state WHEN 'done' THEN CAST(:due AS float8) "
     "ELSE CAST(:retry AS float8) END)"
 ).bindparams(_TENANT)
@@ -396,7 +473,9 @@ _FAILED = text(
     "UPDATE tenancy.backups SET state = 'failed', ended_at = clock_timestamp(), claim = NULL, claimed_until = NULL, "  # noqa: S608
     f"error = :error {_CLAIMED}"
 ).bindparams(*_IDS)
-_IS_DONE = text("SELECT state = 'done' FROM tenancy.backups WHERE id = :id FOR UPDATE").bindparams(_IDS[0])
+_LOOK_AGAIN = text(
+    "UPDATE tenancy.backups SET pruned_at = NULL WHERE id = :id AND state = 'failed' AND pruned_at IS NOT NULL"
+).bindparams(_IDS[0])
 _TAKE_UP = text(
     "INSERT INTO tenancy.backups AS b (id, tenant_id, server, store, path, key_id, state, started_at, ended_at, bytes, "
     "manifest) SELECT :id, CAST(:tenant AS uuid), :server, :store, :path, :key, 'done', :began, :ended, :bytes, "
@@ -404,7 +483,8 @@ _TAKE_UP = text(
     "WHERE CAST(:tenant AS uuid) IS NULL OR EXISTS (SELECT FROM tenancy.tenants WHERE id = CAST(:tenant AS uuid)) "
     "ON CONFLICT (id) DO UPDATE SET state = 'done', ended_at = excluded.ended_at, bytes = excluded.bytes, "
     "manifest = excluded.manifest, claim = NULL, claimed_until = NULL, error = NULL "
-    "WHERE b.state = 'failed' OR (b.state = 'running' AND b.claimed_until <= clock_timestamp())"
+    # unless a process makes it now, or removes it
+    "WHERE b.state IN ('failed', 'running') AND (b.claimed_until IS NULL OR b.claimed_until <= clock_timestamp())"
 ).bindparams(
     bindparam("id", type_=Uuid),
     _TENANT,
@@ -428,37 +508,90 @@ _LIST = text(
     "AND (CAST(:tenant AS uuid) IS NULL OR b.tenant_id = CAST(:tenant AS uuid)) "
     "AND (:states IS NULL OR b.state = ANY (:states)) ORDER BY b.started_at DESC, b.id LIMIT CAST(:limit AS bigint)"
 ).bindparams(_TENANT, bindparam("states", type_=ARRAY(Text)))
+_DONE_BY_TENANT = text(
+    f"SELECT {_COLUMNS.replace('b.manifest', 'NULL AS manifest')} {_FROM} WHERE b.state = 'done' ORDER BY b.tenant_id"
+)
 _VERIFIED = text(
     "UPDATE tenancy.backups SET verified_at = clock_timestamp(), verify_error = :error WHERE id = :id"
 ).bindparams(bindparam("id", type_=Uuid), bindparam("error", type_=Text))
-_KEEP = text("UPDATE tenancy.backups SET kept_until = :until WHERE id = :id").bindparams(
-    bindparam("id", type_=Uuid), bindparam("until", type_=TIMESTAMP(timezone=True))
-)
+_KEEP = text(
+    "UPDATE tenancy.backups SET kept_until = :until WHERE id = :id AND state IN ('running', 'done')"
+).bindparams(bindparam("id", type_=Uuid), bindparam("until", type_=TIMESTAMP(timezone=True)))
+_STATE = text("SELECT state FROM tenancy.backups WHERE id = :id").bindparams(bindparam("id", type_=Uuid))
+_LOCK_DONE = text(
+    f"SELECT b.id FROM tenancy.backups b WHERE {_IS_OF} AND b.state = 'done' ORDER BY b.id FOR UPDATE"  # noqa: S608
+).bindparams(_TENANT)
 _PRUNE = text(
-    "UPDATE tenancy.backups SET state = 'pruned' WHERE id = :id AND state = 'done' "
-    "AND (kept_until IS NULL OR kept_until <= clock_timestamp() OR EXISTS (SELECT FROM tenancy.backup_keys k "
-    "WHERE k.id = key_id AND k.destroyed_at IS NOT NULL))"
+    "UPDATE tenancy.backups b SET state = 'pruned' WHERE b.id = :id AND b.state = 'done' "
+    "AND (EXISTS (SELECT FROM tenancy.backup_keys k WHERE k.id = b.key_id AND k.destroyed_at IS NOT NULL) "
+    "OR ((b.kept_until IS NULL OR b.kept_until <= clock_timestamp()) "
+    "AND EXISTS (SELECT FROM tenancy.backups n WHERE n.tenant_id IS NOT DISTINCT FROM b.tenant_id "
+    "AND n.state = 'done' AND n.verify_error IS NULL AND (n.started_at, n.id) > (b.started_at, b.id))))"
 ).bindparams(bindparam("id", type_=Uuid))
-_PRUNED = text("UPDATE tenancy.backups SET pruned_at = clock_timestamp() WHERE id = :id").bindparams(
-    bindparam("id", type_=Uuid)
+_REMOVE = text(
+    "UPDATE tenancy.backups SET claim = :claim, claimed_until = clock_timestamp() + make_interval(secs => :seconds) "
+    "WHERE id = :id AND state = :state AND pruned_at IS NULL "
+    "AND (claimed_until IS NULL OR claimed_until <= clock_timestamp())"
+).bindparams(*_IDS)
+_OWN_REMOVAL = "WHERE id = :id AND claim = :claim AND state IN ('pruned', 'failed')"
+_REMOVED = text(
+    "UPDATE tenancy.backups SET pruned_at = clock_timestamp(), manifest = NULL, claim = NULL, claimed_until = NULL "  # noqa: S608
+    + _OWN_REMOVAL
+).bindparams(*_IDS)
+_NOT_REMOVED = text(f"UPDATE tenancy.backups SET claim = NULL, claimed_until = NULL {_OWN_REMOVAL}").bindparams(*_IDS)  # noqa: S608
+_FORGET = text(
+    "DELETE FROM tenancy.backups b WHERE b.state IN ('pruned', 'failed') "
+    "AND b.pruned_at < clock_timestamp() - make_interval(secs => :seconds) "
+    "AND EXISTS (SELECT FROM tenancy.backups n WHERE n.tenant_id IS NOT DISTINCT FROM b.tenant_id "
+    "AND n.store = b.store AND (n.started_at, n.id) > (b.started_at, b.id))"
 )
 _TO_REMOVE = text(
     f"SELECT {_COLUMNS} {_FROM} WHERE b.state IN ('pruned', 'failed') AND b.pruned_at IS NULL ORDER BY b.started_at"
 )
-_DUE = text("""
+_BACKED_UP = "t.status IN ('trial', 'active', 'suspended', 'maintenance') AND t.database_name IS NOT NULL"
+_SERVERS = text(f"SELECT DISTINCT t.server FROM tenancy.tenants t WHERE {_BACKED_UP}")  # noqa: S608
+_DUE = text(
+    f"""
 SELECT t.id FROM tenancy.tenants t
   LEFT JOIN LATERAL (
-    SELECT max(b.started_at) FILTER (WHERE b.state = 'done') AS done,
+    SELECT max(b.started_at) FILTER (WHERE b.state = 'done' AND b.verify_error IS NULL) AS done,
            max(b.started_at) FILTER (WHERE b.state = 'failed') AS failed,
            bool_or(b.state = 'running' AND b.claimed_until > clock_timestamp()) AS running
       FROM tenancy.backups b WHERE b.tenant_id = t.id AND b.state IN ('done', 'failed', 'running')
   ) b ON true
- WHERE t.status IN ('trial', 'active', 'suspended', 'maintenance') AND t.database_name IS NOT NULL
+ WHERE {_BACKED_UP} AND t.server = :server AND t.id <> ALL (:but)
    AND (b.done IS NULL OR b.done <= clock_timestamp() - make_interval(secs => :every))
    AND (b.failed IS NULL OR b.failed <= clock_timestamp() - make_interval(secs => :retry))
    AND b.running IS NOT TRUE
  ORDER BY b.done NULLS FIRST, t.id LIMIT :limit
-""")
+"""  # noqa: S608 - constants
+).bindparams(bindparam("but", type_=ARRAY(Uuid)))
+# a tenant that is new has no backup yet
+_STATUS = text(
+    f"""
+WITH newest AS (
+  SELECT t.slug, COALESCE(max(b.started_at), t.created_at) AS since, max(b.started_at) AS done,
+         max(b.started_at) FILTER (WHERE b.verified_at IS NOT NULL) AS verified
+    FROM tenancy.tenants t LEFT JOIN tenancy.backups b
+      ON b.tenant_id = t.id AND b.state = 'done' AND b.verify_error IS NULL
+   WHERE {_BACKED_UP} GROUP BY t.id
+), late AS (
+  SELECT slug, since FROM newest WHERE since <= clock_timestamp() - make_interval(secs => CAST(:overdue AS float8))
+), control AS (
+  SELECT max(started_at) AS done FROM tenancy.backups
+   WHERE tenant_id IS NULL AND state = 'done' AND verify_error IS NULL
+)
+SELECT count(*) AS tenants, count(done) AS backed_up, count(verified) AS verified,
+       EXTRACT(EPOCH FROM clock_timestamp() - min(done))::float8 AS oldest_seconds,
+       EXTRACT(EPOCH FROM clock_timestamp() - min(verified))::float8 AS oldest_verified_seconds,
+       (SELECT count(*) FROM late) AS overdue,
+       ARRAY(SELECT slug FROM late ORDER BY since, slug LIMIT :listed) AS overdue_slugs,
+       (SELECT EXTRACT(EPOCH FROM clock_timestamp() - done)::float8 FROM control) AS control_seconds,
+       COALESCE((SELECT done FROM control), min(t.first)) <= clock_timestamp() - make_interval(
+         secs => CAST(:overdue AS float8)) IS TRUE AS control_is_overdue
+  FROM newest, (SELECT min(created_at) AS first FROM tenancy.tenants) t
+"""  # noqa: S608 - constants
+)
 _DESTROYED = text("SELECT id FROM tenancy.backup_keys WHERE destroyed_at IS NOT NULL")
 
 

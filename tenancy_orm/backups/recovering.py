@@ -6,20 +6,25 @@ are in the configuration, or are unwrapped by the service that has wrapped them.
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from uuid import UUID
 
 from ..audit.checkpoints import Signer
 from ..config import TenancyConfig
-from ..errors import BackupDamagedError, BackupError, BackupNotFoundError, TenancyError
+from ..errors import (
+    BackupDamagedError,
+    BackupError,
+    BackupNotFoundError,
+    SecretError,
+    SecretProviderError,
+    TenancyError,
+)
 from ..secrets.keyring import Keyring
 from ..secrets.providers import read_secrets
-from .keys import CONTROL, keys_directory, read_object, unseal
+from .keys import CONTROL, keys_directory, read_data_key, read_object, unseal
 from .manifest import Manifest
 from .opening import fetch
 from .stores import MANIFEST_BYTES, Store, Stores
@@ -74,16 +79,31 @@ async def _installation(store: Store) -> UUID:
 
 
 async def _encryption_keys(config: TenancyConfig, store: Store, installation: UUID) -> Mapping[str, bytes]:
-    """Return the configured keys, and the data keys that lie wrapped beside the sealed ones."""
+    """Return the configured keys, and the data keys that lie wrapped beside the sealed ones.
+
+    Raises:
+        BackupDamagedError: none of them can be read.
+        SecretProviderError: none of them is unwrapped.
+    """
     keys, wrapper = dict(config.sealing_keys), config.secrets.key_wrapper
     if wrapper is None:
         return keys
+    failed: TenancyError | None = None
     for one in await store.list(keys_directory(installation, None)):
-        data_key = json.loads(await store.get(one.path)).get("data_key")
-        if data_key is not None and data_key["id"] not in keys:
-            context = {"purpose": "tenancy-data-key", "installation": str(installation), "id": data_key["id"]}
-            wrapped = base64.b64decode(data_key["wrapped"], validate=True)
-            keys[data_key["id"]] = await wrapper.unwrap(wrapped, context=context)
+        name = PurePosixPath(one.path)
+        if name.suffix != ".json" or name.name.startswith("."):
+            continue  # a part of one that a killed process has left
+        try:
+            data_key = read_data_key(await store.get(one.path), name.stem, None)
+            if data_key is not None and data_key[0] not in keys:
+                context = {"purpose": "tenancy-data-key", "installation": str(installation), "id": data_key[0]}
+                keys[data_key[0]] = await wrapper.unwrap(data_key[1], context=context)
+        except (BackupDamagedError, BackupNotFoundError, SecretError, SecretProviderError) as exc:
+            # another one may be that of a backup
+            logger.error("%s is passed over: %s", one.path, exc)
+            failed = exc
+    if failed is not None and not keys:
+        raise failed
     return keys
 
 

@@ -21,7 +21,9 @@ def expired(backups: Iterable[Backup], policy: BackupConfig, *, now: datetime) -
         policy: ``keep_last``, ``keep_daily``, ``keep_weekly`` and ``keep_monthly`` are read from it.
         now: The time.
     """
-    newest_first = sorted((one for one in backups if one.state == "done"), key=_began, reverse=True)
+    newest_first = sorted(
+        (one for one in backups if one.state == "done"), key=lambda x: (_began(x), x.id), reverse=True
+    )
     good = [one for one in newest_first if one.is_good]
     if not good:
         return []

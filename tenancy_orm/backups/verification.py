@@ -16,10 +16,13 @@ from ..errors import (
     ConfigurationError,
     OperationError,
     ProvisioningError,
+    TenancyError,
     TenantNotFoundError,
 )
 from ..events import BackupVerified
+from ..migrations.failures import describe
 from ..postgres import connections
+from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.restoring import check_rows, programs_for, restore_archive
 from ..provisioning.scratch import ScratchDatabase
@@ -33,6 +36,8 @@ from .sources import facts_of
 logger = logging.getLogger("tenancy_orm.backups")
 
 _LARGE_OBJECTS = "SELECT count(*) FROM pg_catalog.pg_largeobject_metadata"
+# pg_restore does not say by its status why it has failed
+_WRITE = "CREATE TEMPORARY TABLE probe AS SELECT pg_catalog.repeat('x', 1000) FROM pg_catalog.generate_series(1, 10000)"
 # their roles are not on every server
 _NOT_RESTORED = ("POLICY", "ROW SECURITY")
 
@@ -86,8 +91,9 @@ class BackupVerifier:
         if backup.state != "done":
             raise BackupNotFoundError(f"the backup {backup.id} is {backup.state}")
         began, manifest, restored, error = time.monotonic(), None, False, None
+        bound = asyncio.timeout(self._services.config.backup.timeout)
         try:
-            async with asyncio.timeout(self._services.config.backup.timeout):
+            async with bound:
                 if restore:
                     async with self._reader.open(backup) as opened:
                         manifest = opened.manifest
@@ -96,17 +102,23 @@ class BackupVerifier:
                 else:
                     manifest = await self._reader.check(backup)
         except BackupNotFoundError as exc:
+            if (now := await self._records.get(backup.id)).state != "done":
+                raise BackupNotFoundError(f"the backup {backup.id} is {now.state} by now") from exc
             await check_store(self._services.stores.at(backup.store), self._services.control.installation)
             error = str(exc)
         except (BackupDamagedError, _DiffersError) as exc:
             error = str(exc)
-        except TimeoutError as exc:
+        except TenancyError:
+            raise
+        except SERVER_FAILURES as exc:
             timeout = self._services.config.backup.timeout
-            raise BackupError(f"not verified within {timeout:g} s; raise backup.timeout") from exc
+            if bound.expired():
+                raise BackupError(f"not verified within {timeout:g} s; raise backup.timeout") from exc
+            raise BackupError(f"the backup {backup.id} cannot be verified now: {describe(exc)}") from exc
         seconds = time.monotonic() - began
         if error is not None:
             logger.error("the backup %s of %s is bad: %s", backup.id, backup.slug or "the control database", error)
-        await self._records.note_verified(backup, error, actor)
+        await self._records.note_verified(backup, error, restored=restored, actor=actor)
         self._services.events.emit(
             BackupVerified(
                 tenant_id=backup.tenant_id, slug=backup.slug, backup_id=backup.id, error=error, seconds=seconds
@@ -155,8 +167,27 @@ class BackupVerifier:
                 )
                 await check_rows(database, manifest.tables, timeout=timeout)
             except (OperationError, ProvisioningError) as exc:
+                await self._check_server(database, exc, timeout=timeout)
                 raise _DiffersError(str(exc)) from exc
             await self._compare(database, manifest, timeout=timeout)
+
+    @staticmethod
+    async def _check_server(database: ScratchDatabase, error: Exception, *, timeout: float) -> None:
+        """Refuse to blame the backup for a server that was lost, or has no space left.
+
+        Raises:
+            BackupError: it was, or has none.
+        """
+        try:
+            connection = await database.login.connect(timeout=timeout, purpose="tenancy-backup")
+            try:
+                await connection.execute(_WRITE)
+            finally:
+                await run_to_completion(connections.close(connection))
+        except SERVER_FAILURES as exc:
+            raise BackupError(
+                f"it cannot be verified on server {database.server!r} now: {describe(exc)}; before that: {error}"
+            ) from exc
 
     async def _compare(self, database: ScratchDatabase, manifest: Manifest, *, timeout: float) -> None:
         connection = await database.login.connect(timeout=timeout, purpose="tenancy-backup")

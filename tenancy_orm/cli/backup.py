@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import signal
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,7 +18,7 @@ from ..backups import Backup, BackupReport, PruneReport, Verification, recover_c
 from ..errors import BackupNotFoundError
 from ..tenancy import Tenancy
 from ..tenant import Tenant
-from .output import Column, TenantBar, failures_listed, note, print_json, print_table, progress_bar
+from .output import Column, TenantBar, failures_listed, note, print_fields, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, Yes, confirm, duration, exit_on_error, fail, load_tenancy, operator, run
 from .selection import All, Named, Selection, Statuses, Tiers
 
@@ -108,6 +109,22 @@ def list_backups(
         print_json([backup_fields(one) for one in found])
         return
     print_table("backups", _LISTED, map(_row, found))
+
+
+@app.command("status")
+def show_status(as_json: Json = False) -> None:
+    """Show how old the newest good backups are. Exit status 1 if one is overdue: for an alarm."""
+    found = run(lambda tenancy: tenancy.backups.status())
+    ages = ("oldest_seconds", "oldest_verified_seconds", "control_seconds")
+    fields = asdict(found) | {name: None if (age := getattr(found, name)) is None else round(age, 1) for name in ages}
+    if as_json:
+        print_json({**fields, "errors": list(found.errors)})
+    else:
+        print_fields("backups", {name: value for name, value in fields.items() if value not in (None, [], ())})
+        for error in found.errors:
+            note(error)
+    if found.errors:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("verify")

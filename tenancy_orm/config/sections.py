@@ -651,6 +651,9 @@ class BackupConfig(Section, frozen=True):
     """How long one backup, the verification of one, or bringing one in for a restore may take, in seconds."""
     every_seconds: SecondsOrZero = 86_400.0
     """How often ``tenancy worker`` backs each tenant up, and the control database, in seconds; 0 is never."""
+    overdue_seconds: Seconds | None = None
+    """How old a tenant's newest good backup, and that of the control database, may become before housekeeping reports
+    it as overdue, in seconds; twice ``every_seconds`` where None."""
     control_recipients: Names = ()
     """age recipients that can read the backups of the control database too, without its own key. As text: separated by
     commas."""
@@ -665,6 +668,11 @@ class BackupConfig(Section, frozen=True):
     keep_replaced: SecondsOrZero = 7 * 86_400.0
     """How long the database that a restore has replaced is kept before housekeeping drops it, in seconds; until then
     ``tenancy backup undo-restore`` swaps back."""
+
+    @property
+    def overdue_after(self) -> float | None:
+        """``overdue_seconds``, or what it is where it is None; None where nothing says how often backups are made."""
+        return self.overdue_seconds or 2 * self.every_seconds or None
 
     @field_validator("store", mode="after")
     @classmethod

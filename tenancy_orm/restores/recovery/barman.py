@@ -30,6 +30,8 @@ _SEGMENT = re.compile(r"[0-9A-F]{24}")
 _SHOWN = 300
 _ARCHIVE_SECONDS = 30.0
 _LOOK_SECONDS = 0.5
+_ANSWER_SECONDS = 300.0  # what lists and shows takes a second or two
+_END_SECONDS = 10.0
 _SEGMENT_BYTES = 16 * 1024**2  # where Barman does not say it: what initdb uses
 _CREDENTIALS = re.compile(r"://[^@\s]*@")
 
@@ -214,15 +216,36 @@ class BarmanRecovery:
                 f"{self._command[0]!r} cannot be run ({exc.strerror}): install the package barman, or correct "
                 "recovery.barman_command"
             ) from exc
+        bound = asyncio.timeout(_ANSWER_SECONDS)
         try:
-            output, errors = (one.decode(errors="replace") for one in await process.communicate())
-        except BaseException:
-            process.kill()
-            await run_to_completion(process.wait())
-            raise
+            async with bound:
+                output, errors = (one.decode(errors="replace") for one in await process.communicate())
+        except BaseException as exc:
+            await run_to_completion(_end(process))
+            if not bound.expired():
+                raise
+            if may_fail:
+                return ""
+            raise RecoveryError(
+                f"barman {' '.join(arguments)} did not end within {_ANSWER_SECONDS:g} s: another command of Barman may "
+                "have its lock, or the server may not answer; run it by hand"
+            ) from exc
         if process.returncode != 0 and not may_fail:
             raise RecoveryError(f"barman {' '.join(arguments)} failed: {_reason(output, errors)}")
         return output
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End a program: gently at first, since only that reaches what it runs as another account, by sudo."""
+    with suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        async with asyncio.timeout(_END_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 def _is_lost(path: Path) -> bool:

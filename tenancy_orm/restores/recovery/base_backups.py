@@ -33,6 +33,7 @@ from .verification import verify_files
 from .wal_files import Segment, list_segments, segment_number
 
 _LABEL = re.compile(r"^START WAL LOCATION: (?P<lsn>[0-9A-F/]+) \(file (?P<file>[0-9A-F]{24})\)$", re.MULTILINE)
+_PARTIAL = ".partial"
 _FORM = "%Y%m%dT%H%M%SZ"
 _SPACE_RESERVE = 1.05  # of the size that is measured before the copy begins, for what is written until its end
 
@@ -102,6 +103,8 @@ class BackupDirectory:
         """Return the base backups that are whole, the oldest first."""
         found = []
         for path in sorted(self.bases.glob("*/backup.json")) if self.bases.is_dir() else ():
+            if path.parent.name.endswith(_PARTIAL):
+                continue  # it is being made, or deleted
             values = json.loads(path.read_text("utf-8"))
             times = {name: datetime.fromisoformat(values[name]) for name in ("started_at", "ended_at")}
             found.append(BaseBackup(**{**values, **times}))
@@ -170,7 +173,7 @@ class BaseBackups:
                 programs = await asyncio.to_thread(find_server_programs, version, self._client_programs)
                 await asyncio.to_thread(check_space, directory.path, int(facts["bytes"] * _SPACE_RESERVE))
                 made = directory.bases / facts["now"].astimezone(UTC).strftime(_FORM)
-                partial = made.with_name(f"{made.name}.partial")
+                partial = made.with_name(f"{made.name}{_PARTIAL}")
                 try:
                     await asyncio.to_thread(self._clear)
                     partial.mkdir(mode=0o700)
@@ -261,8 +264,8 @@ class BaseBackups:
             first = reaching[-1] if reaching else 0
             for backup in found[:first]:
                 path = directory.bases / backup.id
-                (path / "backup.json").unlink()  # it is none any more, should this end in the middle
-                shutil.rmtree(path)
+                # it is none any more, should this end in the middle, and _clear deletes the rest
+                shutil.rmtree(path.rename(path.with_name(f"{path.name}{_PARTIAL}")))
             for segment in directory.segments(found[first].segment_bytes):
                 if segment.number < found[first].first_number:
                     segment.path.unlink()
@@ -274,7 +277,7 @@ class BaseBackups:
     def _clear(self) -> None:
         """Delete what a killed process has left; the caller holds a lock that no base backup is taken without."""
         for path in self._directory.bases.iterdir():
-            if path.name.endswith(".partial"):
+            if path.name.endswith(_PARTIAL):
                 shutil.rmtree(path, ignore_errors=True)
 
 

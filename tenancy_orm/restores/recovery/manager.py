@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from ...config import TenancyConfig
 from ...context import refuse_while_bound
 from ...control.database import ControlDatabase
 from ...control.names import Names
-from ...errors import ConfigurationError, RecoveryError, UnknownServerError
+from ...errors import ConfigurationError, OperationStateError, RecoveryError, UnknownServerError
 from ...loops import HomeLoop
 from ...registry.registry import Registry
 from ...servers import Server, Servers
@@ -29,6 +30,8 @@ from .providers import DirectoryRecovery, Recovery, RecoveryRequest, RecoveryWin
 from .recovered_servers import RecoveredServer
 from .scratch import RecoveredDatabase
 from .wal_receiver import WalEvent, WalReceiver
+
+logger = logging.getLogger("tenancy_orm.recovery")
 
 _NO_DIRECTORY = (
     "recovery.provider names no directory for base backups and WAL: set it to directory:/var/backups/recovery, for "
@@ -98,7 +101,14 @@ class RecoveryManager:
         self._home.check()
         bases = self._bases(self._server(server))
         taken = await bases.take()
-        pruned = await bases.prune(keep_seconds=self._config.recovery.keep_seconds)
+        try:
+            pruned = await bases.prune(keep_seconds=self._config.recovery.keep_seconds)
+        except OperationStateError as exc:
+            # a recovery reads one of them; what is taken is good
+            logger.warning(
+                "no base backup of server %s was deleted, which the next one makes up for: %s", taken.server, exc
+            )
+            pruned = []
         async with self._control.transaction() as connection:
             await self._audit.append(
                 connection,

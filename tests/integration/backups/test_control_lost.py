@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,7 +12,9 @@ from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import Backup, recover_control
+from tenancy_orm.errors import BackupDamagedError
 from tenancy_orm.postgres.programs import find_programs, run_program
+from tenancy_orm.secrets.providers import EnvironmentSecrets, SecretKeyWrapper
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 
@@ -21,6 +25,28 @@ async def another_url(postgres: Postgres) -> AsyncIterator[str]:
     name = postgres.new_name()
     yield await postgres.create_database(name)
     await postgres.administer(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+async def test_a_damaged_key_object_is_named_and_others_are_read_all_the_same(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, tmp_path: Path
+) -> None:
+    """With a data key that a service has wrapped, which is in the object alone once the control database is lost."""
+    await tenancy.close()
+    wrapping = {"W_WRAPPING_KEYS": "1:" + base64.b64encode(secrets.token_bytes(32)).decode()}
+    wrapper = SecretKeyWrapper(EnvironmentSecrets("W_", wrapping))
+    config = tenancy_config.replace(encryption_keys=None, secrets={"key_wrapper": wrapper})
+    async with opened(config) as other:
+        made = await other.backups.run_control()
+    (path,) = (tmp_path / "store").rglob("keys/control/*.json")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"[]", b"{}", whole.replace(b'"wrapped": "', b'"wrapped": "!')):
+        path.write_bytes(damaged)
+        with pytest.raises(BackupDamagedError, match=f"the object of the key {made.key_id} of control is damaged"):
+            await recover_control(config, tmp_path / "control")
+    path.write_bytes(whole)
+    path.with_name(f"{'0' * 32}.json").write_bytes(b"{")
+    path.with_name(f".{path.name}.0123.part").write_bytes(b"")
+    assert (await recover_control(config, tmp_path / "control")).id == made.id
 
 
 async def test_tenants_and_their_backups_are_there_again(

@@ -1,0 +1,339 @@
+"""Two processes, or a process and a store, that meet: no backup that counts as good is one that is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.backups import Backup, DirectoryStore, manager, records, verification
+from tenancy_orm.errors import BackupError, BackupNotFoundError
+from tenancy_orm.postgres.programs import run_program
+from tenancy_orm.provisioning import archives, restoring
+from tests.support.postgres import Postgres
+from tests.support.processes import opened
+
+
+async def execute(tenancy: Tenancy, sql: str) -> Any:
+    async with tenancy.internals.control.transaction() as connection:
+        found = await connection.execute(text(sql))
+        return found.all() if found.returns_rows else None
+
+
+def first_then(method: Callable[..., Awaitable[Any]], then: Callable[[], Awaitable[Any]]) -> Callable[..., Any]:
+    """The method, and something that happens once after its first call."""
+    called = False
+
+    async def both(*args: Any, **options: Any) -> Any:
+        nonlocal called
+        found = await method(*args, **options)
+        if not called:
+            called = True
+            await then()
+        return found
+
+    return both
+
+
+# --- pruning ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_complete_backup_that_another_process_takes_up_is_not_removed(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that has made it died before it could say so. Housekeeping and the job of backups both prune."""
+    await execute(tenancy, "UPDATE tenancy.backups SET state = 'failed', manifest = NULL")
+    async with opened(tenancy_config) as other:
+        pruner = tenancy.backups._pruner
+        monkeypatch.setattr(pruner._records, "to_remove", first_then(pruner._records.to_remove, other.backups.prune))
+        assert (await tenancy.backups.prune()).errors == ()
+    assert (await tenancy.backups.get(backup.id)).state == "done"
+    assert (await tenancy.backups.verify(backup.id)).error is None
+
+
+async def test_two_processes_do_not_remove_one_backup_twice(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, backup: Backup, tmp_path: Path
+) -> None:
+    """What a process that died was removing is removed by another one later."""
+    await execute(
+        tenancy, "UPDATE tenancy.backups SET state = 'pruned', claimed_until = now() + interval '1 hour', claim = id"
+    )
+    assert (await tenancy.backups.prune()).errors == ()
+    assert (tmp_path / "store" / backup.archive_path).exists()
+    await execute(tenancy, "UPDATE tenancy.backups SET claimed_until = now()")
+    await tenancy.backups.prune()
+    assert not (tmp_path / "store" / backup.archive_path).exists()
+    assert (await tenancy.backups.get(backup.id)).pruned_at is not None
+
+
+async def test_a_process_that_has_lost_its_claim_leaves_the_store_to_those_who_prune(
+    tenancy: Tenancy, acme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then another one may have found the backup complete, and says so."""
+    store = tenancy.backups.store
+    put = store.put
+
+    async def late(path: str, data: bytes) -> None:
+        await put(path, data)
+        if path.endswith("manifest.json"):
+            await execute(tenancy, "UPDATE tenancy.backups SET claimed_until = now() WHERE state = 'running'")
+            await tenancy.backups.prune()
+
+    monkeypatch.setattr(store, "put", late)
+    assert (await tenancy.backups.run([acme])).reasons.keys() == {acme}
+    (made,) = await tenancy.backups.list(acme)
+    assert made.state == "done"
+    assert (await tenancy.backups.verify(made)).error is None
+
+
+async def test_what_comes_into_the_store_late_is_removed_by_the_next(
+    tenancy: Tenancy, acme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was stopped for a while, and whose backup was removed as abandoned, writes on."""
+    store = tenancy.backups.store
+    put = store.put
+
+    async def late(path: str, data: bytes) -> None:
+        if path.endswith("manifest.json"):
+            await execute(tenancy, "UPDATE tenancy.backups SET claimed_until = now() WHERE state = 'running'")
+            await tenancy.backups.prune()
+        await put(path, data)
+
+    monkeypatch.setattr(store, "put", late)
+    await tenancy.backups.run([acme])
+    (failed,) = await tenancy.backups.list(acme)
+    assert (failed.state, (tmp_path / "store" / failed.path).exists()) == ("failed", True)
+    await tenancy.backups.prune()
+    assert not (tmp_path / "store" / failed.path).exists()
+
+
+async def test_the_last_good_one_stays_if_the_newer_one_is_found_to_be_bad_meanwhile(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (newer,) = (await tenancy.backups.run(["acme"])).done
+    pruner = tenancy.backups._pruner
+    pruner._config = tenancy.config.backup.replace(keep_last=1, keep_daily=0, keep_weekly=0, keep_monthly=0)
+
+    async def meanwhile() -> None:
+        (tmp_path / "store" / newer.archive_path).write_bytes(b"x")
+        assert not (await tenancy.backups.verify(newer, restore=False)).is_good
+
+    assert [one.id for one in await pruner.to_prune()] == [backup.id]
+    monkeypatch.setattr(pruner, "to_prune", first_then(pruner.to_prune, meanwhile))
+    assert (await tenancy.backups.prune()).pruned == ()
+    assert (await tenancy.backups.verify(backup)).is_good
+
+
+async def test_what_is_removed_cannot_be_kept_any_more(tenancy: Tenancy, backup: Backup) -> None:
+    """Somebody who wants to keep it has to know."""
+    await execute(tenancy, "UPDATE tenancy.backups SET state = 'pruned'")
+    with pytest.raises(BackupNotFoundError, match="cannot be kept: it is pruned"):
+        await tenancy.backups.keep(backup.id, datetime.now(UTC) + timedelta(days=1))
+
+
+async def test_rows_of_removed_backups_do_not_grow_for_ever(tenancy: Tenancy, backup: Backup) -> None:
+    """Each has a manifest, with a line for each table and file; and is deleted once it is old."""
+    await tenancy.backups.run(["acme"])
+    await execute(tenancy, f"UPDATE tenancy.backups SET state = 'pruned' WHERE id = '{backup.id}'")
+    await tenancy.backups.prune()
+    assert await execute(tenancy, "SELECT manifest IS NULL FROM tenancy.backups ORDER BY started_at") == [
+        (True,),
+        (False,),
+    ]
+    await execute(tenancy, "UPDATE tenancy.backups SET pruned_at = now() - interval '91 days' WHERE state = 'pruned'")
+    await tenancy.backups.prune()
+    assert await execute(tenancy, "SELECT state FROM tenancy.backups") == [("done",)]
+    # the last one says in which store the tenant's key is
+    await execute(tenancy, "UPDATE tenancy.backups SET state = 'pruned', pruned_at = now() - interval '91 days'")
+    await tenancy.backups.prune()
+    assert len(await tenancy.backups.list(states=None)) == 1
+
+
+# --- verifying --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_is_lost_while_a_backup_is_verified_says_nothing_of_the_backup(
+    tenancy: Tenancy, backup: Backup, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would count as bad, and go before its time."""
+
+    async def cut_off(arguments: Any, environment: Any) -> str:
+        if "--exit-on-error" in arguments:
+            role = environment["PGUSER"]
+            await postgres.administer(f'ALTER ROLE "{role}" NOLOGIN')
+        return await run_program(arguments, environment)
+
+    monkeypatch.setattr(restoring, "run_program", cut_off)
+    with pytest.raises(BackupError, match=r"cannot be verified on server 'default' now: .*; before that: pg_restore"):
+        await tenancy.backups.verify(backup)
+    found = await tenancy.backups.get(backup.id)
+    assert (found.is_good, found.verified_at) == (True, None)
+    # one that cannot be restored is still found
+    monkeypatch.setattr(restoring, "run_program", run_program)
+    monkeypatch.setattr(verification, "_NOT_RESTORED", ())
+    select = archives.select
+
+    def broken(entries: str, schemas: set[str]) -> tuple[str, tuple[str, ...]]:
+        kept, left_out = select(entries, schemas)
+        return "".join(line for line in kept.splitlines(keepends=True) if " TABLE public notes " not in line), left_out
+
+    monkeypatch.setattr(archives, "select", broken)
+    assert not (await tenancy.backups.verify(backup)).is_good
+
+
+async def test_only_a_restore_takes_back_what_one_has_found(tenancy: Tenancy, backup: Backup) -> None:
+    """Checksums say that it is what was written, and not that it can be restored."""
+    await execute(tenancy, "UPDATE tenancy.backups SET verified_at = now(), verify_error = 'rows are missing'")
+    assert (await tenancy.backups.verify(backup, restore=False)).is_good
+    assert not (await tenancy.backups.get(backup.id)).is_good
+    assert (await tenancy.backups.verify(backup)).backup.is_good
+    await execute(tenancy, "UPDATE tenancy.backups SET verified_at = NULL")
+    assert (await tenancy.backups.verify(backup, restore=False)).backup.verified_at is None
+
+
+async def test_one_that_is_pruned_while_it_is_verified_is_not_bad(
+    tenancy: Tenancy, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = tenancy.backups._reader.manifest
+
+    async def prune() -> None:
+        await execute(tenancy, "UPDATE tenancy.backups SET state = 'pruned'")
+        assert (await tenancy.backups.prune()).errors == ()
+
+    monkeypatch.setattr(tenancy.backups._reader, "manifest", first_then(manifest, prune))
+    with pytest.raises(BackupNotFoundError, match="is pruned by now"):
+        await tenancy.backups.verify(backup, restore=False)
+    assert (await tenancy.backups.get(backup.id)).verify_error is None
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_written_to_a_store_that_is_not_mounted(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path
+) -> None:
+    """It would fill another disk, count as the newest backup, and be hidden by what is mounted next."""
+    store = tmp_path / "store"
+    store.rename(tmp_path / "elsewhere")
+    store.mkdir()
+    await tenancy.tenants.create("globex")
+    report = await tenancy.backups.run(["acme", "globex"])
+    assert all("is empty, and has backups" in reason for reason in report.reasons.values()), report.reasons
+    assert report.reasons.keys() == {"acme", "globex"}
+    assert list(store.rglob("*")) == []
+    assert backup.tenant_id is not None
+    with pytest.raises(BackupError, match="mount it"):
+        await tenancy.backups.keys.destroy(backup.tenant_id)
+    store.rmdir()
+    (tmp_path / "elsewhere").rename(store)
+    assert (await tenancy.backups.run(["acme", "globex"])).reasons == {}
+    await tenancy.backups.keys.destroy(backup.tenant_id)
+    await tenancy.backups.keys.destroy(backup.tenant_id)
+
+
+async def test_a_key_in_the_store_that_is_damaged_is_written_again(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, backup: Backup, tmp_path: Path
+) -> None:
+    """It is needed on the day on which the control database is lost; so nobody would notice before."""
+    path = tmp_path / "store" / f"{tenancy.internals.control.installation}/keys/{backup.tenant_id}/{backup.key_id}.json"
+    whole = json.loads(path.read_text("utf-8"))["sealed"]
+    for damaged in (b"", b"{}", path.read_bytes().replace(whole.encode(), whole[:-8].encode())):
+        path.write_bytes(damaged)
+        async with opened(tenancy_config) as other:
+            assert (await other.backups.run(["acme"])).reasons == {}
+        assert json.loads(path.read_text("utf-8"))["sealed"] == whole
+
+
+async def test_a_key_that_is_sealed_again_while_a_store_gets_it_is_the_newest_there(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former encryption key may be forgotten once no row needs it."""
+    keys, store = tenancy.backups.keys, tenancy.backups.store
+    path = f"{tenancy.internals.control.installation}/keys/{backup.tenant_id}/{backup.key_id}.json"
+    await store.delete(path)
+    keys._stored.clear()
+    put = store.put
+
+    async def late(where: str, data: bytes) -> None:
+        monkeypatch.setattr(store, "put", put)
+        keyring = keys._keyring
+        keyring.add_keys({"later": b"k" * 32})
+        assert (await keys.reseal(tenancy.audit)).resealed == 1
+        await put(where, data)
+
+    monkeypatch.setattr(store, "put", late)
+    await tenancy.backups.run(["acme"])
+    ((sealed,),) = await execute(tenancy, "SELECT sealed_identity FROM tenancy.backup_keys")
+    assert keys._keyring.key_id(bytes(sealed)) == "later"
+    stored = json.loads((tmp_path / "store" / path).read_text("utf-8"))["sealed"]
+    assert base64.b64decode(stored) == bytes(sealed)
+
+
+# --- what is due ------------------------------------------------------------------------------------------------------
+
+
+async def test_tenants_that_fail_keep_no_others_from_their_turn(
+    tenancy: Tenancy, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a server that is lost are the longest due of all, and are due again before the others had a turn."""
+    lost = (await tenancy.tenants.create("acme")).tenant.placement
+    await tenancy.tenants.create("globex")
+    assert lost is not None
+    monkeypatch.setattr(manager, "_AT_ONCE", 1)
+    monkeypatch.setattr(records, "RETRY_SECONDS", 0.0)
+    await postgres.administer(f'ALTER DATABASE "{lost.database}" RENAME TO "{lost.database}_"')
+    try:
+        report = await tenancy.backups.run_due()
+    finally:
+        await postgres.administer(f'ALTER DATABASE "{lost.database}_" RENAME TO "{lost.database}"')
+    assert report.reasons.keys() == {"acme"}
+    assert {one.slug for one in report.done} == {None, "globex"}
+
+
+async def test_the_control_database_does_not_wait_for_the_tenants(
+    tenancy: Tenancy, acme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fleet that takes longer than a worker lives would leave it without a backup."""
+
+    class Slow(DirectoryStore):
+        async def put(self, path: str, data: bytes) -> None:
+            if path.endswith("manifest.json") and "/control/" not in path:
+                await asyncio.Event().wait()
+            await super().put(path, data)
+
+    tenancy.backups.store.__class__ = Slow
+    running = asyncio.create_task(tenancy.backups.run_due())
+    try:
+        while not await tenancy.backups.list(control=True, states=("done",)):
+            assert not running.done()
+            await asyncio.sleep(0.05)
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+async def test_a_tenant_with_a_bad_backup_is_due(tenancy: Tenancy, backup: Backup) -> None:
+    assert "acme" not in {one.slug for one in (await tenancy.backups.run_due()).done}
+    await execute(tenancy, "UPDATE tenancy.backups SET verify_error = 'bad' WHERE tenant_id IS NOT NULL")
+    assert [one.slug for one in (await tenancy.backups.run_due()).done] == ["acme"]
+
+
+async def test_a_server_that_is_slow_is_not_taken_for_a_backup_that_is(
+    tenancy: Tenancy, acme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads "raise backup.timeout" after a moment looks in the wrong place."""
+
+    def slow(*_: Any, **__: Any) -> Any:
+        raise TimeoutError("the server is slow")
+
+    monkeypatch.setattr(tenancy.internals.provisioner.readers, "open", slow)
+    reason = (await tenancy.backups.run([acme])).reasons[acme]
+    assert reason == "timed out: the server is slow"
