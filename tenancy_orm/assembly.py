@@ -390,7 +390,7 @@ class Assembly:
         self.jobs = Jobs(self.control)
         upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)
         self.built_in_jobs = built_in_jobs(
-            config, self.housekeeping, self.provisioner.warm_pool, upgrades, self.backups
+            config, self.housekeeping, self.provisioner.warm_pool, upgrades, self.backups, self.recovery
         )
         self.internals = Internals(
             control=self.control,

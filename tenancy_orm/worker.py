@@ -26,6 +26,7 @@ from .jobs import Claimant, ClaimedJob, Job, JobResult, Jobs, keep_claims
 from .migrations.failures import describe
 from .postgres.failures import SERVER_FAILURES
 from .provisioning import WarmPool
+from .restores.recovery import RecoveryManager
 from .runs.background import BackgroundUpgrades
 
 logger = logging.getLogger("tenancy_orm.worker")
@@ -39,6 +40,7 @@ _JITTER = 0.1
 _UPGRADES_SECONDS = 30.0  # from one look for tenants that are behind to the next
 
 _BACKUPS_SECONDS = 60.0  # from one look for tenants that are to be backed up to the next
+_BASES_SECONDS = 900.0  # from one look for servers that are to be copied to the next: one that fails may copy for hours
 
 _AWAY = (ControlUnavailableError, SQLAlchemyError, *SERVER_FAILURES)
 
@@ -302,6 +304,7 @@ def built_in_jobs(
     warm_pool: WarmPool,
     upgrades: BackgroundUpgrades,
     backups: BackupManager,
+    recovery: RecoveryManager,
 ) -> tuple[Job, ...]:
     """Return the jobs of every installation."""
 
@@ -323,9 +326,15 @@ def built_in_jobs(
 
     async def back_up() -> JobResult:
         report = await backups.run_due()
-        pruned = await backups.prune()
         errors = [f"{slug}: {reason}" for slug, reason in report.reasons.items()]
+        if not report.done and not report.reasons:
+            return JobResult({"made": 0, "pruned": 0}, errors)  # nothing has become older by that
+        pruned = await backups.prune()
         return JobResult({"made": len(report.done), "pruned": len(pruned.pruned)}, [*errors, *pruned.errors])
+
+    async def take_bases() -> JobResult:
+        report = await recovery.take_due_bases()
+        return JobResult({"taken": [one.taken.id for one in report.taken]}, report.errors)
 
     jobs = [Job("housekeeping", config.worker.housekeeping_seconds, keep_house)]
     if config.provisioning.warm_pool:
@@ -334,6 +343,8 @@ def built_in_jobs(
         jobs.append(Job("upgrades", _UPGRADES_SECONDS, upgrade_tenants))
     if config.backup.store is not None and config.backup.every_seconds:
         jobs.append(Job("backups", min(_BACKUPS_SECONDS, config.backup.every_seconds), back_up))
+    if config.recovery.base_directory is not None and config.recovery.base_seconds:
+        jobs.append(Job("base_backups", min(_BASES_SECONDS, config.recovery.base_seconds), take_bases))
     return tuple(jobs)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
 
 from .validation import Section
-from .values import SETTING_NAME, Count, DirectoryPath, Pairs, Seconds, load_object
+from .values import SETTING_NAME, Count, DirectoryPath, Pairs, Seconds, SecondsOrZero, load_object
 
 _DIRECTORY: Final = "directory:"
 _BARMAN: Final = re.compile(r"barman(:(?P<name>[^:]+))?")
@@ -43,6 +43,10 @@ class RecoveryConfig(Section, frozen=True):
     keep_seconds: Seconds = 7 * 86_400.0
     """For how long times can be recovered: ``tenancy backup base`` deletes the base backups and the WAL that no time of
     these last seconds needs."""
+    base_seconds: SecondsOrZero = 0.0
+    """How often ``tenancy worker`` takes a base backup of each server that ``tenancy backup wal`` receives, in seconds;
+    0 is never. Set it where the worker runs on the machine that has the directory, as an account that may write
+    there."""
     heartbeat_seconds: Seconds = 30.0
     """How often ``tenancy backup wal`` ends an empty transaction on the server, by which a recovery knows how far the
     WAL reaches, and looks whether any is missing, in seconds."""

@@ -7,7 +7,7 @@ directory alone, and there the tenant's own database alone.
 
 from .barman import BarmanRecovery
 from .base_backups import BaseBackup
-from .manager import BaseReport, RecoveryManager
+from .manager import BaseReport, DueBases, RecoveryManager
 from .point_in_time import PointInTime
 from .providers import DirectoryRecovery, Recovery, RecoveryRequest, RecoveryWindow
 from .scratch import RecoveredDatabase
@@ -18,6 +18,7 @@ __all__ = [
     "BaseBackup",
     "BaseReport",
     "DirectoryRecovery",
+    "DueBases",
     "PointInTime",
     "RecoveredDatabase",
     "Recovery",

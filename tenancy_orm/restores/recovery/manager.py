@@ -17,8 +17,16 @@ from ...config import TenancyConfig
 from ...context import refuse_while_bound
 from ...control.database import ControlDatabase
 from ...control.names import Names
-from ...errors import ConfigurationError, OperationStateError, RecoveryError, UnknownServerError
+from ...errors import (
+    ConfigurationError,
+    ControlUnavailableError,
+    OperationStateError,
+    RecoveryError,
+    TenancyError,
+    UnknownServerError,
+)
 from ...loops import HomeLoop
+from ...postgres.failures import SERVER_FAILURES
 from ...registry.registry import Registry
 from ...servers import Server, Servers
 from ...tenant import TenantRef
@@ -50,6 +58,14 @@ class BaseReport:
 
     taken: BaseBackup
     pruned: tuple[BaseBackup, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DueBases:
+    """What ``RecoveryManager.take_due_bases`` has taken, and why others were not, a line each."""
+
+    taken: tuple[BaseReport, ...] = ()
+    errors: tuple[str, ...] = ()
 
 
 class RecoveryManager:
@@ -117,6 +133,35 @@ class RecoveryManager:
                 detail={"server": taken.server, "base": taken.id, "pruned": [backup.id for backup in pruned]},
             )
         return BaseReport(taken=taken, pruned=tuple(pruned))
+
+    async def take_due_bases(self, *, actor: Actor = SYSTEM) -> DueBases:
+        """Take a base backup of each server with none of the last ``recovery.base_seconds``, one after the other.
+
+        A server that ``receive_wal`` has never received in this directory is left out: without its WAL, a base backup
+        brings it back to one time alone.
+
+        Raises:
+            ControlUnavailableError: the control database does not answer.
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("copying whole servers")
+        self._home.check()
+        every, root = self._config.recovery.base_seconds, self._config.recovery.base_directory
+        taken, errors = list[BaseReport](), list[str]()
+        for server in list(self._servers.values()) if every and root is not None else ():
+            directory = self._directory(server)
+            try:
+                if not await asyncio.to_thread(directory.wal_directories):
+                    continue
+                present = await asyncio.to_thread(directory.base_backups)
+                if present and (datetime.now(UTC) - present[-1].started_at).total_seconds() < every:
+                    continue
+                taken.append(await self.take_base(server.name, actor=actor))
+            except ControlUnavailableError:
+                raise
+            except (TenancyError, *SERVER_FAILURES) as exc:
+                errors.append(f"server {server.name}: {exc}")
+        return DueBases(taken=tuple(taken), errors=tuple(errors))
 
     async def bases(self, server: str | None = None) -> Sequence[BaseBackup]:
         """Return the base backups of a server, the oldest first."""
@@ -299,4 +344,4 @@ class RecoveryManager:
         )
 
 
-__all__ = ["BaseReport", "RecoveryManager"]
+__all__ = ["BaseReport", "DueBases", "RecoveryManager"]

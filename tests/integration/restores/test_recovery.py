@@ -141,6 +141,28 @@ async def test_a_tenant_is_as_it_was_and_nobody_elses_database_is_opened(
         assert list(await session.scalars(text("SELECT body FROM notes ORDER BY id"))) == ["old", "new"]
 
 
+async def test_base_backups_that_are_due_are_taken_of_servers_whose_wal_is_received(
+    tenancy: Tenancy, primary: TestServer, directory: Path
+) -> None:
+    """By a worker on the machine that has the directory; while a recovery reads there, nothing is deleted."""
+    settings = tenancy.config.recovery.replace(base_seconds=3_600.0, keep_seconds=0.001)
+    async with Tenancy(tenancy.config.replace(recovery=settings)) as working:
+        recovery = working.recovery
+        (job,) = [one for one in working._lifetime.parts.built_in_jobs if one.name == "base_backups"]
+        assert (await recovery.take_due_bases()).taken == ()
+        async with receiving(tenancy):
+            result = await job.run()
+            (first,) = await recovery.bases()
+            assert result is not None and (result.result, result.errors) == ({"taken": [first.id]}, ())
+            assert (await recovery.take_due_bases()).taken == ()
+            with recovery._directory(recovery._server(None)).locked("lock", shared=True):
+                report = await recovery.take_base()
+            assert report.pruned == ()
+            assert [one.id for one in await recovery.bases()] == [first.id, report.taken.id]
+            (newest, _) = await tenancy.audit.events(action="server.base_backup")
+            assert newest.detail is not None and newest.detail["base"] == report.taken.id
+
+
 async def test_a_tenant_is_restored_to_a_time_and_its_neighbours_are_newer(
     tenancy: Tenancy, primary: TestServer, directory: Path
 ) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import json
+import os
+import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from tenancy_orm import TenancyConfig
-from tenancy_orm.errors import RecoveryTargetError, SettingError
+from tenancy_orm.errors import RecoveryError, RecoveryTargetError, SettingError
+from tenancy_orm.restores.recovery import BarmanRecovery, barman
+from tenancy_orm.restores.recovery.base_backups import BackupDirectory, BaseBackups
 from tenancy_orm.restores.recovery.history import check_target
+from tenancy_orm.restores.recovery.providers import ScratchOptions
 from tenancy_orm.restores.recovery.wal_files import list_segments, stretches
+from tenancy_orm.servers import Server
 
 SEGMENT = 16 * 1024**2
 
@@ -72,6 +80,59 @@ def test_a_time_has_its_offset_and_is_not_in_the_future() -> None:
             check_target(text)
     with pytest.raises(RecoveryTargetError, match="does not say in which time zone"):
         check_target(datetime(2026, 1, 28))  # noqa: DTZ001 - that is what is refused
+
+
+def base_backup(directory: BackupDirectory, name: str, ended_at: datetime) -> Path:
+    """A base backup without files."""
+    path = directory.bases / name
+    path.mkdir(parents=True)
+    values = {
+        "server": "eu",
+        "id": name,
+        "version": 18,
+        "started_at": ended_at.isoformat(),
+        "ended_at": ended_at.isoformat(),
+        "first_segment": "000000010000000000000001",
+        "segment_bytes": SEGMENT,
+        "size_bytes": 0,
+    }
+    (path / "backup.json").write_text(json.dumps(values), "utf-8")
+    return path
+
+
+def test_a_base_backup_that_is_made_or_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a process leaves that is killed in the midst of it is deleted by the next one."""
+    directory = BackupDirectory(tmp_path, "eu")
+    directory.prepare()
+    bases = BaseBackups(cast("Server", None), directory, client_programs=None)
+    base_backup(directory, "20261101T000000Z.partial", datetime(2026, 11, 1, tzinfo=UTC))
+    old = base_backup(directory, "20261102T000000Z", datetime(2026, 11, 2, tzinfo=UTC))
+    new = base_backup(directory, "20261103T000000Z", datetime(2026, 11, 3, tzinfo=UTC))
+    (old / "data").mkdir()
+    assert [found.id for found in directory.base_backups()] == [old.name, new.name]
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        bases._prune(timedelta(seconds=1))
+    assert [found.id for found in directory.base_backups()] == [new.name]
+    bases._clear()
+    assert list(directory.bases.iterdir()) == [new]
+
+
+async def test_barman_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another command of it may have its lock; and nothing of it is left."""
+    program, started = tmp_path / "barman", tmp_path / "pid"
+    program.write_text(f"#!/bin/sh\necho $$ > {started}\nexec sleep 600\n", "utf-8")
+    program.chmod(0o755)
+    monkeypatch.setattr(barman, "_ANSWER_SECONDS", 2.0)
+    options = ScratchOptions(directory=tmp_path, account="postgres", max_bytes=1)
+    with pytest.raises(RecoveryError, match="barman -f json list-backup eu did not end within 2 s"):
+        await BarmanRecovery(options, command=str(program)).window("eu")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text("utf-8")), 0)
 
 
 def test_wal_is_divided_where_a_segment_is_missing_and_not_where_a_timeline_begins(tmp_path: Path) -> None:
