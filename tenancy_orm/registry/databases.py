@@ -24,6 +24,8 @@ from .table import TenantTable
 
 DatabaseState = Literal["making", "kept", "dropping"]
 
+_USES = "SELECT FROM tenancy.tenants WHERE id = $1 AND server = $2 AND database_name = $3"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantDatabase:
@@ -70,6 +72,14 @@ class Databases(TenantTable):
             found = await self._find(connection, beside.server, beside.name)
             if found is None:
                 await connection.execute(insert(tenant_databases).values(**_columns(beside)))
+
+    async def uses(self, tenant: Tenant) -> bool:
+        """Whether the tenant still uses the database that its placement here names; False where it was purged."""
+        refuse_other_tenant(tenant)
+        if tenant.placement is None:
+            return False
+        rows = await self._control.fetch(_USES, tenant.id, tenant.placement.server, tenant.placement.database)
+        return bool(rows)
 
     async def databases_of(self, tenant_id: UUID) -> tuple[TenantDatabase, ...]:
         """Return a tenant's databases beside the one in use, the newest last."""

@@ -43,6 +43,10 @@ class MigrationResult:
     is_interrupted: bool = False
 
 
+class _ElsewhereError(Exception):
+    """The tenant has another database by now; in this one, nothing was changed."""
+
+
 class TenantMigration:
     """Migrates tenants one by one.
 
@@ -69,14 +73,32 @@ class TenantMigration:
     ) -> MigrationResult:
         """Apply ``plan`` to ``tenant``; an error is its outcome, and a cancellation is in the result.
 
+        A tenant that got another database while this waited for its lock, by a move or a restore, is migrated there.
         ``asks`` says of a revision with checks whether they are asked right before it runs; all are where it is None.
         ``observe_data`` is called after each batch of a data migration.
         """
+        while True:
+            try:
+                return await self._run(plan, tenant, begin, asks, observe_data)
+            except _ElsewhereError:
+                tenant = await self._services.registry.get(tenant.id)
+
+    async def _run(
+        self,
+        plan: Plan,
+        tenant: Tenant,
+        begin: Begin,
+        asks: Callable[[str], bool] | None,
+        observe_data: DataObserver | None,
+    ) -> MigrationResult:
         started = time.monotonic()
         if tenant.placement is None:
             return MigrationResult(outcome=None)
 
         async def announce() -> None:
+            # under the database's migration lock, which a move and a restore hold until the tenant has another one
+            if not await self._services.registry.uses(tenant):
+                raise _ElsewhereError
             await begin(_revision(migration.after), migration.target_revision)
 
         error: Exception | None = None
@@ -102,6 +124,8 @@ class TenantMigration:
                 is_announced=migration.announced,
                 is_interrupted=True,
             )
+        except _ElsewhereError:
+            raise
         except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
             if await self._selection.is_gone(tenant, exc):
                 return MigrationResult(outcome=None, is_announced=migration.announced)

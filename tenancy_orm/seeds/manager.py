@@ -15,7 +15,7 @@ from ..errors import ConfigurationError, UnknownTierError
 from ..events import TenantSeeded, TenantSeedingFailed
 from ..migrations.concurrency import interleave, map_concurrently
 from ..migrations.connections import Connections, Health, placement_of, prepare_servers
-from ..migrations.database import close
+from ..migrations.database import close, lock
 from ..migrations.failures import describe
 from ..migrations.logs import TENANT_FAILED
 from ..migrations.selection import Selection
@@ -61,6 +61,10 @@ class _Work:
     applied: dict[str, int | str]
     kept: dict[str, tuple[str, ...]]
     skipped: tuple[str, ...] = ()
+
+
+class _ElsewhereError(Exception):
+    """The tenant has another database by now, by a move or a restore; this one was not changed."""
 
 
 class SeedManager:
@@ -261,6 +265,11 @@ class SeedManager:
         error: Exception | None = None
         try:
             await self._apply(tenant, wanted, health, work, dry_run=dry_run)
+        except _ElsewhereError:
+            now = await self._services.registry.get(tenant.id)
+            if now.placement is None:
+                return None
+            return await self._bring(now, wanted, health, dry_run=dry_run, actor=actor)
         except Exception as exc:
             if await self._selection.is_gone(tenant, exc):
                 return None
@@ -294,7 +303,13 @@ class SeedManager:
                 work.applied |= {one.name: one.version for one in rows}
                 work.applied |= {one.name: one.version for one in seeds}
                 return
-            if (rows or seeds) and not found.has_tables:
+            if not (rows or seeds):
+                return
+            # A move and a restore hold it until the tenant has another database; and no migration runs beside this.
+            await lock(connection, timeout=self._connections.limits.wait)
+            if not await self._services.registry.uses(tenant):
+                raise _ElsewhereError
+            if not found.has_tables:
                 await records.create_tables(connection, placement_of(tenant).role)
             await self._apply_as_owner(connection, tenant, rows, seeds, wanted.force, work)
         finally:
