@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,20 @@ SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind = 'S' AND {_OWN} ORDER BY 1
 """  # noqa: S608 - constants
+_TRIGGERS = """
+SELECT t.tgrelid::regclass::text AS "table", quote_ident(t.tgname) AS name,
+       CASE t.tgenabled WHEN 'A' THEN 'ALWAYS' WHEN 'R' THEN 'REPLICA' ELSE '' END AS "when"
+  FROM pg_trigger t WHERE t.tgrelid = ANY ($1::text[]::regclass[]) AND NOT t.tgisinternal AND t.tgenabled <> 'D'
+"""
+TEXTS: Mapping[str, str] = {
+    "DateStyle": "ISO, YMD",
+    "IntervalStyle": "postgres",
+    "lc_monetary": "C",
+    "extra_float_digits": "1",
+    # an error instead of some of the rows
+    "row_security": "off",
+}
+"""Settings of both connections, by which a value that one writes as text is the same for the other."""
 _LARGE_OBJECTS = "SELECT oid::text FROM pg_largeobject_metadata ORDER BY oid"
 
 
@@ -148,13 +162,29 @@ async def copy_sequences(source: Connection, target: Connection) -> int:
 
 
 async def copy_tables(source: Connection, target: Connection, tables: Sequence[tuple[str, str]]) -> None:
-    """Replace the rows of tables, each given by its schema and its name. Both connect as the owner."""
-    for schema, name in tables:
-        await target.execute(f"TRUNCATE ONLY {quote_identifier(schema)}.{quote_identifier(name)}")
-        with tempfile.SpooledTemporaryFile(max_size=_SPOOLED_BYTES) as file:
-            await source.copy_from_table(name, schema_name=schema, output=file, format="binary")
-            file.seek(0)
-            await target.copy_to_table(name, schema_name=schema, source=file, format="binary")
+    """Replace the rows of tables, each given by its schema and its name. Both connect as the owner, with ``TEXTS``.
+
+    Args:
+        source: To the database that is copied.
+        target: To the other one, in which no trigger of these tables runs meanwhile: the rows that it writes are there.
+        tables: The tables, each after those that it refers to.
+    """
+    if not tables:
+        return
+    quoted = [f"{quote_identifier(schema)}.{quote_identifier(name)}" for schema, name in tables]
+    async with connections.transaction(target):
+        triggers = await target.fetch(_TRIGGERS, quoted)
+        for row in triggers:
+            await target.execute(f"ALTER TABLE {row['table']} DISABLE TRIGGER {row['name']}")
+        await target.execute(f"TRUNCATE {', '.join(f'ONLY {one}' for one in quoted)}")
+        for schema, name in tables:
+            with tempfile.SpooledTemporaryFile(max_size=_SPOOLED_BYTES) as file:
+                # as text: the binary form has the numbers of types, which are others there
+                await source.copy_from_table(name, schema_name=schema, output=file)
+                file.seek(0)
+                await target.copy_to_table(name, schema_name=schema, source=file)
+        for row in triggers:
+            await target.execute(f"ALTER TABLE {row['table']} ENABLE {row['when']} TRIGGER {row['name']}")
 
 
 async def copy_large_objects(source: Connection, target: Connection, role: str) -> int:
@@ -184,4 +214,4 @@ def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-__all__ = ["MATERIALIZED", "Copying", "copy_large_objects", "copy_sequences", "copy_tables"]
+__all__ = ["MATERIALIZED", "TEXTS", "Copying", "copy_large_objects", "copy_sequences", "copy_tables"]

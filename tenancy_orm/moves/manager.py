@@ -172,8 +172,7 @@ class MoveManager:
         if place is None or found.status is Status.PROVISIONING:
             raise OperationError(f"tenant {found.slug!r} is {found.status.value}, and cannot be moved")
         target = await self._target(found, place, to)
-        if not offline:
-            await self._check_servers(place.server, target)
+        version = None if offline else await self._check_servers(place.server, target, tell)
         await self._provisioner.prepare_server(target)
         services = self._services(Claimant())
         name = self._provisioner.new_databases.new_name()
@@ -188,6 +187,7 @@ class MoveManager:
                 "to": {"server": target, "database": name, "role": place.role},
                 "revision": found.schema_revision,
                 "offline": offline,
+                "version": version,
             },
         )
         # read again: another operation may have ended just before this one began
@@ -339,12 +339,13 @@ class MoveManager:
         remedy = "" if to is not None else "; name its server: --to"
         raise PlacementError(f"tenant {tenant.slug!r} cannot be moved: {listed}{remedy}", reasons)
 
-    async def _check_servers(self, source: str, target: str) -> None:
-        """Refuse logical replication where it cannot work, before anything is made.
+    async def _check_servers(self, source: str, target: str, tell: Tell | None) -> int:
+        """Refuse logical replication where it cannot work, before anything is made; returns the newer version.
 
         Raises:
             OperationError: it cannot.
         """
+        versions = []
         for name in (source, target):
             connection = await self._connect(name)
             try:
@@ -367,11 +368,15 @@ class MoveManager:
                     f"server {name!r} has wal_level = {level}; set it to logical, which needs a restart, or use "
                     "--offline"
                 )
+            if name == target and level != "logical" and tell is not None:
+                tell(f"there will be no way back by --rollback: server {name!r} has wal_level = {level}")
             if name == target and not able:
                 raise OperationError(
                     f"the administrator of server {name!r} may not create subscriptions; run there as a superuser: "
                     "GRANT pg_create_subscription TO it; or use --offline"
                 )
+            versions.append(version)
+        return max(versions)
 
     async def _connect(self, server: str) -> Connection:
         return await self._provisioner.connect_admin(server, purpose="tenancy-move")

@@ -39,7 +39,7 @@ from ..provisioning.provisioner import services_of, settings_of
 from ..provisioning.scram import scram_verifier
 from ..tenant import Placement, Status, Tenant
 from ..tenants.manager import TenantManager
-from .copying import MATERIALIZED, Copying, copy_large_objects, copy_sequences, copy_tables
+from .copying import MATERIALIZED, TEXTS, Copying, copy_large_objects, copy_sequences, copy_tables
 from .policy import SamePolicy, refuse_own_objects, schema_differences
 from .streams import Stream
 from .survey import Survey, survey
@@ -48,6 +48,9 @@ logger = logging.getLogger("tenancy_orm.moves")
 
 LEAST_VERSION = 16
 """From this version of PostgreSQL on, a subscription changes tables with no more rights than their owner has."""
+
+LAST_VERSION = 18
+"""The newest version of PostgreSQL that is supported."""
 
 Tell: TypeAlias = Callable[[str], None]
 
@@ -205,6 +208,7 @@ class Move:
             stem=self._provisioning.names.stream_stem,
             online=self._online,
             most=self._config.pause_bytes,
+            version=int(self._operation.detail.get("version") or LAST_VERSION),
         )
 
     async def _read(self, place: Placement, connection: Connection | None = None) -> Catalogue:
@@ -220,7 +224,8 @@ class Move:
         """Let PostgreSQL tell rows of tables without a primary key apart by all their columns; or undo that."""
         if not tables:
             return
-        kinds = {"d": "DEFAULT", "n": "NOTHING", "f": "FULL"}
+        # "i" had none either: its index was dropped
+        kinds = {"d": "DEFAULT", "n": "NOTHING", "i": "NOTHING"}
         connection = await self._forward.connect(place, role=self._provisioning.names.owner)
         blockers = self._provisioning.blockers(self._provisioning.servers[place.server])
         try:
@@ -678,7 +683,7 @@ class _Four:
         await run_to_completion(self._close())
 
     async def _open(self, place: Placement, role: str | None) -> Connection:
-        self._opened.append(await self._stream.connect(place, role=role))
+        self._opened.append(await self._stream.connect(place, role=role, settings=TEXTS))
         return self._opened[-1]
 
     async def _close(self) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import asyncpg
 
@@ -23,12 +24,15 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..provisioning import databases, removal, roles
 from ..provisioning.blockers import Blockers
-from ..provisioning.copy_logins import CopyLogin, create_login, end_login
+from ..provisioning.copy_logins import HOLDING, CopyLogin, create_login, end_login
 from ..provisioning.pipeline import ProvisioningServices, describe
 from ..servers import Server
 from ..tenant import Placement
 
 POLL_SECONDS = 0.01
+
+# it may be idle for hours, with the lock that keeps migrations away
+_SETTINGS: Mapping[str, str] = {**HOLDING, "search_path": "pg_catalog, pg_temp", "statement_timeout": "0"}
 
 _REMEDY = "; or move it with --offline"
 _SLOT = """
@@ -376,11 +380,13 @@ class Stream:
         finally:
             await run_to_completion(connections.close(connection))
 
-    async def connect(self, place: Placement, *, role: str | None = None) -> Connection:
+    async def connect(
+        self, place: Placement, *, role: str | None = None, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> Connection:
         """Open an administrative connection to one of the databases; the caller closes it."""
         _, blockers = self._server(place)
         return await blockers.connect(
-            place.database, role=role, settings={"search_path": "pg_catalog, pg_temp"}, purpose="tenancy-move"
+            place.database, role=role, settings={**_SETTINGS, **settings}, purpose="tenancy-move"
         )
 
     def _server(self, place: Placement) -> tuple[Server, Blockers]:

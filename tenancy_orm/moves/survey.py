@@ -2,28 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
 from ..errors import OperationError
 from ..postgres.connections import Connection
 from ..provisioning.differences import enumeration
 
+# A deferrable key identifies no rows for replication, nor does one with a generated column, which is not replicated.
 _TABLES = """
 SELECT c.oid, quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS quoted, n.nspname::text AS schema,
        c.relname::text AS name, c.relpersistence = 'u' AS is_unlogged, c.relreplident::text AS identity,
        pg_get_userbyid(c.relowner)::text AS owner,
        CASE WHEN c.relpersistence = 'u' THEN pg_total_relation_size(c.oid) ELSE 0 END AS bytes,
-       c.relreplident = 'n' OR (c.relreplident = 'd' AND NOT EXISTS (
-           SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)) AS lacks_identity,
-       EXISTS (SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
-                  AND t.typname IN ('json', 'xml', 'point', 'polygon', 'path', 'line', 'lseg', 'circle', 'box')
-                  AND t.typnamespace = 'pg_catalog'::regnamespace) AS has_incomparable
+       c.relreplident <> 'f' AND NOT EXISTS (
+           SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+              AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END
+              AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attgenerated <> ''
+                                 AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))) AS lacks_identity,
+       EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate) AS has_key,
+       EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = c.oid AND a.attgenerated <> ''
+                  AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])
+                WHERE i.indrelid = c.oid AND i.indisprimary) AS has_generated_key,
+       EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped AND a.attgenerated <> '')
+           AS has_generated,
+       EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgenabled IN ('A', 'R'))
+           AS has_replica_trigger
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND n.nspname NOT LIKE 'pg\\_%' AND n.nspname <> 'information_schema'
    AND NOT EXISTS (SELECT FROM pg_depend e
                     WHERE e.classid = 'pg_class'::regclass AND e.objid = c.oid AND e.deptype = 'e')
  ORDER BY 2
+"""
+# Of these tables: those with a column, or a part of one, that has no equality of its type's own, by which PostgreSQL
+# finds the row of a table without a key.
+_INCOMPARABLE = """
+WITH RECURSIVE types (relation, type) AS (
+    SELECT attrelid, atttypid FROM pg_attribute
+     WHERE attrelid = ANY ($1::text[]::oid[]) AND attnum > 0 AND NOT attisdropped AND attgenerated = ''
+    UNION
+    SELECT t.relation, part.type FROM types t JOIN pg_type p ON p.oid = t.type CROSS JOIN LATERAL (
+        SELECT p.typbasetype AS type WHERE p.typtype = 'd'
+        UNION ALL SELECT p.typelem WHERE p.typelem <> 0 AND p.typsubscript = 'array_subscript_handler'::regproc
+        UNION ALL SELECT a.atttypid FROM pg_attribute a
+                   WHERE p.typtype = 'c' AND a.attrelid = p.typrelid AND a.attnum > 0 AND NOT a.attisdropped) part
+)
+SELECT DISTINCT relation FROM types t JOIN pg_type p ON p.oid = t.type
+ WHERE p.typtype = 'b' AND NOT (p.typelem <> 0 AND p.typsubscript = 'array_subscript_handler'::regproc)
+   AND NOT EXISTS (
+       SELECT FROM pg_opclass o JOIN pg_am m ON m.oid = o.opcmethod
+        WHERE o.opcdefault AND m.amname IN ('btree', 'hash') AND (o.opcintype = p.oid OR EXISTS (
+            SELECT FROM pg_cast s WHERE s.castsource = p.oid AND s.casttarget = o.opcintype AND s.castmethod = 'b'
+                AND s.castcontext = 'i')))
+"""
+_REFERENCES = """
+SELECT DISTINCT conrelid, confrelid FROM pg_constraint
+ WHERE contype = 'f' AND conrelid <> confrelid AND conrelid = ANY ($1::text[]::oid[])
+   AND confrelid = ANY ($1::text[]::oid[])
 """
 _LARGE_OBJECTS = """
 SELECT (SELECT count(*) FROM pg_largeobject_metadata) AS number,
@@ -43,6 +80,9 @@ SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name
   FROM pg_extension e CROSS JOIN LATERAL unnest(e.extconfig) AS t(oid) JOIN pg_class c ON c.oid = t.oid
   JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'r' ORDER BY 1
 """
+_GENERATED_VERSION = 18
+"""From this version on, PostgreSQL refuses to change a published table that is known by all its columns and has
+generated ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +91,7 @@ class Survey:
 
     Attributes:
         replicated: The ordinary tables, quoted.
-        unlogged: The unlogged ones, each as its schema and name.
+        unlogged: The unlogged ones, each as its schema and name, and after those that it refers to.
         without_identity: Tables that PostgreSQL cannot tell the rows of apart, quoted, with their replica identity.
         large_objects: How many large objects there are.
         pause_bytes: How large unlogged tables and large objects are together.
@@ -66,7 +106,9 @@ class Survey:
     configured: tuple[str, ...]
 
 
-async def survey(connection: Connection, *, tenant: str, owner: str, stem: str, online: bool, most: int) -> Survey:
+async def survey(
+    connection: Connection, *, tenant: str, owner: str, stem: str, online: bool, most: int, version: int
+) -> Survey:
     """Look into a database.
 
     Args:
@@ -76,6 +118,7 @@ async def survey(connection: Connection, *, tenant: str, owner: str, stem: str, 
         stem: The prefix of the names of the package's own slots.
         online: Whether it is to be replicated.
         most: How large unlogged tables and large objects may be together then.
+        version: The newer one of the two servers' major versions.
 
     Raises:
         OperationError: it cannot be moved in this way; the message names what stands against it.
@@ -100,26 +143,19 @@ async def survey(connection: Connection, *, tenant: str, owner: str, stem: str, 
         )
     large = await connection.fetchrow(_LARGE_OBJECTS)
     size = int(large["bytes"]) + sum(int(row["bytes"]) for row in tables)
+    replicated = [row for row in tables if not row["is_unlogged"]]
+    unlogged = [row for row in tables if row["is_unlogged"]]
     found = Survey(
-        replicated=tuple(row["quoted"] for row in tables if not row["is_unlogged"]),
-        unlogged=tuple((row["schema"], row["name"]) for row in tables if row["is_unlogged"]),
-        without_identity={
-            row["quoted"]: row["identity"] for row in tables if row["lacks_identity"] and not row["is_unlogged"]
-        },
+        replicated=tuple(row["quoted"] for row in replicated),
+        unlogged=await _in_order(connection, unlogged, tenant) if online else (),
+        without_identity={row["quoted"]: row["identity"] for row in replicated if row["lacks_identity"]},
         large_objects=int(large["number"]),
         pause_bytes=size,
         configured=tuple(row["name"] for row in await connection.fetch(_CONFIGURED)),
     )
     if not online:
         return found
-    incomparable = sorted(
-        row["quoted"] for row in tables if row["lacks_identity"] and not row["is_unlogged"] and row["has_incomparable"]
-    )
-    if incomparable:
-        raise OperationError(
-            f"tenant {tenant!r} cannot be replicated: tables {enumeration(incomparable)} have no primary key, and "
-            "columns of types that cannot be compared; give them a primary key, or move it with --offline"
-        )
+    await _refuse_unreplicable(connection, replicated, tenant, version)
     if size > most:
         raise OperationError(
             f"tenant {tenant!r} has {found.large_objects} large objects and {len(found.unlogged)} unlogged tables of "
@@ -127,6 +163,63 @@ async def survey(connection: Connection, *, tenant: str, owner: str, stem: str, 
             f"{most:,}, or move it with --offline"
         )
     return found
+
+
+async def _refuse_unreplicable(
+    connection: Connection, tables: Sequence[Mapping[str, Any]], tenant: str, version: int
+) -> None:
+    """Refuse tables that replication would fail to change, or for which the application's own statements would fail."""
+
+    def refuse(rows: Iterable[Mapping[str, Any]], what: str, remedy: str) -> None:
+        if names := sorted(row["quoted"] for row in rows):
+            raise OperationError(
+                f"tenant {tenant!r} cannot be replicated: tables {enumeration(names)} have {what}; {remedy}, or move "
+                "it with --offline"
+            )
+
+    refuse(
+        (row for row in tables if row["has_replica_trigger"]),
+        "triggers that are enabled ALWAYS or for REPLICA, which would run again on the new server for rows that are "
+        "replicated",
+        "enable them by ALTER TABLE ... ENABLE TRIGGER",
+    )
+    by_all_columns = [row for row in tables if row["lacks_identity"] or row["identity"] == "f"]
+    unkeyed = "give them a primary key that is neither deferrable nor generated"
+    refuse(
+        (row for row in by_all_columns if row["has_generated_key"]),
+        "a generated column in the primary key",
+        unkeyed,
+    )
+    refuse(
+        (row for row in by_all_columns if row["has_generated"] and version >= _GENERATED_VERSION),
+        "no primary key, and generated columns",
+        unkeyed,
+    )
+    keyless = {row["oid"]: row for row in by_all_columns if not row["has_key"]}
+    incomparable = await connection.fetch(_INCOMPARABLE, [str(oid) for oid in keyless])
+    refuse(
+        (keyless[row["relation"]] for row in incomparable),
+        "no primary key, and columns of types that cannot be compared",
+        unkeyed,
+    )
+
+
+async def _in_order(
+    connection: Connection, tables: Sequence[Mapping[str, Any]], tenant: str
+) -> tuple[tuple[str, str], ...]:
+    """Return tables by schema and name, each after those that it refers to."""
+    by_oid = {row["oid"]: row for row in tables}
+    order: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(by_oid, ()))
+    for row in await connection.fetch(_REFERENCES, [str(oid) for oid in by_oid]):
+        order.add(row["conrelid"], row["confrelid"])
+    try:
+        return tuple((by_oid[oid]["schema"], by_oid[oid]["name"]) for oid in order.static_order())
+    except CycleError as exc:
+        names = sorted({by_oid[oid]["quoted"] for oid in exc.args[1]})
+        raise OperationError(
+            f"tenant {tenant!r} cannot be replicated: unlogged tables {enumeration(names)} refer to each other in a "
+            "circle; move it with --offline"
+        ) from None
 
 
 __all__ = ["Survey", "survey"]
