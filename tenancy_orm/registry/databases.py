@@ -24,7 +24,7 @@ from .table import TenantTable
 
 DatabaseState = Literal["making", "kept", "dropping"]
 
-_USES = "SELECT FROM tenancy.tenants WHERE id = $1 AND server = $2 AND database_name = $3"
+_IS_PLACED_AS = "SELECT FROM tenancy.tenants WHERE id = $1 AND server = $2 AND database_name = $3"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +73,13 @@ class Databases(TenantTable):
             if found is None:
                 await connection.execute(insert(tenant_databases).values(**_columns(beside)))
 
-    async def uses(self, tenant: Tenant) -> bool:
-        """Whether the tenant still uses the database that its placement here names; False where it was purged."""
-        refuse_other_tenant(tenant)
-        if tenant.placement is None:
+    async def is_placed_as(self, listed: Tenant) -> bool:
+        """Whether the tenant still uses the database that it had when it was listed; False where it was purged."""
+        refuse_other_tenant(listed)
+        if listed.placement is None:
             return False
-        rows = await self._control.fetch(_USES, tenant.id, tenant.placement.server, tenant.placement.database)
-        return bool(rows)
+        place = listed.placement
+        return bool(await self._control.fetch(_IS_PLACED_AS, listed.id, place.server, place.database))
 
     async def databases_of(self, tenant_id: UUID) -> tuple[TenantDatabase, ...]:
         """Return a tenant's databases beside the one in use, the newest last."""

@@ -97,7 +97,7 @@ class TenantMigration:
 
         async def announce() -> None:
             # under the database's migration lock, which a move and a restore hold until the tenant has another one
-            if not await self._services.registry.uses(tenant):
+            if not await self._services.registry.is_placed_as(tenant):
                 raise _ElsewhereError
             await begin(_revision(migration.after), migration.target_revision)
 

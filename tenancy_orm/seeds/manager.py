@@ -307,7 +307,7 @@ class SeedManager:
                 return
             # A move and a restore hold it until the tenant has another database; and no migration runs beside this.
             await lock(connection, timeout=self._connections.limits.wait)
-            if not await self._services.registry.uses(tenant):
+            if not await self._services.registry.is_placed_as(tenant):
                 raise _ElsewhereError
             if not found.has_tables:
                 await records.create_tables(connection, placement_of(tenant).role)
