@@ -38,7 +38,7 @@ from ..tenant import Placement, Status, Tenant, TenantRef
 from ..tenants.manager import TenantManager
 from .leftovers import Leftovers
 from .rebalance import MovePlan, PlannedMove, Planner
-from .steps import LEAST_VERSION, Move, MoveServices, Tell, check_way_back
+from .steps import FULL, LEAST_VERSION, Move, MoveServices, Tell, check_way_back
 
 logger = logging.getLogger("tenancy_orm.moves")
 
@@ -47,6 +47,7 @@ _PAGE = 500
 # ``list`` is a method in the class
 Numbers: TypeAlias = list[int]
 Texts: TypeAlias = list[str]
+Moves: TypeAlias = list[Operation]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -479,7 +480,10 @@ class MoveManager:
                 progress.done(outcome)
             return outcome
 
-        return MoveReport(outcomes=tuple(await asyncio.gather(*map(one, planned))))
+        # an error that is none of a move ends the others as well: each is undone
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(move)) for move in planned]
+        return MoveReport(outcomes=tuple(task.result() for task in tasks))
 
     async def _move_one(self, planned: PlannedMove, offline: bool, actor: Actor) -> MoveOutcome:
         tenant, operation, error = planned.tenant, None, None
@@ -511,8 +515,7 @@ class MoveManager:
         confirmed: Numbers = []
         given_up: Numbers = []
         errors: Texts = []
-        unfinished = await self._operations.list(kinds=("move",), states=("running", "waiting"), limit=_PAGE)
-        for found in unfinished:
+        for found in await self._unfinished():
             try:
                 if (await self._registry.get(found.tenant_id)).status is Status.PURGED:
                     # its databases are gone; what is left on the servers is removed below
@@ -521,7 +524,7 @@ class MoveManager:
                         await self._operations.claim(found.id, claimant), claimant, "done", detail={"purged": True}
                     )
                 elif found.is_abandoned:
-                    await self.resume(found.id, actor=actor)
+                    await self._resume(found, actor, given_up)
                     resumed.append(found.id)
                 elif found.state == "waiting" and await self._is_due(found):
                     move, _ = await self._claim(found, actor)
@@ -542,6 +545,28 @@ class MoveManager:
             errors=(*errors, *failed),
         )
 
+    async def _unfinished(self) -> Moves:
+        """Return all moves that have not ended, the oldest first."""
+        found: Moves = []
+        before = None
+        while page := await self._operations.list(
+            kinds=("move",), states=("running", "waiting"), limit=_PAGE, before=before
+        ):
+            found += page
+            before = page[-1].id
+        return found[::-1]
+
+    async def _resume(self, found: Operation, actor: Actor, given_up: Numbers) -> None:
+        """Finish or undo a move that was left; where that fails, bound what its way back keeps of the server's log."""
+        move, operation = await self._claim(found, actor)
+        try:
+            await self._finish(operation, move.resume())
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            if await run_unbound(move.give_up_slot(self._config.max_slot_bytes)):
+                given_up.append(found.id)
+                logger.error("move %d of tenant %s has no way back any more: %s", found.id, found.slug, describe(exc))
+            raise
+
     async def _is_due(self, operation: Operation) -> bool:
         by = operation.detail.get("confirm_by")
         if by is not None and datetime.fromisoformat(str(by)) <= datetime.now(UTC):
@@ -556,9 +581,9 @@ class MoveManager:
         if revision != operation.detail["revision"]:
             reason = f"the schema was migrated to {revision} since"
         elif kept is None:
-            reason = "its slot is gone"
+            reason = "its slot is gone, or the server has removed the log that it needs"
         elif kept > self._config.max_slot_bytes:
-            reason = f"it kept {kept:,} bytes of the log, so housekeeping ended it"
+            reason = FULL.format(kept=kept)
         else:
             return []
         claimed, _ = await self._claim(operation, actor)

@@ -67,6 +67,8 @@ _PREPARED = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database
 _SERVED = frozenset({Status.TRIAL, Status.ACTIVE})
 _SLOT_SECONDS = 60.0
 _SHOWN = 5
+FULL = "it kept {kept:,} bytes of the log, so housekeeping ended it"
+"""Why there is no way back."""
 
 
 def _silent(step: str) -> None:
@@ -222,7 +224,7 @@ class Move:
 
     async def _identify(self, place: Placement, tables: Mapping[str, str], *, full: bool = True) -> None:
         """Let PostgreSQL tell rows of tables without a primary key apart by all their columns; or undo that."""
-        if not tables:
+        if not tables or place.server not in self._provisioning.servers:
             return
         # "i" had none either: its index was dropped
         kinds = {"d": "DEFAULT", "n": "NOTHING", "i": "NOTHING"}
@@ -462,7 +464,8 @@ class Move:
         if self._operation.detail.get("maintenance") and tenant.status is Status.MAINTENANCE:
             tenant = await self._services.tenants.end_maintenance(tenant, actor=self._actor)
         # closed since the pause, or never opened; last, since its server may not answer
-        await self._services.switch.close_kept(unused)
+        if unused.server in self._provisioning.servers:
+            await self._services.switch.close_kept(unused)
         return tenant
 
     async def finish_switch(self) -> Tenant:
@@ -618,8 +621,20 @@ class Move:
         )
 
     async def kept_bytes(self) -> int | None:
-        """How much of its log the new server keeps for the way back."""
+        """How much of its log the new server keeps for the way back; None where that is lost."""
         return await self._reverse.kept_bytes()
+
+    async def give_up_slot(self, most: int) -> bool:
+        """End the way back where the new server keeps more of its log for it, in bytes; returns whether it did.
+
+        For a move that cannot go on, since its former server does not answer: its slot would fill the disk.
+        """
+        kept = await self._reverse.kept_bytes()
+        if kept is None or kept <= most:
+            return False
+        await self._reverse.drop_source()
+        await self._advance(self._operation.step, reverse=FULL.format(kept=kept))
+        return True
 
     async def resume(self) -> None:
         """Finish or undo a move that another process has left, by the step and by where the tenant is.
@@ -690,4 +705,4 @@ class _Four:
         await asyncio.gather(*(connections.close(one) for one in self._opened))
 
 
-__all__ = ["LEAST_VERSION", "Move", "MoveServices", "Tell", "check_way_back"]
+__all__ = ["FULL", "LEAST_VERSION", "Move", "MoveServices", "Tell", "check_way_back"]

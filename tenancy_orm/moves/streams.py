@@ -300,17 +300,19 @@ class Stream:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     async def kept_bytes(self) -> int | None:
-        """How much of its log the source's server keeps for the slot, in bytes; None where there is no slot."""
+        """How much of its log the source's server keeps for the slot, in bytes; None where it is gone, or is lost."""
         _, blockers = self._server(self.source)
         connection = await blockers.connect(purpose="tenancy-move")
         try:
             row = await connection.fetchrow(_SLOT, self.name, "0/0")
-            return None if row is None else int(row["kept_bytes"] or 0)
+            return None if row is None or row["lost"] else int(row["kept_bytes"] or 0)
         finally:
             await run_to_completion(connections.close(connection))
 
     async def drop(self) -> None:
         """Drop the subscription, the slot, the publication and the login, as far as they exist.
+
+        Nothing is left of them on a server that is not one any more.
 
         Raises:
             OperationError: one of them could not be dropped.
@@ -324,6 +326,8 @@ class Stream:
 
     async def drop_subscription(self) -> None:
         """Drop the subscription, if there is one; what the source has of it stays."""
+        if self.target.server not in self._services.servers:
+            return
         _, blockers = self._server(self.target)
         if not await self._exists(blockers, self.target.database):
             return
@@ -347,6 +351,8 @@ class Stream:
 
     async def drop_source(self) -> None:
         """Drop the slot, the publication and the login."""
+        if self.source.server not in self._services.servers:
+            return
         _, blockers = self._server(self.source)
         connection = await blockers.connect(purpose="tenancy-move")
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,9 +13,11 @@ from sqlalchemy import text
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import ServerAddresses
 from tenancy_orm.config.placement import LeastBytes
-from tenancy_orm.errors import OperationError, OperationStateError
-from tenancy_orm.moves import MovePlan
-from tests.support.moving import Pair, moving_config, rows
+from tenancy_orm.errors import OperationError, OperationStateError, TenancyError
+from tenancy_orm.moves import MovePlan, manager
+from tenancy_orm.operations import Switch
+from tenancy_orm.tenant import Placement
+from tests.support.moving import Pair, moving_config, pair_of_servers, rows
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.new_installation
@@ -57,6 +61,17 @@ async def test_a_server_in_drain_is_emptied_and_its_moves_confirmed_when_they_ar
     assert [name for name in pair.databases(moving.name_prefix) if name.startswith("one:")] == []
 
 
+@asynccontextmanager
+async def opened(config: TenancyConfig) -> AsyncIterator[Tenancy]:
+    """An open ``Tenancy``."""
+    tenancy = Tenancy(config)
+    await tenancy.open(initialise=True)
+    try:
+        yield tenancy
+    finally:
+        await tenancy.close()
+
+
 async def until_following(plane: Tenancy) -> None:
     """Wait until every former database has followed."""
 
@@ -96,6 +111,103 @@ async def test_a_way_back_that_fills_the_disk_is_given_up_and_what_is_left_over_
     rows(pair.two, "postgres", f'CREATE ROLE "{login}" LOGIN REPLICATION')
     assert (await plane.moves.tidy()).removed == (f"login {login} on two", f"slot {stem}999f on two")
     assert pair.left(moving.name_prefix) == []
+
+
+async def let_go(tenancy: Tenancy) -> None:
+    """Have every claim run out, as that of a killed process does."""
+    async with tenancy.internals.control.transaction() as connection:
+        await connection.execute(text("UPDATE tenancy.operations SET claimed_until = now() WHERE claim IS NOT NULL"))
+
+
+async def test_a_former_server_that_is_lost_fills_no_disk_and_blocks_nothing_once_it_is_removed(
+    control_url: str, name_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Switch.close_kept
+    with pair_of_servers() as pair:
+        config = moving_config(pair, control_url, name_prefix)
+        async with opened(config) as tenancy:
+            await tenancy.tenants.create("acme")
+
+            async def lose(switch: Switch, placement: Placement) -> None:
+                monkeypatch.undo()
+                await asyncio.to_thread(pair.one.kill)
+                await close(switch, placement)
+
+            monkeypatch.setattr(Switch, "close_kept", lose)
+            with pytest.raises(TenancyError):
+                await tenancy.moves.move("acme", to="two")
+            moved = await tenancy.tenants.get("acme")
+            assert pair.on("two").query("SELECT count(*) FROM pg_replication_slots") == 1
+            pair.two.query("SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000000))")
+            (move,) = await tenancy.moves.list("acme")
+        small = config.move.model_copy(update={"max_slot_bytes": 100_000})
+        async with opened(config.replace(move=small)) as tenancy:
+            await let_go(tenancy)
+            tidied = await tenancy.moves.tidy()
+            assert (tidied.given_up, tidied.resumed) == ((move.id,), ())
+            assert any("server one" in one or "server 'one'" in one for one in tidied.errors)
+            assert pair.on("two").query("SELECT count(*) FROM pg_replication_slots") == 0
+            await let_go(tenancy)
+        # it does not exist any more
+        servers = {"two": pair.two.url("postgres")}
+        async with opened(
+            moving_config(
+                pair,
+                control_url,
+                name_prefix,
+                servers=servers,
+                default_server="two",
+                encryption_keys=config.encryption_keys,
+            )
+        ) as tenancy:
+            await tenancy.servers.remove("one", templates="forget")
+            assert (await tenancy.moves.tidy()).resumed == (move.id,)
+            assert (await tenancy.moves.confirm("acme")).state == "done"
+            async with tenancy.session("acme") as session:
+                assert await session.scalar(text("SELECT count(*) FROM notes")) == 0
+        assert moved.placement is not None
+        assert moved.placement.server == "two"
+
+
+async def test_housekeeping_looks_at_every_move_and_at_a_slot_whose_log_is_gone(
+    plane: Tenancy, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "_PAGE", 1)
+    for slug in ("acme", "globex"):
+        await plane.tenants.create(slug)
+        await plane.moves.move(slug, to="two")
+    lost = await plane.moves.list("acme")
+    assert lost[0].state == "waiting"
+    name = f"{plane.internals.provisioner.names.stream_stem}{lost[0].id}r"
+    former = lost[0].detail["from"]["database"]
+    rows(pair.one, former, f"ALTER SUBSCRIPTION {name} DISABLE")
+    await until(
+        lambda: (
+            rows(pair.two, "postgres", f"SELECT active FROM pg_replication_slots WHERE slot_name = '{name}'")
+            == [(False,)]
+        ),
+        seconds=60.0,
+    )
+    # the server removes what it keeps for the slot
+    pair.two.query("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+    pair.two.query("SELECT pg_reload_conf()")
+    try:
+
+        def is_lost() -> bool:
+            pair.two.query("SELECT pg_switch_wal() FROM pg_logical_emit_message(false, 'x', repeat('x', 1000000))")
+            pair.two.query("CHECKPOINT")
+            query = f"SELECT wal_status FROM pg_replication_slots WHERE slot_name = '{name}'"
+            return rows(pair.two, "postgres", query) == [("lost",)]
+
+        await until(is_lost, seconds=60.0)
+    finally:
+        pair.two.query("ALTER SYSTEM RESET max_slot_wal_keep_size")
+        pair.two.query("SELECT pg_reload_conf()")
+    assert (await plane.moves.tidy()).given_up == (lost[0].id,)
+    with pytest.raises(OperationStateError, match=r"does not follow \(its slot is gone, or"):
+        await plane.moves.rollback("acme")
+    for slug in ("acme", "globex"):
+        await plane.moves.confirm(slug)
 
 
 async def test_a_plan_empties_servers_in_drain_relieves_full_ones_and_shares_out_the_rest(
