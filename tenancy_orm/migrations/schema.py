@@ -19,7 +19,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, MetaData, create_mock_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import URL
-from sqlalchemy.schema import CreateSchema, CreateTable
+from sqlalchemy.schema import CreateIndex, CreateSchema, CreateTable
 
 from ..config import MigrationConfig
 from ..provisioning.templates import Connect
@@ -194,12 +194,15 @@ class MetadataSchema:
 
     def _digest(self) -> str:
         statements = [sqlalchemy.__version__, *self._schemas()]
+        indexes: list[str] = []
 
         def compile_statement(statement: Any, *_: Any, **__: Any) -> None:
-            statements.append(str(statement.compile(dialect=_dialect())))
+            found = indexes if isinstance(statement, CreateIndex) else statements
+            found.append(str(statement.compile(dialect=_dialect())))
 
         self._metadata.create_all(create_mock_engine(_URL, compile_statement), checkfirst=False)
-        return hashlib.sha256("\0".join(statements).encode()).hexdigest()
+        # a table's indexes are a set, whose order is another one in each process
+        return hashlib.sha256("\0".join([*statements, *sorted(indexes)]).encode()).hexdigest()
 
     def _create_all(self, connection: Connection) -> None:
         for name in self._schemas():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,18 @@ def variant(
     if listener is not None:
         sa.event.listen(metadata, "after_create", sa.DDL(listener))  # type: ignore[no-untyped-call]
     return metadata
+
+
+def test_the_fingerprint_of_metadata_is_the_same_in_every_process() -> None:
+    """A table's indexes are a set of objects, which each process has in another order."""
+    columns = [sa.Column(name, sa.Integer, index=True) for name in "abcd"]
+    metadata = make_metadata(*columns)
+    (table,) = metadata.tables.values()
+    found = set()
+    for indexes in itertools.permutations(table.indexes):
+        table.indexes = indexes  # type: ignore[assignment]
+        found.add(MetadataSchema(metadata).fingerprint())
+    assert len(found) == 1
 
 
 def test_metadata_has_no_revision() -> None:
