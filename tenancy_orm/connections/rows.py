@@ -33,10 +33,13 @@ _LOCK = text(
     "SELECT set_config('idle_in_transaction_session_timeout', '1500ms', true) FROM tenancy.connection_caps "
     "WHERE server = :server FOR UPDATE"
 )
+# Numbers are bound as text[], a type that asyncpg knows: for integer[] each connection would ask the server first, and
+# that takes longer than all the rest.
+
 # in one order, so that two processes that open do not wait for each other
 _SAVE_CAPS = text(
     "INSERT INTO tenancy.connection_caps AS c (server, accepted) "
-    "SELECT * FROM unnest(CAST(:servers AS text[]), CAST(:accepted AS integer[])) AS s (server, accepted) "
+    "SELECT * FROM unnest(CAST(:servers AS text[]), CAST(:accepted AS text[])::integer[]) AS s (server, accepted) "
     "ORDER BY 1 ON CONFLICT (server) DO UPDATE SET accepted = coalesce(excluded.accepted, c.accepted) "
     "RETURNING set_config('idle_in_transaction_session_timeout', '1500ms', true)"
 )
@@ -55,7 +58,7 @@ _ADD = text(
     "(server, process, host, pid, granted, guaranteed, wanted, in_use, expires_at) "
     "SELECT l.server, CAST(:process AS uuid), :host, CAST(:pid AS integer), l.granted, l.guaranteed, l.wanted, 0, "
     "clock_timestamp() + make_interval(secs => :seconds) FROM unnest(CAST(:servers AS text[]), "
-    "CAST(:granted AS integer[]), CAST(:guaranteed AS integer[]), CAST(:wanted AS integer[])) "
+    "CAST(:granted AS text[])::integer[], CAST(:guaranteed AS text[])::integer[], CAST(:wanted AS text[])::integer[]) "
     "AS l (server, granted, guaranteed, wanted) "
     # it is there already where the answer to a former attempt was lost; one that is being ended must not come back
     "ON CONFLICT ON CONSTRAINT connection_leases_pkey DO UPDATE SET granted = excluded.granted, "
@@ -65,8 +68,8 @@ _ADD = text(
 _RENEW = text(
     "UPDATE tenancy.connection_leases AS l SET guaranteed = v.guaranteed, wanted = v.wanted, in_use = v.in_use, "
     "expires_at = clock_timestamp() + make_interval(secs => :seconds) "
-    "FROM unnest(CAST(:servers AS text[]), CAST(:guaranteed AS integer[]), CAST(:wanted AS integer[]), "
-    "CAST(:in_use AS integer[])) AS v (server, guaranteed, wanted, in_use) "
+    "FROM unnest(CAST(:servers AS text[]), CAST(:guaranteed AS text[])::integer[], "
+    "CAST(:wanted AS text[])::integer[], CAST(:in_use AS text[])::integer[]) AS v (server, guaranteed, wanted, in_use) "
     "WHERE l.server = v.server AND l.process = :process AND l.ending_at IS NULL "
     "RETURNING l.server, set_config('idle_in_transaction_session_timeout', '1500ms', true)"
 )
@@ -210,7 +213,8 @@ class ServerLeases:
 
 async def save_caps(connection: AsyncConnection, accepted: Mapping[str, int | None]) -> None:
     """Insert the rows of these servers or update what they accept, and lock them until the transaction ends."""
-    await connection.execute(_SAVE_CAPS, {"servers": list(accepted), "accepted": list(accepted.values())})
+    numbers = [None if number is None else str(number) for number in accepted.values()]
+    await connection.execute(_SAVE_CAPS, {"servers": list(accepted), "accepted": numbers})
 
 
 async def lock_cap(connection: AsyncConnection, server: str) -> None:
@@ -296,9 +300,9 @@ async def add(
             "process": process,
             "host": host,
             "pid": pid,
-            "granted": [value[0] for value in values],
-            "guaranteed": [value[1] for value in values],
-            "wanted": [value[2] for value in values],
+            "granted": [str(value[0]) for value in values],
+            "guaranteed": [str(value[1]) for value in values],
+            "wanted": [str(value[2]) for value in values],
             "seconds": LEASE_SECONDS,
         },
     )
@@ -313,9 +317,9 @@ async def renew(connection: AsyncConnection, process: UUID, demands: Mapping[str
         {
             "servers": list(demands),
             "process": process,
-            "guaranteed": [value.guaranteed for value in values],
-            "wanted": [value.wanted for value in values],
-            "in_use": [value.in_use for value in values],
+            "guaranteed": [str(value.guaranteed) for value in values],
+            "wanted": [str(value.wanted) for value in values],
+            "in_use": [str(value.in_use) for value in values],
             "seconds": LEASE_SECONDS,
         },
     )
