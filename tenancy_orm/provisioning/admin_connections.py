@@ -20,8 +20,14 @@ from .blockers import Blockers
 
 IDLE_SECONDS = 60.0
 
-# With these, the server notices within a minute that a client's machine is lost, and releases its locks.
-_KEEPALIVES = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
+# With the first three, the server notices within a minute that a client's machine is lost, and releases its locks.
+HOLDING = {
+    "tcp_keepalives_idle": "30",
+    "tcp_keepalives_interval": "10",
+    "tcp_keepalives_count": "3",
+    "idle_session_timeout": "0",
+}
+"""Settings of a session that holds a lock, and is idle for as long as what it is the lock of takes."""
 
 
 class AdminConnections:
@@ -70,7 +76,7 @@ class AdminConnections:
         while (idle := self._take_idle(server)) is not None:
             if await self._is_usable(idle):
                 return idle
-        return await self._blockers(server).connect(settings=_KEEPALIVES)
+        return await self._blockers(server).connect(settings=HOLDING)
 
     async def release(self, server: Server, connection: Connection, key: int) -> None:
         """Release the lock, and keep the connection for the next caller if there is room.

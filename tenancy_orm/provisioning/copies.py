@@ -33,8 +33,9 @@ from ..postgres.programs import Programs, find_programs, run_piped, run_program
 from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
 from . import archives, databases, event_trigger, removal
+from .admin_connections import HOLDING
 from .blockers import Blockers
-from .copy_logins import HOLDING, CopyLogin, create_reader, end_login
+from .copy_logins import CopyLogin, create_reader, end_login
 from .empty_databases import InstalledExtension, create_for_login, read_extensions
 
 Content = Literal["data", "schema", "nothing"]

@@ -31,14 +31,6 @@ from . import roles
 from .blockers import Blockers
 from .scram import scram_verifier
 
-HOLDING = {
-    "tcp_keepalives_idle": "30",
-    "tcp_keepalives_interval": "10",
-    "tcp_keepalives_count": "3",
-    "idle_session_timeout": "0",
-}
-"""Settings of the session that holds the lock of a login or a database, idle for as long as that is used."""
-
 # 'o' is SHARED_DEPENDENCY_OWNER
 _OWNS = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid

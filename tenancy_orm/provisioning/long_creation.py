@@ -8,7 +8,7 @@ from ..cancellation import run_to_completion
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from . import grants
-from .copy_logins import HOLDING
+from .admin_connections import HOLDING
 from .pipeline import Creation, Step, tenant_key
 
 

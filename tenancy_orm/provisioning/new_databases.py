@@ -33,11 +33,11 @@ from ..postgres.quoting import quote_identifier
 from ..registry.databases import TenantDatabase
 from ..registry.rows import uuid7
 from ..routing import marker
+from ..servers import Server
 from ..tenant import Placement, Status, Tenant
 from . import advisory_locks, databases, event_trigger, grants, removal, roles
-from .blockers import Blockers
 from .contents_check import ContentsCheck
-from .copy_logins import HOLDING, CopyLogin, end_login
+from .copy_logins import CopyLogin, end_login
 from .differences import enumeration
 from .empty_databases import InstalledExtension, create_for_login
 from .pipeline import ProvisioningServices, describe, prove, tenant_key
@@ -112,6 +112,11 @@ class NewDatabase:
         self._services = services
         self._blockers = services.blockers(services.servers[server])
         self._connection = connection  # an administrative one, which holds the lock of the login
+
+    @property
+    def server_version(self) -> int:
+        """The server's major version."""
+        return connections.version(self._connection)
 
     async def connect(self) -> Connection:
         """Open an administrative connection to it, which the caller closes; no name is looked up in its schemas.
@@ -259,12 +264,12 @@ class NewDatabases:
         found = services.servers[server]
         blockers = services.blockers(found)
         role = services.names.scratch(secrets.token_hex(8))
-        connection = await blockers.connect(settings=HOLDING, purpose="tenancy-restore")
+        # its lock tells reconcile that the login is in use
+        connection = await services.admin_connections.acquire(found, locks.lock_key(role), timeout=timeout)
         new: NewDatabase | None = None
         try:
             try:
                 async with asyncio.timeout(timeout):
-                    await locks.lock(connection, locks.lock_key(role), timeout=timeout)
                     async with self._locked(tenant, server, held=lock_held, timeout=timeout):
                         await self._check_row(tenant, server, name)
                         login = await create_for_login(
@@ -290,7 +295,7 @@ class NewDatabases:
             yield new
         finally:
             keep = new is not None and new.handed_over
-            await run_to_completion(self._end(blockers, connection, name, role, keep=keep))
+            await run_to_completion(self._end(found, connection, name, role, keep=keep))
 
     @asynccontextmanager
     async def _locked(self, tenant: Tenant, server: str, *, held: bool, timeout: float) -> AsyncIterator[None]:
@@ -341,8 +346,9 @@ class NewDatabases:
         if not any((one.server, one.name, one.state) == (server, name, "making") for one in beside):
             raise OperationStateError(f"database {name!r} of tenant {current.slug!r} is not to be made any more")
 
-    async def _end(self, blockers: Blockers, connection: Connection, name: str, role: str, *, keep: bool) -> None:
+    async def _end(self, server: Server, connection: Connection, name: str, role: str, *, keep: bool) -> None:
         """Drop the login, and the database unless it is kept; what fails is left to ``reconcile``."""
+        blockers = self._services.blockers(server)
         try:
             async with asyncio.timeout(self._services.config.provisioning.timeout):
                 if not await connections.is_alive(connection):
@@ -355,7 +361,7 @@ class NewDatabases:
         except (TenancyError, *SERVER_FAILURES) as exc:
             logger.warning("login %s, or database %s, was not dropped: %s", role, name, describe(exc))
         finally:
-            await connections.close(connection)
+            await self._services.admin_connections.release(server, connection, locks.lock_key(role))
 
     # --- using ------------------------------------------------------------------------------------------------------
 

@@ -109,9 +109,9 @@ class Provisioner:
         )
         self.logins = TemporaryLogins(config, registry, servers, names, blockers)
         self.copies = Copies(config, servers, names, blockers)
-        self.readers = Readers(config, servers, names, blockers)
-        self.scratch_databases = ScratchDatabases(config, servers, names, blockers)
         self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
+        self.readers = Readers(config, servers, names, self._admin_connections, blockers)
+        self.scratch_databases = ScratchDatabases(config, servers, names, self._admin_connections, blockers)
         self._services = ProvisioningServices(
             config=config,
             registry=registry,

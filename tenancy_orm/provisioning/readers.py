@@ -24,8 +24,9 @@ from ..postgres.quoting import quote_identifier, quote_literal
 from ..servers import Server, Servers
 from ..tenant import Tenant
 from . import removal
+from .admin_connections import AdminConnections
 from .blockers import Blockers
-from .copy_logins import HOLDING, CopyLogin, create_reader, end_login
+from .copy_logins import CopyLogin, create_reader, end_login
 
 _END = """
 SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = {literal};
@@ -84,15 +85,22 @@ class Readers:
         config: ``provisioning.timeout`` is read from it.
         servers: The servers by name.
         names: Of this installation.
+        admin_connections: Holds the lock of a login while that is used.
         blockers: Returns the ``Blockers`` of a server.
     """
 
     def __init__(
-        self, config: TenancyConfig, servers: Servers, names: Names, blockers: Callable[[Server], Blockers]
+        self,
+        config: TenancyConfig,
+        servers: Servers,
+        names: Names,
+        admin_connections: AdminConnections,
+        blockers: Callable[[Server], Blockers],
     ) -> None:
         self._config = config
         self._servers = servers
         self._names = names
+        self._admin_connections = admin_connections
         self._blockers = blockers
         self._home = HomeLoop()
 
@@ -114,23 +122,22 @@ class Readers:
         self._home.check()
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
-        server = self._servers[tenant.placement.server]
-        blockers = self._blockers(server)
+        server, timeout = self._servers[tenant.placement.server], self._config.provisioning.timeout
         name = self._names.scratch(secrets.token_hex(8))
-        connection = await blockers.connect(settings=HOLDING, purpose="tenancy-reader")
+        # its lock tells reconcile that the login is in use
+        connection = await self._admin_connections.acquire(server, locks.lock_key(name), timeout=timeout)
         try:
-            async with asyncio.timeout(self._config.provisioning.timeout):
-                # it tells reconcile that the login is in use
-                await locks.lock(connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
+            async with asyncio.timeout(timeout):
                 login = await create_reader(
                     connection, server.dsn, self._names, name, tenant.placement, seconds=seconds
                 )
             yield Reader(login, connection)
         finally:
-            await run_to_completion(self._remove(connection, blockers, name))
+            await run_to_completion(self._remove(connection, server, name))
 
-    async def _remove(self, connection: Connection, blockers: Blockers, name: str) -> None:
+    async def _remove(self, connection: Connection, server: Server, name: str) -> None:
         """Drop the login, over another connection if the first one was lost."""
+        blockers = self._blockers(server)
         try:
             async with asyncio.timeout(self._config.provisioning.timeout):
                 try:
@@ -144,7 +151,7 @@ class Readers:
                 await end_login(connection, blockers, name)
                 await removal.drop_retired(connection, blockers, self._names, name)
         finally:
-            await connections.close(connection)
+            await self._admin_connections.release(server, connection, locks.lock_key(name))
 
 
 __all__ = ["Reader", "Readers"]

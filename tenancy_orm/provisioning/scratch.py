@@ -17,8 +17,9 @@ from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..servers import Server, Servers
 from . import removal
+from .admin_connections import AdminConnections
 from .blockers import Blockers
-from .copy_logins import HOLDING, CopyLogin, end_login
+from .copy_logins import CopyLogin, end_login
 from .empty_databases import InstalledExtension, create_for_login
 
 
@@ -38,15 +39,22 @@ class ScratchDatabases:
         config: ``provisioning.timeout`` is read from it.
         servers: The servers by name.
         names: Of this installation.
+        admin_connections: Holds the lock of a database while that is used.
         blockers: Returns the ``Blockers`` of a server.
     """
 
     def __init__(
-        self, config: TenancyConfig, servers: Servers, names: Names, blockers: Callable[[Server], Blockers]
+        self,
+        config: TenancyConfig,
+        servers: Servers,
+        names: Names,
+        admin_connections: AdminConnections,
+        blockers: Callable[[Server], Blockers],
     ) -> None:
         self._config = config
         self._servers = servers
         self._names = names
+        self._admin_connections = admin_connections
         self._blockers = blockers
         self._home = HomeLoop()
 
@@ -74,11 +82,10 @@ class ScratchDatabases:
         blockers = self._blockers(found)
         name = self._names.scratch(secrets.token_hex(8))
         timeout = self._config.provisioning.timeout
-        connection = await blockers.connect(settings=HOLDING, purpose="tenancy-scratch")
+        # its lock tells reconcile that the database is in use
+        connection = await self._admin_connections.acquire(found, locks.lock_key(name), timeout=timeout)
         try:
             async with asyncio.timeout(timeout):
-                # it tells reconcile that the database is in use
-                await locks.lock(connection, locks.lock_key(name), timeout=timeout)
                 login = await create_for_login(
                     connection,
                     blockers,
@@ -91,10 +98,11 @@ class ScratchDatabases:
                 )
             yield ScratchDatabase(server, connections.version(connection), login)
         finally:
-            await run_to_completion(self._remove(connection, blockers, name))
+            await run_to_completion(self._remove(connection, found, name))
 
-    async def _remove(self, connection: Connection, blockers: Blockers, name: str) -> None:
+    async def _remove(self, connection: Connection, server: Server, name: str) -> None:
         """Drop everything, over another connection if the first one was lost."""
+        blockers = self._blockers(server)
         try:
             async with asyncio.timeout(self._config.provisioning.timeout):
                 if not await connections.is_alive(connection):
@@ -105,7 +113,7 @@ class ScratchDatabases:
                 await removal.drop_database(connection, blockers, name)
                 await removal.drop_retired(connection, blockers, self._names, name)
         finally:
-            await connections.close(connection)
+            await self._admin_connections.release(server, connection, locks.lock_key(name))
 
 
 __all__ = ["ScratchDatabase", "ScratchDatabases"]
