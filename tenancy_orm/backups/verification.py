@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass
 
 from ..audit.actor import Actor
-from ..cancellation import run_to_completion
 from ..errors import (
     BackupDamagedError,
     BackupError,
@@ -21,10 +20,10 @@ from ..errors import (
 )
 from ..events import BackupVerified
 from ..migrations.failures import describe
-from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.empty_databases import InstalledExtension
-from ..provisioning.restoring import check_rows, programs_for, restore_archive
+from ..provisioning.restoring import check_rows, connected, programs_for, restore_archive
 from ..provisioning.scratch import ScratchDatabase
 from .keys import check_store
 from .making import BackupServices
@@ -155,21 +154,15 @@ class BackupVerifier:
         scratch = self._services.provisioner.scratch_databases
         async with scratch.open(server, extensions=extensions, seconds=config.backup.timeout) as database:
             programs = await programs_for(config, database.server_version)
-            timeout = config.pool.connect_timeout
+            without = () if manifest.structure is not None else _NOT_RESTORED
             try:
-                await restore_archive(
-                    database,
-                    programs,
-                    opened.directory,
-                    extensions=extensions,
-                    without=() if manifest.structure is not None else _NOT_RESTORED,
-                    timeout=timeout,
-                )
-                await check_rows(database, manifest.tables, timeout=timeout)
+                await restore_archive(database, programs, opened.directory, extensions=extensions, without=without)
+                async with connected(database, timeout=config.pool.connect_timeout) as connection:
+                    await check_rows(connection, manifest.tables)
+                    await self._compare(connection, database.login.role, manifest)
             except (OperationError, ProvisioningError) as exc:
-                await self._check_server(database, exc, timeout=timeout)
+                await self._check_server(database, exc, timeout=config.pool.connect_timeout)
                 raise _DiffersError(str(exc)) from exc
-            await self._compare(database, manifest, timeout=timeout)
 
     @staticmethod
     async def _check_server(database: ScratchDatabase, error: Exception, *, timeout: float) -> None:
@@ -179,29 +172,22 @@ class BackupVerifier:
             BackupError: it was, or has none.
         """
         try:
-            connection = await database.login.connect(timeout=timeout, purpose="tenancy-backup")
-            try:
+            async with connected(database, timeout=timeout) as connection:
                 await connection.execute(_WRITE)
-            finally:
-                await run_to_completion(connections.close(connection))
         except SERVER_FAILURES as exc:
             raise BackupError(
                 f"it cannot be verified on server {database.server!r} now: {describe(exc)}; before that: {error}"
             ) from exc
 
-    async def _compare(self, database: ScratchDatabase, manifest: Manifest, *, timeout: float) -> None:
-        connection = await database.login.connect(timeout=timeout, purpose="tenancy-backup")
-        try:
-            large_objects = await connection.fetchval(_LARGE_OBJECTS)
-            if large_objects != manifest.large_objects:
-                raise _DiffersError(f"there are {large_objects} large objects, not {manifest.large_objects}")
-            if manifest.structure is None:
-                return
-            facts = await facts_of(connection, owner=database.login.role, role=None)
-            if facts.structure != manifest.structure:
-                raise _DiffersError("the schema that was restored is not the one that was backed up")
-        finally:
-            await run_to_completion(connections.close(connection))
+    async def _compare(self, connection: Connection, owner: str, manifest: Manifest) -> None:
+        large_objects = await connection.fetchval(_LARGE_OBJECTS)
+        if large_objects != manifest.large_objects:
+            raise _DiffersError(f"there are {large_objects} large objects, not {manifest.large_objects}")
+        if manifest.structure is None:
+            return
+        facts = await facts_of(connection, owner=owner, role=None)
+        if facts.structure != manifest.structure:
+            raise _DiffersError("the schema that was restored is not the one that was backed up")
 
 
 class _DiffersError(Exception):

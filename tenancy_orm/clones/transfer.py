@@ -26,7 +26,7 @@ from ..postgres.quoting import quote_identifier
 from ..provisioning import archives, event_trigger
 from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.readers import Reader
-from ..provisioning.restoring import check_rows
+from ..provisioning.restoring import check_rows, connected
 from .plan import Table
 from .snapshot import LOCK_WAIT
 from .values import Replacement, Replacing, replace_rows
@@ -246,7 +246,8 @@ class CloneTransfer:
             await into.execute("ANALYZE")
         finally:
             await run_to_completion(connections.close(into))
-        await check_rows(_Filled(self.into), self.rows, timeout=self.connect_timeout)
+        async with connected(_Filled(self.into), timeout=self.connect_timeout) as connection:
+            await check_rows(connection, self.rows)
 
 
 @dataclass(frozen=True, slots=True)

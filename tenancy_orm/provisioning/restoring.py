@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,7 @@ from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..errors import OperationError
 from ..postgres import connections
+from ..postgres.connections import Connection
 from ..postgres.programs import Programs, find_programs, run_program
 from . import archives
 from .copy_logins import CopyLogin
@@ -77,6 +79,8 @@ async def extensions_in(programs: Programs, archive: Path, allowed: Collection[s
     Raises:
         OperationError: the archive cannot be read.
     """
+    if not allowed:
+        return ()
     text = await run_program([programs.path("pg_restore"), "--schema-only", "--file=-", str(archive)], {})
     found = (
         InstalledExtension(_unquoted(match["name"]), _unquoted(match["schema"] or "public"))
@@ -92,9 +96,8 @@ async def restore_archive(
     *,
     extensions: Collection[InstalledExtension] = (),
     without: Collection[str] = (),
-    timeout: float,
 ) -> Restored:
-    """Bring an archive in, and make the planner's statistics.
+    """Bring an archive in. The planner has no statistics of it.
 
     Args:
         new: The empty database.
@@ -103,7 +106,6 @@ async def restore_archive(
             its table of contents says.
         extensions: The extensions that the database has.
         without: Further kinds of entries that are left out, as ``pg_restore --list`` prints them.
-        timeout: Seconds until a connection must be open.
 
     Raises:
         ProvisioningError: PostgreSQL refused something.
@@ -134,39 +136,44 @@ async def restore_archive(
             ],
             login.environment(),
         )
-    connection = await login.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-restore")
-    try:
-        await connection.execute("ANALYZE")
-    finally:
-        await run_to_completion(connections.close(connection))
     return Restored(left_out=left_out)
 
 
-async def check_rows(new: Filled, counts: Mapping[str, int], *, timeout: float) -> None:
-    """Compare the rows of each table with what was counted when the archive was made; as the login.
+@asynccontextmanager
+async def connected(new: Filled, *, timeout: float) -> AsyncIterator[Connection]:
+    """Connect to a filled database as its login, for statements that may take long.
 
     Args:
         new: The filled database.
+        timeout: Seconds until the connection must be open.
+    """
+    connection = await new.login.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-restore")
+    try:
+        yield connection
+    finally:
+        await run_to_completion(connections.close(connection))
+
+
+async def check_rows(connection: Connection, counts: Mapping[str, int]) -> None:
+    """Compare the rows of each table with what was counted when the archive was made.
+
+    Args:
+        connection: To the filled database, as the login that owns what is in it.
         counts: Rows by table, as ``schema.table``, each quoted where it must be.
-        timeout: Seconds until a connection must be open.
 
     Raises:
         OperationError: a table has another number of rows, or is missing.
     """
-    connection = await new.login.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-restore")
-    try:
-        found = {}
-        counting = connection.transaction()
-        await counting.start()
-        for row in await connection.fetch(_COUNTS):
-            name = row["name"]
-            if row["forced"]:
-                # until the rollback; it would hide rows from their owner, which the login is
-                await connection.execute(f"ALTER TABLE {name} NO FORCE ROW LEVEL SECURITY")
-            found[name] = await connection.fetchval(f"SELECT count(*) FROM ONLY {name}")  # noqa: S608 - quoted
-        await counting.rollback()
-    finally:
-        await run_to_completion(connections.close(connection))
+    found = {}
+    counting = connection.transaction()
+    await counting.start()
+    for row in await connection.fetch(_COUNTS):
+        name = row["name"]
+        if row["forced"]:
+            # until the rollback; it would hide rows from their owner, which the login is
+            await connection.execute(f"ALTER TABLE {name} NO FORCE ROW LEVEL SECURITY")
+        found[name] = await connection.fetchval(f"SELECT count(*) FROM ONLY {name}")  # noqa: S608 - quoted
+    await counting.rollback()
     wrong = [
         f"{name} has {found.get(name, 'no')} rows, not {count}"
         for name, count in counts.items()
@@ -185,4 +192,4 @@ def _unquoted(name: str) -> str:
     return name[1:-1].replace('""', '"') if name.startswith('"') else name
 
 
-__all__ = ["Restored", "check_rows", "extensions_in", "programs_for", "restore_archive"]
+__all__ = ["Restored", "check_rows", "connected", "extensions_in", "programs_for", "restore_archive"]

@@ -12,10 +12,9 @@ from ..migrations.beside import upgrade_beside
 from ..migrations.connections import Connections
 from ..migrations.scripts import Environment
 from ..postgres import connections as postgres_connections
-from ..postgres.programs import Programs
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.new_databases import NewDatabase
-from ..provisioning.restoring import Restored, check_rows, extensions_in, programs_for, restore_archive
+from ..provisioning.restoring import Restored, check_rows, connected, extensions_in, programs_for, restore_archive
 from ..runs import FleetMigrator
 from ..tenant import Placement, Tenant
 from .sources import Archive, RestoreSource
@@ -81,13 +80,16 @@ class Making:
             OperationError: they differ, or it was not done within ``backup.timeout``.
             ProvisioningError: PostgreSQL refused something.
         """
-        programs, timeout = await self._programs(new.server), self._config.pool.connect_timeout
+        programs = await programs_for(self._config, new.server_version)
         bound = asyncio.timeout(self._config.backup.timeout)
         try:
             async with bound:
-                restored = await restore_archive(new, programs, archive.path, extensions=extensions, timeout=timeout)
-                if archive.rows:
-                    await check_rows(new, archive.rows, timeout=timeout)
+                restored = await restore_archive(new, programs, archive.path, extensions=extensions)
+                async with connected(new, timeout=self._config.pool.connect_timeout) as connection:
+                    if archive.rows:
+                        await check_rows(connection, archive.rows)
+                    # last: it evaluates expressions of the archive
+                    await connection.execute("ANALYZE")
                 return restored
         except TimeoutError as exc:
             if not bound.expired():
@@ -95,14 +97,6 @@ class Making:
             raise OperationError(
                 f"the contents were not brought in within {self._config.backup.timeout:g} s; raise backup.timeout"
             ) from exc
-
-    async def _programs(self, server: str) -> Programs:
-        connection = await self._provisioner.connect_admin(server, purpose="tenancy-restore")
-        try:
-            version = postgres_connections.version(connection)
-        finally:
-            await run_to_completion(postgres_connections.close(connection))
-        return await programs_for(self._config, version)
 
     async def extensions(self, tenant: Tenant, archive: Archive) -> tuple[InstalledExtension, ...]:
         """The archive's extensions, as far as they are configured, or the tenant's database has or had them."""

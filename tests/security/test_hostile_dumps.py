@@ -247,9 +247,10 @@ async def test_what_runs_during_a_restore_can_do_nothing_elsewhere(fleet: Fleet,
         )
     )
     async with new_databases.open(tenant, "default", database, timeout=60, valid_for=60) as new:
-        await restore_archive(new, found, archive, timeout=10)
+        await restore_archive(new, found, archive)
         connection = await new.login.connect(timeout=10)
         try:
+            await connection.execute("ANALYZE")
             await connection.execute("DO 'BEGIN PERFORM public.attempt(name, statement) FROM public.attempts; END'")
             answers = dict(await connection.fetch("SELECT name, answer FROM answers"))
         finally:
