@@ -37,8 +37,8 @@ _UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "
 _COMPRESSION_NAMES_VERSION = 16  # from this on, --compress takes the name of a method
 
 _FACTS = """
-SELECT pg_catalog.pg_current_wal_lsn()::text AS lsn, pg_catalog.now() AS now,
-       pg_catalog.current_setting('server_version') AS version,
+SELECT pg_catalog.pg_export_snapshot() AS snapshot, pg_catalog.pg_current_wal_lsn()::text AS lsn,
+       pg_catalog.now() AS now, pg_catalog.current_setting('server_version') AS version,
        pg_catalog.pg_database_size(d.oid) AS bytes, pg_catalog.pg_encoding_to_char(d.encoding) AS encoding,
        d.datcollate AS "collate", d.datctype AS ctype,
        to_jsonb(d)->>'datlocprovider' AS provider,
@@ -187,13 +187,12 @@ class Dump:
             programs = await self._programs(connections.version(holding))
             # pg_dump and the counts see this snapshot, which is there as long as its transaction
             await holding.transaction(isolation="repeatable_read", readonly=True).start()
-            number = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
             facts, tables = await self._facts(holding)
             if facts["hides"]:
                 await self._source.see_all_rows()
             with self._spool.open(max((size for _, size in tables), default=0)) as directory:
                 return await self._transfer(
-                    programs, number, directory / "dump", lambda: self._count(holding, facts, tables)
+                    programs, facts["snapshot"], directory / "dump", lambda: self._count(holding, facts, tables)
                 )
         finally:
             await run_to_completion(connections.close(holding))

@@ -8,7 +8,7 @@ import random
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version as installed_version
 from typing import Any
 from uuid import UUID
@@ -271,7 +271,7 @@ class BackupMaker:
             installation=self._services.control.installation,
             tenant_id=key.tenant_id,
             key_id=key.id,
-            package_version=installed_version("tenancy-orm"),
+            package_version=_package_version(),
             server_version=found.server_version,
             dump_version=dumped.dump_version,
             lsn=found.lsn,
@@ -287,6 +287,11 @@ class BackupMaker:
             created_at=datetime.now(UTC),
             **values,
         )
+
+
+@cache
+def _package_version() -> str:
+    return installed_version("tenancy-orm")  # reads and parses a file
 
 
 __all__ = ["FAILURES", "BackupMaker", "BackupServices"]
