@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,6 +24,8 @@ from .report import AdoptionReport
 from .rows_report import RowsReport
 from .rows_work import Building, RowsWork, look_at, read_mapping, report_of
 from .source import Source, open_source
+
+logger = logging.getLogger("tenancy_orm.adoption")
 
 State = Literal["adopted", "skipped", "checked", "failed"]
 Done = Callable[["FleetOutcome"], None]
@@ -223,6 +226,9 @@ class FleetAdoption:
             error = str(exc)
         except SERVER_FAILURES as exc:
             error = reason_of(exc)
+        except Exception as exc:  # whatever env.py and revisions raise is this tenant's alone
+            logger.exception("the adoption of tenant %s failed", one.slug)
+            error = f"{type(exc).__name__}: {exc}"
         return FleetOutcome(slug=one.slug, state="failed", error=error, seconds=time.monotonic() - started)
 
     async def _check_schema(self, one: PlannedTenant) -> FleetOutcome:

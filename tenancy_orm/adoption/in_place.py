@@ -103,6 +103,11 @@ class InPlace:
             raise ConfigurationError("only a whole database is adopted in place: leave the schema out, or copy it")
         if opened.source.without:
             raise ConfigurationError("a database in place keeps its tables: leave none out, or copy it")
+        if opened.encoding != "UTF8":
+            raise AdoptionError(
+                f"{opened.source} has the encoding {opened.encoding}, and tenants' databases have UTF8: adopt a copy, "
+                "which converts it"
+            )
         tell("look at the source")
         server = await self._find_server(opened)
         self._refuse_shared(opened, server)

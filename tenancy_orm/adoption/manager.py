@@ -12,7 +12,7 @@ from ..cancellation import run_to_completion
 from ..config.placement import PlacementRequest
 from ..context import refuse_while_bound
 from ..drift.policy import RevisionPolicy
-from ..errors import AdoptionDifferencesError, AdoptionError, ConfigurationError, MigrationError, OperationStateError
+from ..errors import AdoptionDifferencesError, AdoptionError, ConfigurationError, OperationStateError, TenancyError
 from ..jobs.claims import Claimant
 from ..migrations.connections import Connections
 from ..migrations.plan import format_revision
@@ -25,7 +25,7 @@ from ..servers.placement import Placer
 from ..tenant import Status, Tenant
 from ..tenants.manager import TenantManager
 from .fleet import FleetAdoption
-from .frame import AdoptionFrame, Steps, Tell
+from .frame import KEY_SHOWN, AdoptionFrame, Steps, Tell
 from .in_place import InPlace, InPlaceLook
 from .looking import Look, Looking, extensions_of, place_of
 from .refusals import refuse_own
@@ -178,7 +178,7 @@ class AdoptionManager:
         started, tell = time.monotonic(), tell or _silent
         described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
         if (former := await self._frame.settle_former(slug, str(described), actor=actor)) is not None:
-            return _recorded(*former, started)
+            return await self._finished(_recorded(*former, started), tell, actor)
         looking, plain, environment = await self._looking()
         values = {"tier": tier, "region": region, "metadata": metadata, "key_name": key_name, "scopes": scopes}
         if in_place:
@@ -303,22 +303,28 @@ class AdoptionManager:
         )
         detail = {name: value for name, value in operation.detail.items() if name != "undo"}
         await self._services.registry.record(created.tenant.id, "tenant.adopt", detail=detail, actor=actor)
-        notes: tuple[str, ...] = ()
-        if report.pending is not None:
-            tell("upgrade")
-            try:
-                done = await self._migrations.upgrade("heads", tenants=[slug], actor=actor)
-                notes = tuple(f"not brought to {report.pending}: {one.error}" for one in done.failures)
-            except MigrationError as exc:
-                notes = (f"not brought to {report.pending}: {exc}",)
-        return replace(
-            report,
-            tenant=await self._services.registry.get(created.tenant.id),
-            api_key=created.api_key,
-            operation=operation.id,
-            notes=(*report.notes, *notes),
-            seconds=time.monotonic() - started,
-        )
+        report = replace(report, tenant=created.tenant, api_key=created.api_key, operation=operation.id)
+        return replace(await self._finished(report, tell, actor), seconds=time.monotonic() - started)
+
+    async def _finished(self, report: AdoptionReport, tell: Tell, actor: Actor) -> AdoptionReport:
+        """Run the revisions that a database in place lacks; the tenant is active, whatever becomes of them."""
+        looking, _, environment = await self._looking()
+        tenant = report.tenant
+        if not report.in_place or environment is None or tenant is None:
+            return report
+        heads = frozenset((tenant.schema_revision or "").split(",")) - {""}
+        if (end := looking.end(heads)) == heads:
+            return report
+        pending = format_revision(end)
+        tell("upgrade")
+        try:
+            done = await self._migrations.upgrade("heads", tenants=[tenant.id], actor=actor)
+            errors = [str(one.error) for one in done.failures]
+            tenant = await self._services.registry.get(tenant.id)
+        except TenancyError as exc:
+            errors = [str(exc)]
+        notes = [f"not brought to {pending}, run tenancy migrate upgrade: {error}" for error in errors]
+        return replace(report, tenant=tenant, pending=pending, notes=(*report.notes, *notes))
 
     async def _copy(
         self, looking: Looking, opened: OpenSource, look: Look, new: NewDatabase, steps: Steps
@@ -442,7 +448,7 @@ def _recorded(tenant: Tenant, operation: Operation, started: float) -> AdoptionR
             AdoptedTable(source=source, target=target, rows=rows) for source, (target, rows) in detail["tables"].items()
         ),
         differences=(),
-        notes=(f"tenant {tenant.slug!r} has been made of this source already; its API key was shown then",),
+        notes=(f"tenant {tenant.slug!r} has been made of this source already, {KEY_SHOWN}",),
         seconds=time.monotonic() - started,
         tenant=tenant,
         operation=operation.id,

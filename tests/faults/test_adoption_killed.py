@@ -77,7 +77,8 @@ async def test_a_database_in_place_is_never_lost(fleet: Fleet, postgres: Postgre
         if at != "upgrade":
             assert any("an adoption in place was interrupted" in error for error in report.errors)
         adopted = await fleet.tenancy.adoption.adopt("acme", source.url, in_place=True, revoke=True)
-        assert adopted.tenant is not None and adopted.tenant.status == "active"
+        assert adopted.tenant is not None
+        assert (adopted.tenant.status, adopted.tenant.schema_revision) == ("active", "0002")
     assert await fleet.fetch("acme", "SELECT count(*) FROM notes") == [(50,)]
     assert (await fleet.provisioner.reconcile(check=True)).clean
     (left,) = await fleet.services.control.fetch("SELECT count(*) AS n FROM tenancy.operations WHERE state <> 'done'")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tenancy_orm.adoption import AdoptionPlan, FleetOutcome
+from tenancy_orm.adoption.rows_work import RowsWork
 from tenancy_orm.errors import AdoptionError, ConfigurationError
 from tests.support.fleet import Fleet
 from tests.support.postgres import Postgres
@@ -85,6 +86,23 @@ async def test_a_failure_leaves_others_alone_and_the_next_run_goes_on(
         second = await adopt(plan)
     assert [one.state for one in second.tenants] == ["skipped", "skipped", "adopted"]
     assert await fleet.fetch("globex", "SELECT name FROM projects") == [("three",)]
+
+
+async def test_an_error_of_any_kind_is_its_tenants_alone(
+    fleet: Fleet, source: ForeignDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RowsWork.create
+
+    async def create(self: RowsWork, slug: str, *given: Any, **options: Any) -> Any:
+        if slug == "acme":
+            raise KeyError("of the application's code")
+        return await original(self, slug, *given, **options)
+
+    monkeypatch.setattr(RowsWork, "create", create)
+    plan = AdoptionPlan.parse({**QUERY, "mapping": LEAVE, "concurrency": 2}, source=source.url)
+    report = await fleet.tenancy.adoption.fleet.adopt(plan)
+    assert [(one.slug, one.state) for one in report.tenants] == [("acme", "failed"), ("globex", "adopted")]
+    assert report.tenants[0].error == 'KeyError: "of the application\'s code"'
 
 
 @pytest.mark.parametrize(
