@@ -23,8 +23,9 @@ from ..postgres.errors import sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..provisioning import databases, removal, roles
+from ..provisioning.admin_connections import HOLDING
 from ..provisioning.blockers import Blockers
-from ..provisioning.copy_logins import HOLDING, CopyLogin, create_login, end_login
+from ..provisioning.copy_logins import CopyLogin, create_login, end_login
 from ..provisioning.pipeline import ProvisioningServices, describe
 from ..servers import Server
 from ..tenant import Placement
