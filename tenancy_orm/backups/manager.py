@@ -415,6 +415,8 @@ class BackupManager:
     async def prune(self, *, dry_run: bool = False, actor: Actor = SYSTEM) -> PruneReport:
         """Remove the backups that ``backup.keep_*`` do not keep, and what failed ones have left in the store.
 
+        On this machine, the files of processes that were killed are removed as well.
+
         The newest good backup of each tenant always stays, and so does the newest one that was restored for a proof.
         Backups with a key that was destroyed go at once.
 
@@ -427,6 +429,8 @@ class BackupManager:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("pruning backups")
+        if not dry_run:
+            await asyncio.to_thread(self._reader.sweep)
         return await self._pruner.prune(dry_run=dry_run, actor=actor)
 
 

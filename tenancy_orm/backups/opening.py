@@ -56,6 +56,10 @@ class BackupReader:
         self._keys = keys
         self._stores = stores
 
+    def sweep(self) -> None:
+        """Remove what killed processes have left on this machine, decrypted."""
+        self._spool.sweep()
+
     async def manifest(self, backup: Backup) -> Manifest:
         """Read a backup's manifest, and verify its signature, and that it is the one of the backup's row.
 

@@ -43,7 +43,7 @@ class Spool:
         """
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            self._sweep()
+            self.sweep()
             self.check(needed_bytes)
             made = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._root))
             held = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
@@ -75,8 +75,8 @@ class Spool:
                 "room, or name another directory in backup.directory"
             )
 
-    def _sweep(self) -> None:
-        """Remove the directories that no process holds."""
+    def sweep(self) -> None:
+        """Remove the directories of this user that no process holds: they may have tenants' rows."""
         for left in self._root.glob(f"{_PREFIX}*"):
             with suppress(OSError):
                 if left.is_symlink() or left.stat().st_uid != os.getuid():
