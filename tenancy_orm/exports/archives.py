@@ -127,6 +127,7 @@ class DirectoryArchive:
         self._directory = directory
         self._file: BinaryIO | None = None
         self._target = directory
+        self._changed: set[Path] = set()  # directories with names that the disk may not have
 
     def begin(self, path: str, size: int | None) -> None:
         """Begin a file, beside its name until it is whole."""
@@ -148,6 +149,9 @@ class DirectoryArchive:
             file.flush()
             os.fsync(file.fileno())
         self._partial.replace(self._target)
+        # with those above it, which may be new
+        above = self._target.relative_to(self._directory).parents
+        self._changed.update(self._directory / one for one in above)
         return {}, b""
 
     def clear(self, path: str) -> None:
@@ -155,11 +159,13 @@ class DirectoryArchive:
         shutil.rmtree(self._directory / path, ignore_errors=True)
 
     def sync(self) -> None:
-        """Do nothing: each file was synchronised by itself."""
+        """Have the disk keep the names: each file was synchronised by itself."""
+        while self._changed:
+            _sync_directory(self._changed.pop())
 
     def finish(self) -> bytes:
-        """Have the disk keep the names as well."""
-        _sync_directory(self._directory)
+        """Have the disk keep the names of the last files as well."""
+        self.sync()
         return b""
 
     def abandon(self) -> None:
@@ -293,12 +299,14 @@ def _open(path: Path, flags: int) -> BinaryIO:
         raise ExportError(f"{str(path)!r} cannot be written: {exc.strerror}") from exc
 
 
-def open_file(path: Path, *, at: int = 0) -> BinaryIO:
-    """Open a file to go on writing at a position; what is after it is cut off.
+def open_file(path: Path, *, at: int | None = None) -> BinaryIO:
+    """Open a new file, or one to go on with at a position; what is after it is cut off.
 
     Raises:
-        ExportError: it cannot be written.
+        ExportError: it cannot be written; or there is one already, where none is to go on with.
     """
+    if at is None:
+        return _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     file = _open(path, os.O_RDWR | os.O_CREAT)
     file.truncate(at)
     file.seek(at)
@@ -323,7 +331,9 @@ def complete(partial: Path, target: Path) -> None:
         os.link(partial, target)
     except FileExistsError as exc:
         raise ExportError(f"{str(target)!r} exists by now; the archive is {str(partial)!r}") from exc
-    except OSError:  # a file system without links
+    except OSError as exc:  # a file system without links
+        if target.exists():
+            raise ExportError(f"{str(target)!r} exists by now; the archive is {str(partial)!r}") from exc
         partial.replace(target)
     else:
         partial.unlink()

@@ -57,6 +57,8 @@ SELECT c.conrelid AS relation, c.conname::text AS name, c.contype::text AS kind,
   FROM pg_catalog.pg_constraint c LEFT JOIN pg_catalog.pg_class f ON f.oid = c.confrelid
   LEFT JOIN pg_catalog.pg_namespace fn ON fn.oid = f.relnamespace
  WHERE c.conrelid = ANY ($1::oid[]) AND c.contype IN ('p', 'u', 'f', 'c', 'x')
+   -- a key to a partitioned table has further rows, one for each partition
+   AND (c.contype <> 'f' OR c.conparentid = 0)
  ORDER BY c.conrelid, c.contype, c.conname COLLATE "C"
 """
 _TYPES = """

@@ -61,19 +61,25 @@ _USAGE = text(
     "SELECT count(*) AS count, count(*) FILTER (WHERE sent_at IS NULL) AS unsent, max(sent_at) AS sent_at "
     "FROM tenancy.usage_records WHERE tenant_id = :id"
 )
-# with clones of clones; each has its own end
-_CLONES = text("""
-WITH RECURSIVE made AS (
-  SELECT tenant_id, detail FROM tenancy.operations WHERE kind = 'clone' AND detail->>'of' = CAST(:id AS text)
-  UNION SELECT o.tenant_id, o.detail FROM tenancy.operations o JOIN made m ON o.detail->>'of' = m.tenant_id::text
-         WHERE o.kind = 'clone')
-SELECT count(*) AS count, max((m.detail->>'expires_at')::timestamptz) AS expires_at
-  FROM made m JOIN tenancy.tenants t ON t.id = m.tenant_id WHERE t.status <> 'purged'
-""")
+# first those that have not been tried: what fails each time is in nobody's way
 _PENDING = text("""
-SELECT t.id FROM tenancy.tenants t WHERE t.status = 'purged' AND NOT EXISTS (
-  SELECT FROM tenancy.operations o WHERE o.tenant_id = t.id AND o.kind = 'erasure' AND o.state = 'done')
- ORDER BY t.updated_at DESC LIMIT :limit
+SELECT t.id FROM tenancy.tenants t
+  LEFT JOIN LATERAL (SELECT bool_or(o.state = 'done') AS done FROM tenancy.operations o
+                      WHERE o.tenant_id = t.id AND o.kind = 'erasure') tries ON true
+ WHERE t.status = 'purged' AND t.id <> ALL(CAST(:tried AS uuid[])) AND tries.done IS NOT TRUE
+ ORDER BY tries.done IS NOT NULL, random() LIMIT :limit
+""")
+# tenants that were made of this one's data, and of theirs
+_COPIES = text("""
+WITH RECURSIVE made AS (
+  SELECT o.tenant_id, o.detail->>'of' AS origin FROM tenancy.operations o WHERE o.kind = 'clone'
+   UNION SELECT a.tenant_id, a.detail->>'of' FROM tenancy.audit_log a WHERE a.action = 'tenant.restored_as'),
+copies AS (
+  SELECT tenant_id FROM made WHERE origin = CAST(:id AS text)
+   UNION SELECT made.tenant_id FROM made JOIN copies ON made.origin = copies.tenant_id::text)
+SELECT t.slug, (SELECT max((o.detail->>'expires_at')::timestamptz) FROM tenancy.operations o
+                 WHERE o.tenant_id = t.id AND o.kind = 'clone') AS expires_at
+  FROM tenancy.tenants t JOIN copies ON copies.tenant_id = t.id WHERE t.status <> 'purged' ORDER BY t.id
 """)
 _NAMED = text("SELECT id FROM tenancy.tenants WHERE slug = :slug AND status = 'purged' ORDER BY updated_at DESC")
 _UPDATED = text("SELECT updated_at FROM tenancy.tenants WHERE id = :id")
@@ -178,23 +184,33 @@ class ErasureManager:
         return found
 
     async def run(self, *, actor: Actor = SYSTEM) -> ErasureReport:
-        """Complete the erasure of every purged tenant that has no certificate, 100 at most: for housekeeping.
+        """Complete the erasure of every purged tenant that has no certificate: for housekeeping.
+
+        It ends after 100 tenants of which none could be completed, as if a store does not answer.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
         refuse_while_bound("erasing tenants")
-        async with self._control.connect() as connection:
-            pending = list((await connection.execute(_PENDING, {"limit": _AT_ONCE})).scalars())
-        completed, errors = [], []
-        for tenant_id in pending:
-            try:
-                completed.append((await self.complete(tenant_id, actor=actor)).slug)
-            except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
-                reason = str(exc) if isinstance(exc, TenancyError) else type(exc).__name__
-                logger.error("the erasure of tenant %s is not complete: %s", tenant_id, reason)
-                errors.append(f"{tenant_id}: {reason}")
+        completed, errors, tried = list[str](), list[str](), list[UUID]()
+        while pending := await self._pending(tried):
+            before = len(completed)
+            for tenant_id in pending:
+                tried.append(tenant_id)
+                try:
+                    completed.append((await self.complete(tenant_id, actor=actor)).slug)
+                except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
+                    reason = str(exc) if isinstance(exc, TenancyError) else type(exc).__name__
+                    logger.error("the erasure of tenant %s is not complete: %s", tenant_id, reason)
+                    errors.append(f"{tenant_id}: {reason}")
+            if len(completed) == before:
+                break
         return ErasureReport(tuple(completed), tuple(errors))
+
+    async def _pending(self, tried: Sequence[UUID]) -> list[UUID]:
+        async with self._control.connect() as connection:
+            found = await connection.execute(_PENDING, {"limit": _AT_ONCE, "tried": list(tried)})
+            return list(found.scalars())
 
     # --- completing -------------------------------------------------------------------------------------------------
 
@@ -293,8 +309,8 @@ class ErasureManager:
         async with self._control.connect() as connection:
             left = await connection.scalar(_LEFT, {"id": tenant.id})
             usage = (await connection.execute(_USAGE, {"id": tenant.id})).one()
-            clones = (await connection.execute(_CLONES, {"id": str(tenant.id)})).one()
             updated_at = await connection.scalar(_UPDATED, {"id": tenant.id})
+            copies = (await connection.execute(_COPIES, {"id": str(tenant.id)})).all()
         if left:
             raise ErasureError(f"the purge of tenant {tenant.slug!r} has left something: run tenancy reconcile")
         entries = await self._audit.events(tenant=tenant.id, action="tenant.purge", limit=1)
@@ -307,10 +323,10 @@ class ErasureManager:
             purged_at=purged_at,
             erased=_ERASED,
             backup_keys={key.id: key.destroyed_at for key in keys if key.destroyed_at is not None},
-            remains=self._remains(purged_at, backups, usage, clones),
+            remains=(*map(_copy, copies), *self._remains(purged_at, backups, usage)),
         )
 
-    def _remains(self, purged_at: datetime, backups: int, usage: Any, clones: Any) -> tuple[Remaining, ...]:
+    def _remains(self, purged_at: datetime, backups: int, usage: Any) -> tuple[Remaining, ...]:
         erasure, retention = self._config.erasure, self._config.retention
         audit_seconds = retention.audit_seconds
         found = [
@@ -342,6 +358,12 @@ class ErasureManager:
                 + ("" if audit_seconds else "; they are kept for ever (retention.audit_seconds is 0)"),
             ),
             Remaining(
+                what="records of its operations, backups and migrations",
+                is_readable=True,
+                until=None,
+                note="times, names of tables, numbers of rows, and messages of errors, which may quote a value",
+            ),
+            Remaining(
                 what="the tombstone: its id, slug and times",
                 is_readable=True,
                 until=None,
@@ -350,16 +372,6 @@ class ErasureManager:
         ]
         if backups == 0:
             found.pop(0)
-        if clones.count:
-            found.append(
-                Remaining(
-                    what=f"{clones.count} clones of it, which are other tenants",
-                    is_readable=True,
-                    until=clones.expires_at,
-                    note="with its rows as the rules of each clone have left them; housekeeping purges each when its "
-                    "time is over",
-                )
-            )
         if usage.count:
             sent = None if usage.unsent else usage.sent_at + timedelta(days=_USAGE_DAYS)
             note = f"{usage.unsent} are not sent yet; each is kept {_USAGE_DAYS} days after that"
@@ -398,6 +410,15 @@ class ErasureManager:
 
 def _certificate(detail: Mapping[str, Any]) -> ErasureCertificate:
     return ErasureCertificate.from_bytes(str(detail["certificate"]).encode())
+
+
+def _copy(row: Any) -> Remaining:
+    return Remaining(
+        what=f"tenant {row.slug!r}, which was made of a copy of its database",
+        is_readable=True,
+        until=row.expires_at,
+        note="delete and purge it as well" + ("" if row.expires_at is None else "; it is purged once it has expired"),
+    )
 
 
 def _after(moment: datetime, seconds: float | None) -> datetime | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -44,12 +45,20 @@ class Place:
         if self._resume:
             if not self._progress.is_file():
                 raise ExportError(f"there is nothing to resume: {str(self._progress)!r} does not exist")
+            if self.is_zip and self.path.exists():
+                # killed as it was given its name: what is written on may be the same file
+                raise ExportError(
+                    f"{str(self.path)!r} exists: if the export was interrupted at its very end, it is complete; remove "
+                    f"{str(self._progress)!r} and {str(self._partial)!r}, or what they are of"
+                )
             return
         if self._progress.exists():
             raise ExportError(
                 f"an export to {str(self.path)!r} was interrupted, or is under way; go on with it (--resume), or "
                 f"remove {str(self._progress)!r} and what it wrote"
             )
+        if self.is_zip and os.path.lexists(self._partial):
+            raise ExportError(f"{str(self._partial)!r} exists, and nothing is overwritten: remove it")
         if self.path.exists() and (self.is_zip or not self.path.is_dir() or any(self.path.iterdir())):
             raise ExportError(f"{str(self.path)!r} exists; nothing is overwritten: give another name, or remove it")
 
@@ -85,7 +94,7 @@ class Place:
         end = entries[-1]["end"] if entries else 0
         if end and (not self._partial.is_file() or self._partial.stat().st_size < end):
             raise self._changed(self._partial)
-        return ZipArchive(open_file(self._partial, at=end), entries, moment=moment)
+        return ZipArchive(open_file(self._partial, at=end if self._resume else None), entries, moment=moment)
 
     @staticmethod
     def _changed(path: Path) -> ExportError:

@@ -110,7 +110,7 @@ async def snapshot(connection: Connection, *, seconds: float = 0.0) -> AsyncIter
 
     Args:
         connection: A connection without a transaction.
-        seconds: How long the transaction may take; 0 is without a bound.
+        seconds: How long the transaction may take, each of its statements before PostgreSQL 17; 0 is without a bound.
     """
     transaction = await _start(connection, seconds)
     try:
@@ -143,9 +143,10 @@ async def _begin(connection: Connection, tables: Iterable[Mapping[str, str]], se
 
     A table that is truncated or rewritten after the snapshot, and before it is locked, would look empty.
     """
-    settings = {**SETTINGS, "statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
+    bound = f"{round(seconds * 1_000)}"
+    settings = {**SETTINGS, "statement_timeout": bound, "idle_in_transaction_session_timeout": bound}
     if connections.version(connection) >= 17:
-        settings["transaction_timeout"] = f"{round(seconds * 1_000)}"
+        settings["transaction_timeout"] = bound
     statements = [f"SET LOCAL {name} = {_setting(value)}" for name, value in settings.items()]
     statements.append(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
     names = [f"{quote_identifier(row['schema'])}.{quote_identifier(row['name'])}" for row in tables]

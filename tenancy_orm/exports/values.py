@@ -114,8 +114,10 @@ def _json_of(name: str, base: Type, types: Mapping[int, Type]) -> tuple[str, str
         )
     if base.is_array:
         element = _base(types[base.element], types)
-        if _is_builtin(element, frozenset({"numeric"})):
-            return f"{name}::pg_catalog.text[]", "an array of texts, each a decimal number with all digits"
+        if _is_builtin(element, _EXACT):
+            # money as a number first: its own text is that of a locale
+            exact = f"{name}::pg_catalog.numeric[]" if element.name == "money" else name
+            return f"{exact}::pg_catalog.text[]", "an array of texts, each a decimal number with all digits"
         return name, "an array"
     if base.kind == "c":
         return name, "an object with a member for each field"

@@ -16,8 +16,9 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.audit.checkpoints import Signer, Verifier
 from tenancy_orm.backups import Backup
 from tenancy_orm.errors import BackupKeyDestroyedError, BackupNotFoundError, CrossTenantError, ErasureError
-from tenancy_orm.exports import ErasureCertificate
+from tenancy_orm.exports import ErasureCertificate, erasure
 from tenancy_orm.operations import Operations
+from tenancy_orm.restores import BackupSource
 from tests.integration.backups.conftest import acme, backup, tenancy_config
 from tests.integration.backups.test_backups import pg_restore
 from tests.integration.cli.test_cli import Cli, cli
@@ -158,6 +159,51 @@ async def test_housekeeping_certifies_what_it_purges_and_repeats_what_failed(
     assert [(one.state, one.error) for one in found] == [("done", None)]
 
 
+async def test_what_fails_each_time_is_in_nobodys_way(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many fail in one run, the others have their turn; and a run goes on as long as it completes some."""
+    monkeypatch.setattr(erasure, "_AT_ONCE", 1)
+    store = tmp_path / "store"
+    moved = store.rename(tmp_path / "moved")
+    for slug in ("one", "two", "three"):
+        await tenancy.tenants.create(slug)
+        await purge(tenancy, slug)
+    await tenancy.tenants.delete("acme")
+    await tenancy.tenants.purge("acme")
+    completed = set[str]()
+    errors = list[str]()
+    for _ in range(4):
+        report = await tenancy.erasures.run()
+        completed.update(report.completed)
+        errors += report.errors
+    assert completed == {"one", "two", "three"}
+    assert errors and all(str(backup.tenant_id) in error for error in errors)
+    shutil.rmtree(store, ignore_errors=True)
+    moved.rename(store)
+    assert (await tenancy.erasures.run()).completed == ("acme",)
+
+
+async def test_a_certificate_names_what_was_made_of_copies(tenancy: Tenancy, backup: Backup) -> None:
+    """Clones, their clones, and tenants of a backup, which have its rows; not those that are purged."""
+    tenant_id = backup.tenant_id
+    assert tenant_id is not None
+    clones = tenancy.clones
+    made = await clones.create("acme", "debug", ttl=timedelta(days=2))
+    await clones.create("debug", "again", ttl=timedelta(days=1))
+    await clones.create("acme", "gone", ttl=timedelta(days=1))
+    await tenancy.restores.restore_as("restored", BackupSource(tenancy.backups, backup))
+    await tenancy.tenants.create("globex")
+    await purge(tenancy, "gone")
+    await purge(tenancy)
+    found = {one.what: one for one in (await tenancy.erasures.complete(tenant_id)).remains}
+    named = [what.split("'")[1] for what in found if what.startswith("tenant ")]
+    assert named == ["debug", "again", "restored"]
+    debug = found["tenant 'debug', which was made of a copy of its database"]
+    assert debug.is_readable and debug.until == made.clone.expires_at
+    assert found["tenant 'restored', which was made of a copy of its database"].until is None
+
+
 async def test_an_operator_purges_and_hands_the_certificate_on(cli: Cli, tmp_path: Path) -> None:
     await cli("init")
     await cli("create", "acme")
@@ -179,19 +225,3 @@ async def test_an_operator_purges_and_hands_the_certificate_on(cli: Cli, tmp_pat
     (tmp_path / "keys.json").write_text(json.dumps(dict.fromkeys(json.loads(keys.out), "A" * 43 + "=")))
     refused = await cli("erasure", "verify", "acme.json", "--public-keys", "keys.json")
     assert (refused.status, "signature is not valid" in refused.err) == (1, True)
-
-
-async def test_a_certificate_names_the_clones_that_are_left(tenancy: Tenancy, acme: str) -> None:
-    """And clones of clones, until the last one ends; not those that are purged."""
-    found = await tenancy.tenants.get(acme)
-    await tenancy.clones.create(acme, "one", ttl=timedelta(days=2))
-    last = await tenancy.clones.create("one", "two", ttl=timedelta(days=3))
-    await tenancy.clones.create(acme, "three", ttl=timedelta(days=9))
-    await tenancy.clones.create("three", "other", ttl=timedelta(days=8))
-    for slug in ("other", "three"):
-        await purge(tenancy, slug)
-    await purge(tenancy)
-    certificate = await tenancy.erasures.complete(found.id)
-    (clones,) = [one for one in certificate.remains if "clone" in one.what]
-    assert clones.what.startswith("2 clones of it") and clones.is_readable
-    assert clones.until == last.clone.expires_at

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tenancy_orm import Tenancy
 from tenancy_orm.config import ExportConfig
 from tenancy_orm.errors import ConfigurationError, CrossTenantError, ExportError
 from tenancy_orm.exports import ExportFormat, ExportProgress
+from tenancy_orm.exports.places import Place
 from tenancy_orm.exports.plan import Table
 from tenancy_orm.exports.running import Run
 from tenancy_orm.operations import Operations
@@ -351,3 +353,55 @@ async def test_what_fails_can_be_resumed_and_force_row_security_refuses(
     with pytest.raises(ExportError, match=r"row security hides rows of public\.a"):
         await tenancy.exports.write("acme", tmp_path / "b.zip")
     assert names_in(tmp_path) == ["acme.zip"]
+
+
+async def test_what_is_known_of_keys_and_amounts_is_said_once(
+    tenancy: Tenancy, execute: Execute, tmp_path: Path
+) -> None:
+    """A key to a partitioned table has a row for each partition; money in an array has no signs of a country."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    await execute(
+        acme,
+        "CREATE TABLE logs (id int PRIMARY KEY) PARTITION BY RANGE (id);"
+        "CREATE TABLE logs_1 PARTITION OF logs FOR VALUES FROM (0) TO (9);"
+        "CREATE TABLE lines (log_id int CONSTRAINT lines_log REFERENCES logs (id), paid money[]);"
+        "INSERT INTO lines VALUES (NULL, '{1234.5,NULL}')",
+    )
+    await tenancy.exports.write("acme", tmp_path / "acme.zip")
+    found = Unpacked(tmp_path / "acme.zip")
+    assert [one["name"] for one in found.tables["public.lines"]["references"]] == ["lines_log"]
+    assert found.rows("public.lines") == [{"log_id": None, "paid": ["1234.50", None]}]
+
+
+async def test_no_file_of_somebody_else_is_written_into(tenancy: Tenancy, tmp_path: Path) -> None:
+    """Not what has the name of an unfinished archive either, nor what a link of that name leads to."""
+    await tenancy.tenants.create("acme")
+    other = tmp_path / "other"
+    other.write_text("kept")
+    (tmp_path / "acme.zip.partial").symlink_to(other)
+    with pytest.raises(ExportError, match="nothing is overwritten"):
+        await tenancy.exports.write("acme", tmp_path / "acme.zip")
+    assert other.read_text() == "kept"
+    # what comes there after the look
+    place = Place(tmp_path / "globex.zip", resume=False)
+    (tmp_path / "globex.zip.partial").symlink_to(other)
+    with pytest.raises(ExportError, match="cannot be written"):
+        place.open({}, datetime.now(UTC))
+    place.close()
+    assert other.read_text() == "kept"
+
+
+async def test_a_complete_archive_is_not_resumed(tenancy: Tenancy, tmp_path: Path) -> None:
+    """A process that is killed between the two names of its archive has left the same file under both."""
+    await tenancy.tenants.create("acme")
+    path = tmp_path / "acme.zip"
+    await tenancy.exports.write("acme", path)
+    whole = path.read_bytes()
+    place = Place(tmp_path / "left.zip", resume=False)
+    place.open({"tenant": "acme"}, datetime.now(UTC))
+    place.close()
+    (tmp_path / "left.zip.progress").rename(tmp_path / "acme.zip.progress")
+    (tmp_path / "acme.zip.partial").hardlink_to(path)
+    with pytest.raises(ExportError, match="it is complete"):
+        await tenancy.exports.write("acme", path, resume=True)
+    assert path.read_bytes() == whole
