@@ -83,6 +83,8 @@ _LIST = text(
     "AND (CAST(:states AS text[]) IS NULL OR o.state = ANY(CAST(:states AS text[]))) "
     "AND (CAST(:before AS bigint) IS NULL OR o.id < CAST(:before AS bigint)) ORDER BY o.id DESC LIMIT :limit"
 )
+# of two that begin at once, the one with the lower number is seen by the other
+_IN_ORDER = text("SELECT pg_advisory_xact_lock(hashtextextended('tenancy.operations:' || CAST(:tenant AS text), 0))")
 _BEGIN = text(
     "INSERT INTO tenancy.operations "
     "(kind, tenant_id, step, detail, actor_kind, actor_id, claim, host, pid, claimed_until) "
@@ -149,6 +151,7 @@ class Operations:
         }
         try:
             async with self._control.transaction() as connection:
+                await connection.execute(_IN_ORDER, {"tenant": str(tenant_id)})
                 number = int((await connection.execute(_BEGIN, values)).scalar_one())
         except IntegrityError as exc:
             if constraint_of(exc) != "operations_unfinished_key":

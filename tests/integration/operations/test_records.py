@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
 import pytest
 from sqlalchemy import text
 
@@ -17,6 +22,7 @@ from tenancy_orm.jobs.claims import Claimant
 from tenancy_orm.operations import Operations
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.tenant import Placement
+from tests.support.waiting import until
 
 
 async def test_an_operation_is_claimed_taken_over_and_ended(tenancy: Tenancy) -> None:
@@ -45,6 +51,42 @@ async def test_an_operation_is_claimed_taken_over_and_ended(tenancy: Tenancy) ->
     with pytest.raises(OperationNotFoundError):
         await operations.get(begun.id + 1)
     assert (await operations.begin("restore", acme.id, step="begun", claimant=first)).kind == "restore"
+
+
+async def test_of_two_that_begin_at_once_the_later_one_sees_the_first(tenancy: Tenancy) -> None:
+    """Numbers are given before the commit: else each of two exports could find itself alone."""
+    acme = (await tenancy.tenants.create("acme")).tenant
+    control = tenancy.internals.control
+    written, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        connect = control.connect
+
+        @asynccontextmanager
+        async def transaction(self) -> AsyncIterator[Any]:
+            async with control.transaction() as connection:
+                yield connection
+                written.set()
+                await go_on.wait()
+
+    async def begin(operations: Operations) -> tuple[int, set[int]]:
+        begun = await operations.begin("export", acme.id, step="read", claimant=Claimant())
+        return begun.id, {one.id for one in await Operations(control).list(tenant_id=acme.id)}
+
+    slow: Any = Slow()
+    first = asyncio.create_task(begin(Operations(slow)))
+    await written.wait()
+    second = asyncio.create_task(begin(Operations(control)))
+
+    async def waits() -> bool:
+        found = await control.fetch("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        return second.done() or bool(found)
+
+    await until(waits)
+    go_on.set()
+    lower, _ = await first
+    higher, seen = await second
+    assert lower < higher and lower in seen
 
 
 async def test_a_switch_exchanges_the_database_in_use_for_a_recorded_one(tenancy: Tenancy) -> None:
