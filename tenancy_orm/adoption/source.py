@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import asyncpg
+
 from ..cancellation import run_to_completion
 from ..errors import AdoptionError, ConfigurationError
 from ..postgres import connections, login
@@ -26,6 +28,18 @@ _SETTINGS = {
     "idle_in_transaction_session_timeout": "0",
     "lock_timeout": "10s",
 }
+# what is read of the source, as far as this login may
+_TABLES = """
+SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND NOT c.relispartition
+   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   AND ($1::text IS NULL OR n.nspname = $1 OR n.nspname || '.' || c.relname = ANY($2::text[]))
+   AND n.nspname || '.' || c.relname <> ALL($3::text[])
+   AND pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
+ ORDER BY 1
+"""
+_ATTEMPTS = 3  # how often they are locked, where some are dropped at that moment
 _FACTS = """
 SELECT pg_catalog.current_database()::text AS database, session_user::text AS role,
        pg_catalog.shobj_description(d.oid, 'pg_database') AS comment,
@@ -166,10 +180,14 @@ async def _begin(source: Source, connection: Connection) -> OpenSource:
         if version >= 17:
             await connection.execute("SET transaction_timeout = 0")
         await connection.execute("SET row_security = off; SET search_path = pg_catalog, pg_temp")
-        # it ends with the connection
-        await connection.transaction(isolation="repeatable_read", readonly=True).start()
+        await _start(source, connection)
         facts = await connection.fetchrow(_FACTS)
         snapshot = await connection.fetchval("SELECT pg_catalog.pg_export_snapshot()")
+    except asyncpg.LockNotAvailableError as exc:
+        waited = _SETTINGS["lock_timeout"]
+        raise AdoptionError(
+            f"a table of {source.dsn} is locked for more than {waited}, by a migration for example"
+        ) from exc
     except SERVER_FAILURES as exc:
         raise AdoptionError(f"the source {source.dsn} cannot be read: {login.reason_of(exc)}") from exc
     assert facts is not None  # noqa: S101 - the database exists, we are connected to it
@@ -186,6 +204,27 @@ async def _begin(source: Source, connection: Connection) -> OpenSource:
         marker=facts["comment"],
         version=version,
     )
+
+
+async def _start(source: Source, connection: Connection) -> None:
+    """Start the transaction, which ends with the connection; its tables are locked before its snapshot is taken.
+
+    A table that somebody truncates or rewrites after the snapshot, and before it is read, would look empty.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        tables = await connection.fetch(_TABLES, source.schema, list(source.shared), list(source.without))
+        transaction = connection.transaction(isolation="repeatable_read", readonly=True)
+        await transaction.start()
+        try:
+            if tables:
+                names = ", ".join(row["name"] for row in tables)
+                await connection.execute(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
+        except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+            if attempt == _ATTEMPTS:
+                raise
+            await transaction.rollback()
+        else:
+            return
 
 
 __all__ = ["OpenSource", "Source", "open_source"]

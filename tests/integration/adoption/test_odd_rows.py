@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 
+from tenancy_orm.adoption.source import _SETTINGS, Source, open_source
+from tenancy_orm.errors import AdoptionError
 from tests.support.fleet import Fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
@@ -78,6 +81,23 @@ async def test_a_trigger_of_a_partition_changes_no_row(fleet: Fleet, source: For
     async with fleet.tenancy.transaction("acme") as session:
         added = sa.text("INSERT INTO events VALUES (9, 'loud') RETURNING body")
         assert (await session.execute(added)).scalar_one() == "LOUD"
+
+
+async def test_a_table_cannot_look_empty_in_the_snapshot(
+    source: ForeignDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that is truncated or rewritten after the snapshot was taken, and before it is read."""
+    async with open_source(Source.parse(source.url), timeout=30) as opened:
+        for statement in ("TRUNCATE letters", "ALTER TABLE users ALTER name TYPE varchar(9) USING name || ''"):
+            with pytest.raises(asyncpg.LockNotAvailableError):
+                await source.execute(f"SET lock_timeout = '100ms'; {statement}")
+        assert await opened.connection.fetchval("SELECT count(*) FROM public.letters") == 4
+    async with source.postgres.connect(source.name) as connection, connection.transaction():
+        await connection.execute("LOCK TABLE letters")
+        monkeypatch.setitem(_SETTINGS, "lock_timeout", "200ms")
+        with pytest.raises(AdoptionError, match="is locked for more than 200ms"):
+            async with open_source(Source.parse(source.url), timeout=30):
+                pass
 
 
 async def test_rows_that_refer_to_nobody_are_said(fleet: Fleet, source: ForeignDatabase) -> None:
