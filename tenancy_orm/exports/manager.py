@@ -32,12 +32,13 @@ from .catalogue import Catalogue
 from .journal import Journal
 from .places import Place
 from .plan import Plan, make_plan
-from .running import ExportProgress, ExportReport, Run, failed, snapshot
+from .running import ExportProgress, ExportReport, Run, check_files, failed, snapshot
 from .values import ExportFormat
 
 logger = logging.getLogger("tenancy_orm.exports")
 
 _FORMATS = ("jsonl", "csv")
+_MOST_FILES = 50_000  # large values and large objects of an export by request; each takes 1 kB of memory
 _LOGIN_SECONDS = 600.0  # until then the one connection of an operator's export is opened
 
 
@@ -70,7 +71,7 @@ class ExportStream:
         journal = Journal.temporary({})
         archive = ZipArchive(moment=self._started)
         try:
-            run = Run(self._connection, self._tenant, self.plan, archive, journal, send=write)
+            run = Run(self._connection, self._tenant, self.plan, archive, journal, send=write, most_files=_MOST_FILES)
             self.report = await run.write()
         finally:
             archive.abandon()
@@ -192,6 +193,7 @@ class ExportManager:
             raw: Any = (await pooled.get_raw_connection()).driver_connection
             seconds = self._config.request_timeout
             async with self._planned(raw, found, row_format, rules=exclude, seconds=seconds) as plan:
+                check_files(found, plan.catalogue.large_objects, _MOST_FILES)
                 stream = ExportStream(raw, found, plan)
                 yield stream
                 if stream.report is not None:

@@ -21,7 +21,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..tenant import Tenant
 from .archives import Archive, FileWriter, Write, Written
-from .catalogue import Catalogue, read_catalogue
+from .catalogue import LARGE_OBJECTS, Catalogue, read_catalogue
 from .documents import checksums, manifest, readme, schema
 from .journal import Journal
 from .plan import LeftOut, Plan, Table
@@ -104,6 +104,19 @@ def failed(tenant: Tenant, exc: BaseException) -> ExportError:
     return ExportError(f"tenant {tenant.slug!r} could not be exported: {reason}")
 
 
+def check_files(tenant: Tenant, count: int, most: int | None) -> None:
+    """Refuse more large values and large objects than one export may have; None: any number.
+
+    Raises:
+        ExportError: there are more.
+    """
+    if most is not None and count > most:
+        raise ExportError(
+            f"tenant {tenant.slug!r} has more than {most} large values and large objects, which are too many for a "
+            "request; an operator can export it (tenancy export)"
+        )
+
+
 @asynccontextmanager
 async def snapshot(connection: Connection, *, seconds: float = 0.0) -> AsyncIterator[Catalogue]:
     """Begin the transaction that an export reads in, with its tables locked, and read what there is.
@@ -171,6 +184,7 @@ class Run:
         journal: What was written before, and is now.
         send: Sends on what the archive returns.
         on_progress: Called as the export goes on.
+        most_files: How many large values and large objects it may have, which are listed in memory; None: any number.
     """
 
     def __init__(
@@ -183,6 +197,7 @@ class Run:
         *,
         send: Write | None = None,
         on_progress: Callable[[ExportProgress], None] | None = None,
+        most_files: int | None = None,
     ) -> None:
         self._connection = connection
         self._tenant = tenant
@@ -191,6 +206,8 @@ class Run:
         self._journal = journal
         self._send = send
         self._on_progress = on_progress
+        self._most_files = most_files
+        self._files = plan.catalogue.large_objects
         self._total = len(plan.tables) + 1
         self._done = 0
         self._bytes = 0
@@ -297,6 +314,8 @@ class Run:
             async for row in self._connection.cursor(table.large_sql(), prefetch=_ROWS):
                 for number in range(len(table.large)):
                     if (size := row[f"size_{number}"]) is not None:
+                        self._files += 1
+                        check_files(self._tenant, self._files, self._most_files)
                         found = [number, row["part"], list(row["place"]), row["key"], size]
                         spool.write(json.dumps(found).encode() + b"\n")
             spool.seek(0)
@@ -323,7 +342,8 @@ class Run:
 
     async def _large_objects(self) -> None:
         await asyncio.to_thread(self._archive.clear, "large-objects")
-        for oid in self._plan.catalogue.large_objects:
+        async for row in self._connection.cursor(LARGE_OBJECTS, prefetch=_ROWS):
+            oid = row["oid"]
             path = f"large-objects/{oid}.bin"
             writer = FileWriter(self._archive, self._send)
             await writer.begin(path)
@@ -410,4 +430,4 @@ class _Lines:
             raise ExportError("PostgreSQL has not sent whole rows")
 
 
-__all__ = ["ExportProgress", "ExportReport", "Run", "failed", "snapshot"]
+__all__ = ["ExportProgress", "ExportReport", "Run", "check_files", "failed", "snapshot"]

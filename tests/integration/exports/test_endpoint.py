@@ -8,6 +8,7 @@ import json
 import zipfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,6 +23,7 @@ from tenancy_orm import Tenancy
 from tenancy_orm.asgi import ExportEndpoint, TenancyMiddleware
 from tenancy_orm.config import ExportConfig
 from tenancy_orm.errors import CrossTenantError, ExportError
+from tenancy_orm.exports import manager
 from tenancy_orm.operations import Operations
 from tests.integration.exports.conftest import Execute
 from tests.support.asgi import http_scope, serve
@@ -184,6 +186,36 @@ async def test_a_client_that_reads_nothing_and_one_that_takes_too_long_are_cut_o
 
     await cut(ExportConfig(stall_timeout=0.1), "the client has read nothing for 0.1 s")
     await cut(ExportConfig(request_timeout=0.5), "it took longer than 0.5 s")
+
+
+async def test_a_tenant_cannot_fill_the_memory_with_files(
+    tenancy: Tenancy, execute: Execute, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Empty large objects cost it nothing, and each takes memory; an operator's export has them all."""
+    monkeypatch.setattr(manager, "_MOST_FILES", 3)
+    acme = (await tenancy.tenants.create("acme")).tenant
+    await execute(
+        acme,
+        "CREATE TABLE files (content text); GRANT SELECT ON files TO PUBLIC;"
+        "INSERT INTO files SELECT repeat('x', 1100000) FROM generate_series(1, 4)",
+    )
+
+    async def write(data: bytes) -> None:
+        pass
+
+    async with tenancy.exports.open("acme") as export:
+        with pytest.raises(ExportError, match="has more than 3 large values"):
+            await export.write_to(write)
+    async with tenancy.exports.open("acme", exclude=["files"]) as export:
+        await export.write_to(write)
+    await tenancy.execute("SELECT lo_create(0) FROM generate_series(1, 4)", tenant="acme")
+    with pytest.raises(ExportError, match="an operator can export it"):
+        async with tenancy.exports.open("acme", exclude=["files"]):
+            pass
+    report = await tenancy.exports.write("acme", tmp_path / "acme.zip")
+    with zipfile.ZipFile(tmp_path / "acme.zip") as archive:
+        large = [name for name in archive.namelist() if name.startswith(("large-objects/", "values/"))]
+    assert len(large) == 8 and report.left_out == ()
 
 
 async def test_a_failure_in_mid_stream_is_seen_by_the_client(tenancy: Tenancy, execute: Execute) -> None:
