@@ -105,10 +105,12 @@ async def _source(
         url = None if recovered_server is None else given_url(recovered_server)
         return await tenancy.recovery.source(tenant, to, recovered_server=url)
     if backup == _LATEST:
-        found = await tenancy.backups.list(tenant, states=("done",), limit=1)
-        if not found:
-            fail(f"tenant {tenant!r} has no backup; make one with: tenancy backup run {tenant}")
-        return BackupSource(tenancy.backups, found[0])
+        found = await tenancy.backups.list(tenant, states=("done",))
+        good = next((one for one in found if one.is_good), None)
+        if good is None:
+            bad = f"; something wrong was found in each of {len(found)}, name one by its id" if found else ""
+            fail(f"tenant {tenant!r} has no good backup{bad}; make one with: tenancy backup run {tenant}")
+        return BackupSource(tenancy.backups, good)
     try:
         number = UUID(backup)
     except ValueError:

@@ -233,6 +233,8 @@ class RestoreManager:
             async def finish(tenant: Tenant) -> None:
                 tell("running missing revisions")
                 await self._making.upgrade(tenant, placement_of(tenant))
+                # the first one may have been purged while its contents came in
+                await self._origin(source)
 
             created = await self._tenants.create(
                 slug,

@@ -17,15 +17,16 @@ from ..config import TenancyConfig
 from ..control.database import ControlDatabase
 from ..errors import BackupNotFoundError, OperationError
 
-# those with backups that may still be read
+# Also those with no backup that can be read: base backups of a server have their rows for longer. Not older ones: each
+# is written by the first housekeeping after its purge.
 _PURGED = text("""
-SELECT DISTINCT t.id, t.updated_at FROM tenancy.tenants t JOIN tenancy.backups b ON b.tenant_id = t.id
- WHERE t.status = 'purged' AND b.state = 'done' ORDER BY t.id
+SELECT id, updated_at FROM tenancy.tenants
+ WHERE status = 'purged' AND updated_at > now() - make_interval(days => 90) ORDER BY id
 """)
 
 
 class Tombstones:
-    """Writes tombstones to the store, and refuses tenants that have one.
+    """Writes tombstones of tenants that were purged within 90 days to the store, and refuses tenants that have one.
 
     Args:
         config: ``backup.store``: without one there are no backups, and no tombstones.

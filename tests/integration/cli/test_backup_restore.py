@@ -26,6 +26,15 @@ async def test_a_backup_is_inspected_swapped_undone_and_made_another_tenant(cli:
     unknown = await cli("backup", "restore", "nosuch", "latest", stdin="y", **store)
     assert (unknown.status, "Replace" in unknown.out, "does not exist" in unknown.err) == (1, False, True)
 
+    # one in which something wrong was found is not meant
+    damaged = (await cli("backup", "run", "acme", "--json", **store)).json["done"][0]
+    (tmp_path / "store" / damaged["path"] / "dump.tar.age").write_bytes(b"x")
+    assert (await cli("backup", "verify", damaged["id"], "--quick", **store)).status == 1
+    status = await cli("backup", "status", "--json", **store)
+    assert (status.status, status.json["backed_up"], status.json["overdue"]) == (0, 1, 0)
+    latest = await cli("backup", "restore", "acme", "latest", stdin="n", **store)
+    assert f"by backup {backup} of 20" in latest.out, latest
+
     waiting = await cli("backup", "restore", "acme", "latest", "--inspect", **store)
     assert waiting.status == 0, waiting.err
     assert "tenancy operations psql 1" in waiting.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -10,7 +11,8 @@ import sqlalchemy as sa
 from tenancy_orm.config import BackupConfig, TenancyConfig
 from tenancy_orm.errors import BackupError, ContentsRefusedError, OperationError, TenantNotFoundError
 from tenancy_orm.protocols import GrantTarget
-from tenancy_orm.restores import BackupSource
+from tenancy_orm.provisioning import restoring
+from tenancy_orm.restores import BackupSource, making
 from tenancy_orm.restores.manager import READ_ONLY
 from tests.integration.restores.test_restores import add, databases, notes
 from tests.support.fleet import Fleet, fleet_config, open_fleet
@@ -55,6 +57,40 @@ async def test_a_backup_is_restored_and_never_after_a_purge(fleet: Fleet, tmp_pa
                 await connection.execute(sa.text("ALTER TABLE tenancy.tenants ENABLE TRIGGER USER"))
             assert (await fleet.registry.find("acme")).status.value == "active"
     assert await databases(fleet) == left
+
+
+async def test_no_copy_is_made_of_a_tenant_that_is_purged_meanwhile(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody was told that it is erased."""
+    tenancy, restores = fleet.tenancy, fleet.tenancy.restores
+    (backup,) = (await tenancy.backups.run(["acme"])).done
+    original = restoring.restore_archive
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        done = await original(*args, **options)
+        await tenancy.tenants.delete("acme")
+        await tenancy.tenants.purge("acme")
+        return done
+
+    monkeypatch.setattr(making, "restore_archive", slow)
+    with pytest.raises(TenantNotFoundError, match="acme"):
+        await restores.restore_as("acme-copy", BackupSource(tenancy.backups, backup))
+    globex = (await fleet.registry.find("globex")).placement
+    assert globex is not None and await databases(fleet) == {globex.database}
+
+
+async def test_a_purged_tenant_has_a_tombstone_whatever_is_left_of_its_backups(fleet: Fleet, tmp_path: Path) -> None:
+    """Base backups of its server may bring it back for longer, if an older control database says that it is alive."""
+    tenancy = fleet.tenancy
+    (backup,) = (await tenancy.backups.run(["acme"])).done
+    await tenancy.tenants.delete("acme")
+    await tenancy.tenants.purge("acme")
+    assert backup.tenant_id is not None
+    await tenancy.backups.keys.destroy(backup.tenant_id)
+    assert [one.id for one in (await tenancy.backups.prune()).pruned] == [backup.id]
+    assert (await tenancy.restores.settle()).errors == ()
+    assert [path.stem for path in (tmp_path / "store").rglob("tombstones/*.json")] == [str(backup.tenant_id)]
 
 
 async def test_another_tenant_is_made_where_the_first_ones_database_is_lost(fleet: Fleet, postgres: Postgres) -> None:
