@@ -358,7 +358,15 @@ def restore(tenant: TenantArgument, as_json: Json = False) -> None:
 
 
 @app.command()
-def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> None:
+def purge(
+    tenant: TenantArgument,
+    lost_server: Annotated[
+        str | None,
+        typer.Option("--lost-server", help="A server that does not exist any more: forget what the tenant has there."),
+    ] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
     """Remove a deleted tenant permanently: its database, role, keys and secrets, and the keys of its backups."""
 
     async def command(tenancy: Tenancy) -> dict[str, Any]:
@@ -368,7 +376,7 @@ def purge(tenant: TenantArgument, yes: Yes = False, as_json: Json = False) -> No
             check_transition(found.slug, found.status, Status.PURGED)
         if not yes and not confirm(f"Permanently remove the database of {found.slug}?"):
             fail("nothing was removed")
-        await tenancy.tenants.purge(found, actor=operator())
+        await tenancy.tenants.purge(found, lost_server=lost_server, actor=operator())
         certificate = await tenancy.erasures.complete(found.id, actor=operator())
         erased = {"erased_at": certificate.issued_at, "backup_keys": len(certificate.backup_keys)}
         return {"id": str(found.id), "slug": found.slug, "status": "purged", **erased}

@@ -32,6 +32,7 @@ from ..errors import ErasureError, OperationStateError, TenancyError, TenantNotF
 from ..jobs.claims import Claimant
 from ..operations import Operation, Operations
 from ..postgres.failures import SERVER_FAILURES
+from ..registry.databases import FORGET_DATABASE
 from ..registry.registry import Registry
 from ..tenant import Status, Tenant, TenantRef
 from .certificates import ErasureCertificate, Remaining
@@ -39,9 +40,11 @@ from .certificates import ErasureCertificate, Remaining
 logger = logging.getLogger("tenancy_orm.exports")
 
 _AT_ONCE = 100  # tenants of one run
+_FORGOTTEN = 100  # databases that a certificate names
 _USAGE_DAYS = 400  # after that long, housekeeping removes usage records that were sent
 _MONTH = timedelta(days=31)  # audit entries are removed by months
 
+_REACHED = "its databases on the servers that exist"
 _ERASED = (
     "its database, with every database beside it that a restore, a move or an adoption had left",
     "its role in PostgreSQL, with the password",
@@ -314,6 +317,8 @@ class ErasureManager:
         if left:
             raise ErasureError(f"the purge of tenant {tenant.slug!r} has left something: run tenancy reconcile")
         entries = await self._audit.events(tenant=tenant.id, action="tenant.purge", limit=1)
+        forgotten = await self._audit.events(tenant=tenant.id, action=FORGET_DATABASE, limit=_FORGOTTEN)
+        lost = [entry.detail for entry in forgotten if entry.detail is not None]
         purged_at: datetime = entries[0].occurred_at if entries else updated_at
         return ErasureCertificate.sign(
             self._signer,
@@ -321,9 +326,9 @@ class ErasureManager:
             tenant_id=tenant.id,
             slug=tenant.slug,
             purged_at=purged_at,
-            erased=_ERASED,
+            erased=(_REACHED, *_ERASED[1:]) if lost else _ERASED,
             backup_keys={key.id: key.destroyed_at for key in keys if key.destroyed_at is not None},
-            remains=(*map(_copy, copies), *self._remains(purged_at, backups, usage)),
+            remains=(*map(_lost, lost), *map(_copy, copies), *self._remains(purged_at, backups, usage)),
         )
 
     def _remains(self, purged_at: datetime, backups: int, usage: Any) -> tuple[Remaining, ...]:
@@ -410,6 +415,15 @@ class ErasureManager:
 
 def _certificate(detail: Mapping[str, Any]) -> ErasureCertificate:
     return ErasureCertificate.from_bytes(str(detail["certificate"]).encode())
+
+
+def _lost(database: Mapping[str, Any]) -> Remaining:
+    return Remaining(
+        what=f"database {database['database']} on server {database['server']}",
+        is_readable=True,
+        until=None,
+        note="not dropped, since an operator has said that the server does not exist any more",
+    )
 
 
 def _copy(row: Any) -> Remaining:

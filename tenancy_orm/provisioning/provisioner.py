@@ -18,7 +18,7 @@ from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound, run_unbound
 from ..control.database import ControlDatabase
 from ..control.names import Names
-from ..errors import OperationStateError, ProvisioningError, TenancyError, TenantNotFoundError
+from ..errors import OperationStateError, ProvisioningError, RoutingError, TenancyError, TenantNotFoundError
 from ..events import EventBus
 from ..keys.format import NewKey
 from ..loops import HomeLoop
@@ -27,6 +27,7 @@ from ..postgres import errors as postgres_errors
 from ..postgres.connections import Connection
 from ..postgres.errors import sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
+from ..registry.databases import FORGET_DATABASE
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
@@ -458,7 +459,14 @@ class Provisioner:
             place, blockers = current.placement, self._services.blockers(server)
             await access.block(connection, blockers, database=place.database, role=place.role, deadline=deadline)
 
-    async def purge(self, tenant: Tenant, *, listed: Tenant | None = None, actor: Actor = SYSTEM) -> None:
+    async def purge(
+        self,
+        tenant: Tenant,
+        *,
+        listed: Tenant | None = None,
+        lost_server: str | None = None,
+        actor: Actor = SYSTEM,
+    ) -> None:
         """Remove a deleted tenant's database, role, keys and secrets; then its slug is free.
 
         To finish an interrupted purge, repeat it or run ``reconcile``.
@@ -466,11 +474,13 @@ class Provisioner:
         Args:
             tenant: The tenant.
             listed: The tenant as it was listed. If it differs once the lock is held, the purge is refused.
+            lost_server: A server that does not exist any more: what the tenant has there is forgotten, and not dropped.
             actor: Who does this, for the audit log.
 
         Raises:
             InvalidTransitionError: the tenant is not deleted, or was changed since it was listed.
-            ProvisioningError: the server refused, or a statement did not finish within ``provisioning.timeout``.
+            ProvisioningError: the server refused, or a statement did not finish within ``provisioning.timeout``; or
+                ``lost_server`` answers, or has nothing of the tenant.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_other_tenant(tenant)
@@ -478,6 +488,11 @@ class Provisioner:
         if placement is None:
             await self._services.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
             return
+        if lost_server is not None:
+            await self._forget_lost(tenant, placement, lost_server, listed, actor)
+            if placement.server == lost_server:
+                await run_unbound(self._purge_without_server(tenant, placement, actor))
+                return
         async with self._slots[placement.server]:
             try:
                 deadline = asyncio.get_running_loop().time() + self._timeout
@@ -489,6 +504,49 @@ class Provisioner:
                     tenant=tenant.slug,
                     step="purge",
                 ) from exc
+
+    async def _forget_lost(
+        self, tenant: Tenant, placement: Placement, lost: str, listed: Tenant | None, actor: Actor
+    ) -> None:
+        """Begin the purge, and forget the databases beside the one in use that are on a lost server.
+
+        Raises:
+            ProvisioningError: it answers, or has nothing of the tenant.
+        """
+        registry = self._services.registry
+        beside = [one for one in await registry.databases_of(tenant.id) if one.server == lost]
+        if not beside and placement.server != lost:
+            raise ProvisioningError(
+                f"tenant {tenant.slug!r} has no database on server {lost!r}", tenant=tenant.slug, step="purge"
+            )
+        if await self._answers(lost):
+            raise ProvisioningError(
+                f"server {lost!r} answers, so that what tenant {tenant.slug!r} has there can be dropped: purge it "
+                "without naming a lost server",
+                tenant=tenant.slug,
+                step="purge",
+            )
+        await registry.begin_purge(tenant.id, listed=listed, actor=actor)
+        for one in beside:
+            await registry.forget_lost_database(one, actor=actor)
+
+    async def _answers(self, server: str) -> bool:
+        try:
+            connection = await self.connect_admin(server)
+        except (RoutingError, *SERVER_FAILURES):
+            return False
+        await run_to_completion(connections.close(connection))
+        return True
+
+    async def _purge_without_server(self, tenant: Tenant, placement: Placement, actor: Actor) -> None:
+        """Purge a tenant with a database in use that is lost with its server."""
+        registry = self._services.registry
+        for one in await registry.databases_of(tenant.id):
+            await self.new_databases.drop(one)
+        await registry.erase_secrets(tenant.id)
+        detail = {"server": placement.server, "database": placement.database}
+        await registry.record(tenant.id, FORGET_DATABASE, detail=detail, actor=actor)
+        await registry.finish_purge(tenant.id, actor=actor)
 
     async def _purge(
         self, tenant_id: UUID, placement: Placement, deadline: float, listed: Tenant | None, actor: Actor

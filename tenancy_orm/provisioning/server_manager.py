@@ -30,6 +30,7 @@ from ..errors import (
     UnknownServerError,
 )
 from ..postgres.errors import sqlstate_of
+from ..registry.databases import FORGET_DATABASE
 from ..registry.registry import Registry
 from ..servers import Server, Servers
 from ..servers.identity import differ
@@ -374,7 +375,18 @@ class ServerManager:
                     )
             beside = tenant_databases.c.server == name
             if templates == "forget":
-                await connection.execute(delete(tenant_databases).where(beside))
+                columns = tenant_databases.c
+                gone = delete(tenant_databases).where(beside).returning(columns.tenant_id, columns.name)
+                for tenant_id, database in (await connection.execute(gone)).all():
+                    # the certificate of the tenant's erasure says so
+                    await self._audit.append(
+                        connection,
+                        action=FORGET_DATABASE,
+                        tenant_id=tenant_id,
+                        slug=await connection.scalar(select(tenants.c.slug).where(tenants.c.id == tenant_id)),
+                        actor=actor,
+                        detail={"server": name, "database": database},
+                    )
             elif held := await connection.scalar(select(func.count()).select_from(tenant_databases).where(beside)):
                 raise ConfigurationError(
                     f"server {name!r} has {held} database{'s' * (held != 1)} that a move or a restore has left there; "

@@ -22,6 +22,9 @@ from ..errors import JobLostError, OperationStateError, PlacementError
 from ..tenant import Placement, Tenant
 from .table import TenantTable
 
+FORGET_DATABASE = "tenant.forget_database"
+"""The action of an audit entry: a database was not dropped, since an operator has said that its server is lost."""
+
 DatabaseState = Literal["making", "kept", "dropping"]
 
 _IS_PLACED_AS = "SELECT FROM tenancy.tenants WHERE id = $1 AND server = $2 AND database_name = $3"
@@ -106,6 +109,15 @@ class Databases(TenantTable):
         refuse_other_tenant(beside.tenant_id)
         async with self._control.transaction() as connection:
             await connection.execute(delete(tenant_databases).where(*_is(beside)))
+
+    async def forget_lost_database(self, beside: TenantDatabase, *, actor: Actor = SYSTEM) -> None:
+        """Delete the row of a database that nobody can drop, since its server is lost for good. Audited."""
+        refuse_other_tenant(beside.tenant_id)
+        async with self._control.transaction() as connection:
+            tenant, _ = await self._lock(connection, beside.tenant_id)
+            if (await connection.execute(delete(tenant_databases).where(*_is(beside)))).rowcount:
+                detail = {"server": beside.server, "database": beside.name}
+                await self._write_audit(connection, FORGET_DATABASE, tenant, actor, detail=detail)
 
     async def switch_database(
         self,
@@ -232,4 +244,4 @@ def _database(row: Row[Any]) -> TenantDatabase:
     )
 
 
-__all__ = ["DatabaseState", "Databases", "TenantDatabase"]
+__all__ = ["FORGET_DATABASE", "DatabaseState", "Databases", "TenantDatabase"]

@@ -165,23 +165,32 @@ class TenantLifecycle:
 
     # --- purge ------------------------------------------------------------------------------------------------------
 
-    async def purge(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> None:
+    async def purge(self, tenant: TenantRef, *, lost_server: str | None = None, actor: Actor = SYSTEM) -> None:
         """Remove a deleted tenant permanently: database, role, keys and secrets. A tombstone stays in the registry.
 
         To finish a purge that was interrupted, call this again or ``reconcile``. By its id, a purged tenant can be
         purged again, which does nothing; by its slug it is not found, since the slug may be another tenant's by now.
 
+        Args:
+            tenant: The tenant.
+            lost_server: A server that does not exist any more, and never will again: what the tenant has there is
+                forgotten, and not dropped. The audit log, and the certificate of the erasure, say so.
+            actor: Who does this, for the audit log.
+
         Raises:
             InvalidTransitionError: it is not deleted: delete it first.
             TenantNotFoundError: no such tenant.
-            ProvisioningError, ServerUnavailableError: its server refused, or does not answer; try again.
+            ProvisioningError, ServerUnavailableError: its server refused, or does not answer; try again. Or
+                ``lost_server`` answers, or has nothing of the tenant.
         """
         found = await self._registry.find(tenant)
         if found.status is not Status.PURGED:
-            await run_to_completion(self._purge(found, None, actor))
+            await run_to_completion(self._purge(found, None, actor, lost_server))
 
-    async def _purge(self, found: Tenant, listed: Tenant | None, actor: Actor) -> Tenant:
-        await self._provisioner.purge(found, listed=listed, actor=actor)
+    async def _purge(
+        self, found: Tenant, listed: Tenant | None, actor: Actor, lost_server: str | None = None
+    ) -> Tenant:
+        await self._provisioner.purge(found, listed=listed, lost_server=lost_server, actor=actor)
         self._directory.invalidate(tenant_id=found.id)
         self._events.emit(TenantPurged(tenant_id=found.id, slug=found.slug))
         return found
