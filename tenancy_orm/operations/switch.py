@@ -42,9 +42,9 @@ DRAIN_SECONDS = 1.0
 _IDLE_SECONDS = 0.25  # how long sessions without a transaction are left to the processes that have them
 _POLL_SECONDS = 0.01
 
-# asyncpg would ask the server for int[]
+# asyncpg would ask the server for int[]. An administrator without pg_read_all_stats sees no state: it may be anything.
 _SESSIONS = """
-SELECT pid::text AS pid, usename::text AS role, state LIKE 'idle in transaction%' OR state = 'active' AS busy
+SELECT pid::text AS pid, usename::text AS role, state IS DISTINCT FROM 'idle' AS busy
   FROM pg_stat_activity WHERE datname = $1 AND (usename = $2 OR starts_with(usename::text, $3))
 """
 # A session that logs in holds this lock from before PostgreSQL looks whether it may connect until it is listed as one.
@@ -271,10 +271,10 @@ class Switch:
             await self._services.registry.end_pause(before.id)
 
     async def _current(self, paused: Paused, before: Tenant) -> Tenant:
-        """Return the tenant as its row is: the commit of a switch may be in doubt."""
+        """Return the tenant as its row is; a switch whose commit is in doubt has ended by then."""
         if paused.switched is not None:
             return paused.switched
-        return await self._services.registry.get(before.id)
+        return await self._services.registry.get_settled(before.id)
 
     async def _open(self, paused: Paused, place: Placement) -> None:
         former = paused.tenant.placement

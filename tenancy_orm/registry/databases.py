@@ -76,6 +76,20 @@ class Databases(TenantTable):
             if found is None:
                 await connection.execute(insert(tenant_databases).values(**_columns(beside)))
 
+    async def get_settled(self, tenant_id: UUID) -> Tenant:
+        """Return the tenant once nobody is changing its row.
+
+        Where the answer to a COMMIT was lost, the transaction may go on: it is waited for, as a plain read would not.
+
+        Raises:
+            TenantNotFoundError: there is no such tenant.
+            ControlUnavailableError: the control database does not answer, or the row did not become free in time.
+        """
+        refuse_other_tenant(tenant_id)
+        async with self._control.transaction() as connection:
+            found, _ = await self._lock(connection, tenant_id)
+        return found
+
     async def is_placed_as(self, listed: Tenant) -> bool:
         """Whether the tenant still uses the database that it had when it was listed; False where it was purged."""
         refuse_other_tenant(listed)

@@ -165,7 +165,8 @@ class Switching:
     async def _go_back(self, operation: Operation, database: str) -> Tenant | None:
         """Go back after a failure, unless the tenant uses the new database already: then return it."""
         try:
-            current = await self._registry.get(operation.tenant_id)
+            # a commit in doubt has ended by then
+            current = await self._registry.get_settled(operation.tenant_id)
             if current.placement is not None and current.placement.database == database:
                 return current
             await self.go_back(operation, database)

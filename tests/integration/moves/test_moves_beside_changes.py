@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from typing import Any
 from uuid import uuid4
 
 import psycopg
@@ -12,12 +13,15 @@ import pytest
 from sqlalchemy import text, update
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.config import MoveConfig, ServerAddresses
 from tenancy_orm.control.models import operations, tenants
-from tenancy_orm.errors import JobLostError, OperationError, ProvisioningError
+from tenancy_orm.errors import ControlUnavailableError, JobLostError, OperationError, ProvisioningError
 from tenancy_orm.operations import Switch
 from tenancy_orm.operations.switch import Paused
 from tenancy_orm.provisioning.provisioner import services_of
-from tests.support.moving import Pair
+from tenancy_orm.registry.registry import Registry
+from tests.support.moving import Pair, moving_config
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.new_installation
 
@@ -215,3 +219,106 @@ async def test_a_move_that_another_process_has_taken_over_switches_nothing(
         await plane.moves.move("acme", to="two")
     assert pair.writable(acme) == ["one"]
     assert (await plane.tenants.get("acme")).placement == acme.placement
+
+
+async def test_an_administrator_who_sees_no_states_lets_transactions_end(
+    pair: Pair, control_url: str, name_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without pg_read_all_stats, PostgreSQL does not say which sessions have a transaction."""
+    admin = f"{name_prefix}_blind"
+    for server in (pair.one, pair.two):
+        server.query(f"CREATE ROLE {admin} LOGIN CREATEDB CREATEROLE REPLICATION PASSWORD 'secret'")
+        server.query(f"GRANT CONNECT ON DATABASE postgres TO {admin}")
+        server.query(f"GRANT pg_signal_backend, pg_create_subscription TO {admin}")
+    addresses = {
+        name: ServerAddresses(admin=f"postgresql://{admin}:secret@127.0.0.1:{pair.on(name).port}/postgres")
+        for name in ("one", "two")
+    }
+    patient = MoveConfig(drain_seconds=20.0)
+    tenancy = Tenancy(moving_config(pair, control_url, name_prefix, servers=addresses, move=patient))
+    await tenancy.open(initialise=True)
+    try:
+        acme = (await tenancy.tenants.create("acme")).tenant
+        original = Switch._close
+        begun = asyncio.Event()
+
+        async def close(switch: Switch, *arguments: Any) -> None:
+            begun.set()
+            await original(switch, *arguments)
+
+        monkeypatch.setattr(Switch, "_close", close)
+        async with tenancy.session("acme") as session:
+            # nothing is written yet: a slot is made once every transaction that writes has ended
+            await session.execute(text("SELECT 1"))
+            moving = asyncio.create_task(tenancy.moves.move("acme", to="two"))
+            await begun.wait()
+            await session.execute(text("INSERT INTO notes (body) VALUES ('slow')"))
+            await until(lambda: pair.writable(acme) == [])
+            # longer than sessions without a transaction are left to their processes
+            await asyncio.sleep(1.0)
+            await session.commit()
+        operation = await moving
+        assert operation.detail["ended_sessions"] == 0
+        async with tenancy.session("acme") as session:
+            assert await session.scalar(text("SELECT body FROM notes")) == "slow"
+        await tenancy.moves.confirm("acme")
+    finally:
+        await tenancy.close()
+
+
+SLOW_COMMIT = """
+CREATE FUNCTION public.wait_at_commit() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN PERFORM pg_catalog.pg_advisory_xact_lock(4711); RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER wait_at_commit AFTER UPDATE ON tenancy.tenants DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+    WHEN (OLD.server <> NEW.server) EXECUTE FUNCTION public.wait_at_commit();
+"""
+
+
+async def test_a_switch_that_is_committed_after_its_answer_was_lost_is_finished(
+    plane: Tenancy, pair: Pair, control_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control database goes on with a COMMIT; what undoes the move before that would open the wrong database."""
+    acme = (await plane.tenants.create("acme")).tenant
+    original = Registry.switch_database
+    held = psycopg.connect(control_url, autocommit=True)
+
+    def waiting(what: str) -> int:
+        row = held.execute(
+            "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE NOT l.granted "
+            "AND a.datname = current_database() AND l.locktype = %s",
+            (what,),
+        ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    committing: list[asyncio.Task[object]] = []
+
+    async def lose_the_answer(registry: Registry, *arguments: Any, **options: Any) -> None:
+        committing.append(asyncio.create_task(original(registry, *arguments, **options)))
+        await until(lambda: waiting("advisory"))
+        raise ControlUnavailableError("the connection was lost")
+
+    try:
+        held.execute(SLOW_COMMIT.encode())
+        held.execute("SELECT pg_advisory_lock(4711)")
+        monkeypatch.setattr(Registry, "switch_database", lose_the_answer)
+        moving = asyncio.create_task(plane.moves.move("acme", to="two"))
+        # somebody asks for the tenant's row, which the transaction still has
+        await until(lambda: waiting("transactionid"))
+        assert pair.writable(acme) == []
+        held.execute("SELECT pg_advisory_unlock(4711)")
+        with pytest.raises(ControlUnavailableError):
+            await moving
+        await asyncio.gather(*committing)
+    finally:
+        held.close()
+    async with plane.session("acme") as session:
+        await session.execute(text("INSERT INTO notes (body) VALUES ('there')"))
+        await session.commit()
+    moved = await plane.tenants.get("acme")
+    assert pair.writable(moved) == ["two"]
+    async with plane.internals.control.transaction() as connection:
+        await connection.execute(update(operations).values(claimed_until=text("now()")))
+    assert (await plane.moves.tidy()).errors == ()
+    await plane.moves.confirm("acme")
+    assert pair.rows(moved, "SELECT body FROM notes") == [("there",)]
