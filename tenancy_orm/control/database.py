@@ -601,19 +601,21 @@ def _alembic_config(connection: Connection | None = None) -> Config:
     return config
 
 
-def _script_directory() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_alembic_config())
-
-
 @functools.cache
+def _own_revisions() -> tuple[str, ...]:
+    """The revisions of this package's own migrations, the newest first, read once."""
+    script = ScriptDirectory.from_config(_alembic_config())
+    return tuple(found.revision for found in script.walk_revisions())
+
+
 def head() -> str | None:
-    """The newest revision, read once: this package's own files."""
-    return _script_directory().get_current_head()
+    """The newest revision."""
+    return next(iter(_own_revisions()), None)
 
 
 def _refuse_later(revisions: Sequence[str | None]) -> None:
     """Refuse a schema at a revision of a later version of this package."""
-    own = {script.revision for script in _script_directory().walk_revisions()}
+    own = _own_revisions()
     if later := [revision for revision in revisions if revision is not None and revision not in own]:
         raise ControlSchemaError(
             f"the control database is at revision {later[0]}, which this version of tenancy_orm does not have: a later "
