@@ -29,7 +29,7 @@ class Lent:
     snapshot: Snapshot | None = None
     replacing: Future[None] | None = None
     is_whole: bool = True
-    """Whether what a test has done in the database is undone for the next one."""
+    """Whether nothing that a test has done to the tenant or in its database stays for the next one."""
 
 
 @dataclass(slots=True)
@@ -92,9 +92,13 @@ class Lending:
             )
         lent.is_whole = False
 
+    async def is_unchanged(self, tenancy: Tenancy, lent: Lent) -> bool:
+        """Whether the control database has of a tenant what it had when the tenant was created."""
+        return await self._state(tenancy, lent.created.id) == lent.state
+
     async def give_back(self, tenancy: Tenancy, lent: Lent) -> bool:
-        """Take a tenant back, and return True; one that was changed is removed instead."""
-        if not lent.is_whole or await self._state(tenancy, lent.created.id) != lent.state:
+        """Take a tenant back, and return True; one that a test has changed is removed instead."""
+        if not lent.is_whole:
             await self.remove(tenancy, lent)
             return False
         if lent.snapshot is None:

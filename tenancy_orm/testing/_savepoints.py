@@ -105,10 +105,16 @@ class Savepoints:
         return sum(savepoint.kept is None and savepoint not in self._abandoned for savepoint in self._open)
 
     async def begin_test(self, test: object) -> None:
-        """Begin the transaction of a test."""
+        """Begin the transaction of a test, in one round trip."""
         self.test, self._outer = test, self.driver.transaction()
-        await self._outer.start()
-        await self.driver.execute(f"SAVEPOINT {_TEST}")
+        if not self.driver.is_proved:
+            # BEGIN is on its way with the proof
+            await self._outer.start()
+            await self.driver.execute(f"SAVEPOINT {_TEST}")
+            return
+        # as asyncpg's own ``start`` does
+        self.driver._top_xact = self._outer
+        await self.driver.execute(f"BEGIN; SAVEPOINT {_TEST}")
 
     async def end_test(self) -> str | None:
         """Roll everything back.
@@ -129,8 +135,11 @@ class Savepoints:
             async with asyncio.timeout(_GRACE):
                 await self.mutex.acquire()
             try:
-                await self.driver.execute(f"ROLLBACK TO SAVEPOINT {_TEST}; SELECT pg_catalog.pg_advisory_unlock_all()")
-                await outer.rollback()
+                # the first one fails where the test has ended its transaction
+                await self.driver.execute(
+                    f"ROLLBACK TO SAVEPOINT {_TEST}; SELECT pg_catalog.pg_advisory_unlock_all(); ROLLBACK"
+                )
+                self.driver._top_xact = None
             finally:
                 self.mutex.release()
         except _ENDED:
