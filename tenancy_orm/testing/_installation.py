@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import asyncpg
 from sqlalchemy.engine import make_url
@@ -21,7 +22,7 @@ from ..postgres import connections, locks, login
 from ..postgres.connections import Connection
 from ..postgres.dsn import Dsn
 from ..postgres.poolers import connect_directly
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_identifier, quote_literal
 from ..provisioning import databases
 from ._cloning import SNAPSHOTS
 from ._server import DSN_SETTINGS
@@ -43,12 +44,14 @@ class Installation:
         prefix: What all names of the place begin with; ``TenancyConfig.name_prefix``.
         is_new: Whether its control database was created just now.
         connection: Holds the lock; it belongs to the background loop.
+        is_initialised: Whether this version of the package has initialised it.
     """
 
     server_url: str = field(repr=False)
     prefix: str
     is_new: bool
     connection: Connection = field(repr=False)
+    is_initialised: bool = False
 
     @classmethod
     async def claim(cls, server_url: str, project: str) -> Installation:
@@ -135,6 +138,12 @@ class Installation:
             except asyncpg.DependentObjectsStillExistError:  # it has rights on a database that stays
                 await connection.execute(f"DROP OWNED BY {quoted}; DROP ROLE {quoted}")
 
+    async def note_initialised(self) -> None:
+        """Remember for the next run that the control database is initialised: that takes a hundred statements."""
+        comment = quote_literal(_initialised_by())
+        await self.connection.execute(f"COMMENT ON DATABASE {quote_identifier(self.database)} IS {comment}")
+        self.is_initialised = True
+
     async def release(self) -> None:
         """Give the place up."""
         await connections.close(self.connection)
@@ -151,10 +160,17 @@ class Installation:
         return [name for (name,) in rows]
 
     async def _create_control(self) -> bool:
-        found = await self.connection.fetchval("SELECT 1 FROM pg_database WHERE datname = $1", self.database)
+        found = await self.connection.fetchrow(
+            "SELECT shobj_description(oid, 'pg_database') AS comment FROM pg_database WHERE datname = $1", self.database
+        )
         if found is None:
             await self.connection.execute(f"CREATE DATABASE {quote_identifier(self.database)}")
+        self.is_initialised = found is not None and found["comment"] == _initialised_by()
         return found is None
+
+
+def _initialised_by() -> str:
+    return f"tenancy-orm {version('tenancy-orm')}"
 
 
 __all__ = ["Installation"]

@@ -22,6 +22,7 @@ from ..postgres.dsn import Dsn
 from ..quotas.rates import Rates
 from ..seeds import Seed
 from ..tenant import Status
+from ..tenants.tiers import differing
 from . import _application as application
 from ._application import Application
 from ._background import BackgroundLoop
@@ -174,7 +175,7 @@ class TestRun:
         if self._prepared:
             return await build(redirected, events, rates, initialise, seeds)
         try:
-            assembly = await build(redirected, events, rates, True, seeds)
+            assembly = await build(redirected, events, rates, not installation.is_initialised, seeds)
         except TenancyError:
             if installation.is_new:
                 raise
@@ -183,6 +184,10 @@ class TestRun:
             assembly = await build(redirected, events, rates, True, seeds)
         if not installation.is_new:
             await _remove_leftovers(assembly)
+        if installation.is_initialised:
+            await _settle_tiers(assembly)
+        else:
+            await self.background.call(installation.note_initialised())
         self._prepared = True
         self._known[events] = assembly
         return assembly
@@ -232,6 +237,14 @@ async def _remove_leftovers(assembly: Assembly) -> None:
             await assembly.tenants.delete(tenant.id)
             await assembly.tenants.purge(tenant.id)
     await assembly.provisioner.reconcile(drop_unknown=True, thorough=False)
+
+
+async def _settle_tiers(assembly: Assembly) -> None:
+    """Put the configured tiers in force: they have changed since the last run, or a test of it has applied others."""
+    tiers, configured = assembly.tiers, assembly.config.tiers
+    in_force = await tiers.in_force()
+    if [*in_force] != [*configured] or differing(in_force, configured, await tiers.weights()):
+        await tiers.apply(configured)
 
 
 def _cache_directory(config: pytest.Config) -> Path:

@@ -602,6 +602,39 @@ async def test_workers_and_killed_runs_keep_out_of_each_others_way(suite: Suite,
     assert [name for name in names if name.startswith((suite.prefix(0), suite.prefix(1))) and "_t_" in name] == []
 
 
+async def test_an_installation_is_initialised_once_and_its_tiers_are_those_that_are_configured(
+    suite: Suite, postgres: Postgres
+) -> None:
+    """Another version of the package initialises it again; what a test of a former run has applied does not stay."""
+    suite.write(
+        test_shop="""
+        from tenancy_orm import Tier
+
+        async def test_tiers(tenancy, tenant):
+            assert set(await tenancy.tiers.in_force()) == set(tenancy.config.tiers)
+            await tenancy.tiers.apply({**tenancy.config.tiers, "strange": Tier("strange")})
+        """
+    )
+    database = f"{suite.prefix()}_control"
+    granted = (
+        "SELECT count(*) FROM information_schema.column_privileges "
+        "WHERE table_schema = 'tenancy' AND grantee LIKE '%\\_viewer'"
+    )
+    outcome = await suite.run()
+    assert outcome.counts == {"passed": 1}, outcome.text
+    async with postgres.connect(database) as connection:
+        before = await connection.fetchval(granted)
+        (viewer,) = await connection.fetchrow("SELECT viewer FROM tenancy.installation")
+        for comment, expected in (("tenancy-orm 0.0", before), (None, 0)):
+            await connection.execute(f'REVOKE ALL ON ALL TABLES IN SCHEMA tenancy FROM "{viewer}"')
+            if comment is not None:
+                await connection.execute(f"COMMENT ON DATABASE \"{database}\" IS '{comment}'")
+            outcome = await suite.run()
+            assert outcome.counts == {"passed": 1}, outcome.text
+            assert await connection.fetchval(granted) == expected
+    assert before > 0
+
+
 async def test_what_hinders_all_tests_is_said_in_short(suite: Suite) -> None:
     """At the start where a setting is malformed, else with each test; with the setting, and without frames."""
     suite.settings["asyncio_default_test_loop_scope"] = '"session"'
