@@ -49,7 +49,7 @@ from ..postgres.errors import (
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.poolers import connect_directly
-from .direct import ControlRow, check_out, give_back, give_back_after, rows_of
+from .direct import ControlRow, DirectPool, pool_of, rows_of
 from .grants import grant_application
 from .models import SCHEMA, installation, servers
 from .names import Names
@@ -68,6 +68,16 @@ _LOCK_PAUSE = 1.0
 _LOCK_SECONDS = 60.0
 _SET_LOCK_TIMEOUT = text("SELECT set_config('lock_timeout', :timeout, true)")
 _BUSY = (LOCK_NOT_AVAILABLE, DEADLOCK_DETECTED)
+
+# PostgreSQL would plan "= ANY" for the number of keys each time, which takes longer than the query. And a plan that was
+# made while the tables were small, and reads all their rows, would stay until they are next analysed.
+_HOT_SETTINGS = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+}
 
 _NOTIFY = text("SELECT pg_notify(:channel, payload) FROM unnest(CAST(:payloads AS text[])) AS payload")
 
@@ -139,7 +149,8 @@ class ControlDatabase:
         purpose: What the connections are for, as their application_name says.
         direct: Another DSN of the database, which leads to PostgreSQL itself; needed if ``dsn`` leads to a pooler.
         pooled: Whether ``dsn`` leads to a pooler; the first connection finds out where None.
-        hot: Whether it is for a few statements that are run again and again: PostgreSQL plans each of them once.
+        hot: Whether it is for a few statements that are run again and again and look rows up by an index: PostgreSQL
+            plans each of them once.
     """
 
     def __init__(
@@ -167,7 +178,7 @@ class ControlDatabase:
             "timeout": self._connect_timeout,
             "command_timeout": command_timeout,
         }
-        self._hot = hot
+        self._settings = _HOT_SETTINGS if hot else {}
         self._installation: UUID | None = None
         self._name_prefix = name_prefix
         self._viewer: str | None = None
@@ -179,6 +190,7 @@ class ControlDatabase:
         """Whether a connection pooler answers; None before the first connection."""
         self.engine: AsyncEngine = create_async_engine(
             "postgresql+asyncpg://",
+            poolclass=DirectPool,
             pool_size=pool_size,
             max_overflow=pool_size,
             pool_timeout=connect_timeout,
@@ -198,13 +210,9 @@ class ControlDatabase:
         checked, self._checked = self._checked, None
         if checked is not None and not checked.is_closed():
             return checked
-        options: dict[str, Any] = {}
         if self.is_pooled:
-            options["statement_cache_size"] = 0
-        elif self._hot:
-            # it would plan "= ANY" for the number of keys each time, which takes longer than the query
-            options["settings"] = {"plan_cache_mode": "force_generic_plan"}
-        return await login.connect(self.dsn, **self._login, **options)
+            return await login.connect(self.dsn, **self._login, statement_cache_size=0)
+        return await login.connect(self.dsn, **self._login, settings=self._settings)
 
     def _keep_no_statements(self, dialect: object, record: object, arguments: object, options: dict[str, Any]) -> None:
         """Prepare nothing that a pooler's next client would find: an unnamed statement is parsed when it is run."""
@@ -217,7 +225,9 @@ class ControlDatabase:
             if self.is_pooled is not None:
                 return
             try:
-                self._checked = await connect_directly(self.dsn, refusal="{reason}", **self._login)
+                self._checked = await connect_directly(
+                    self.dsn, refusal="{reason}", settings=self._settings, **self._login
+                )
                 self.is_pooled = False
             except PoolerError as exc:
                 self._pooled_reason = str(exc)
@@ -315,17 +325,18 @@ class ControlDatabase:
         try:
             if self.is_pooled is None:
                 await self._check_address()
-            pooled = await check_out(self.engine)
+            pool = pool_of(self.engine)
+            record = await pool.check_out()
         except (DBAPIError, *SERVER_FAILURES) as exc:
             raise self._unavailable(exc) from exc
         try:
-            rows = await rows_of(pooled, query, args)
+            rows = await rows_of(record, query, args)
         except BaseException as exc:
-            await give_back_after(self.engine, pooled, exc, lost=is_unavailable(exc))
+            await pool.check_in_after(record, exc, lost=is_unavailable(exc))
             if isinstance(exc, Exception) and is_unavailable(exc):
                 raise self._unavailable(exc) from exc
             raise
-        await give_back(self.engine, pooled)
+        await pool.check_in(record)
         return rows
 
     def check_names(self, names: Names) -> None:

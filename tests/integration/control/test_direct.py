@@ -66,6 +66,25 @@ async def test_a_cancelled_statement_costs_its_connection_alone(control: Control
     assert pool.checkedout() == 0
 
 
+async def test_a_hot_statement_is_planned_once_and_reads_by_an_index(empty_url: str) -> None:
+    """From the first connection on, which has shown where the address leads, and while its table is still empty."""
+    control = ControlDatabase(empty_url, hot=True)
+    query = "SELECT a FROM things WHERE id = ANY($1::text[])"
+    try:
+        await control.fetch("CREATE TABLE things (id text PRIMARY KEY, a int)")
+        for number in range(7):
+            await control.fetch(query, [str(number)])
+        (row,) = await control.fetch(
+            "SELECT generic_plans, custom_plans FROM pg_prepared_statements WHERE statement = $1", query
+        )
+        assert (row.generic_plans, row.custom_plans) == (7, 0)
+        await control.fetch(f"PREPARE again AS {query}")
+        plan = "\n".join(row[0] for row in await control.fetch("EXPLAIN EXECUTE again ('{x}')"))
+        assert "things_pkey" in plan and "Seq Scan" not in plan
+    finally:
+        await control.close()
+
+
 async def test_a_server_that_does_not_answer_is_not_available() -> None:
     """As for every other statement."""
     control = ControlDatabase("postgresql://nobody@127.0.0.1:1/none", connect_timeout=1.0)
