@@ -847,7 +847,7 @@ class EventBus:
                 continue
             try:
                 outcome = subscriber.callback(event)
-                if inspect.isawaitable(outcome):
+                if outcome is not None and inspect.isawaitable(outcome):
                     self._enqueue(subscriber, outcome, event)
             # CancelledError too: nothing is awaited here, so it is not a cancellation of the task that emits
             except (Exception, asyncio.CancelledError):

@@ -16,16 +16,47 @@ V = TypeVar("V")
 
 
 class PendingLookup(Generic[V]):
-    """One look-up in progress. ``invalidated``: tags invalidated between the start of its query and its last caller."""
+    """One look-up in progress.
 
-    __slots__ = ("future", "invalidated", "waiters")
+    Each caller waits for a future of its own, so that cancelling one cancels no other.
+    """
+
+    __slots__ = ("_timer", "callers", "done", "invalidated")
 
     def __init__(self) -> None:
-        self.future: asyncio.Future[V | None] = asyncio.get_running_loop().create_future()
-        # retrieved here, or asyncio would report a failure that nobody waited for
-        self.future.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self.callers: list[asyncio.Future[V | None]] = []
         self.invalidated: set[Hashable] = set()
-        self.waiters = 0
+        """Tags invalidated between the start of its query and its last caller."""
+        self.done = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def limit(self, seconds: float) -> None:
+        """Have its callers wait no longer than this."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._time_out)
+
+    def answer(self, value: V | None) -> None:
+        """Give its callers the value."""
+        self._end()
+        for caller in self.callers:
+            if not caller.done():
+                caller.set_result(value)
+
+    def fail(self, error: Exception) -> None:
+        """Give its callers an error, unless they have the answer."""
+        if self.done:
+            return
+        self._end()
+        for caller in self.callers:
+            if not caller.done():
+                caller.set_exception(error)
+
+    def _end(self) -> None:
+        self.done = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _time_out(self) -> None:
+        self.fail(ControlUnavailableError(_NO_ANSWER))
 
 
 class BatchLoader(Generic[K, V]):
@@ -67,16 +98,14 @@ class BatchLoader(Generic[K, V]):
             ControlUnavailableError: the server did not answer, or not in time.
         """
         lookup = self._waiting.get(key) or self._joinable.get(key)
-        if lookup is None:
+        if lookup is None or lookup.done:
             lookup = self._start(key)
-        lookup.waiters += 1
+        caller: asyncio.Future[V | None] = asyncio.get_running_loop().create_future()
+        lookup.callers.append(caller)
         try:
-            async with asyncio.timeout(2 * self._timeout):
-                value = await asyncio.shield(lookup.future)
-        except TimeoutError:
-            raise ControlUnavailableError(_NO_ANSWER) from None
+            value = await caller
         finally:
-            lookup.waiters -= 1
+            lookup.callers.remove(caller)
             self._discard_if_done(lookup)
         return value, lookup.invalidated
 
@@ -104,6 +133,9 @@ class BatchLoader(Generic[K, V]):
             task = asyncio.get_running_loop().create_task(self._work(), context=Context())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        else:
+            # many may come before its query, and each query may take its time
+            lookup.limit(2 * self._timeout)
         return lookup
 
     async def _work(self) -> None:
@@ -123,7 +155,7 @@ class BatchLoader(Generic[K, V]):
             async with asyncio.timeout(self._timeout):
                 found = await self._load(list(pending))
             for key, lookup in pending.items():
-                lookup.future.set_result(found.get(key))
+                lookup.answer(found.get(key))
         except TimeoutError:
             error = ControlUnavailableError(_NO_ANSWER)
             self._fail(pending.values(), error)
@@ -142,7 +174,7 @@ class BatchLoader(Generic[K, V]):
 
     def _discard_if_done(self, lookup: PendingLookup[V]) -> None:
         """Stop marking a look-up once its last caller has resumed, which is some turns of the loop after its answer."""
-        if lookup.future.done() and lookup.waiters == 0:
+        if lookup.done and not lookup.callers:
             self._begun.discard(lookup)
 
     def _fail_waiting(self, error: Exception) -> None:
@@ -153,5 +185,4 @@ class BatchLoader(Generic[K, V]):
     @staticmethod
     def _fail(pending: Iterable[PendingLookup[V]], error: Exception) -> None:
         for lookup in pending:
-            if not lookup.future.done():
-                lookup.future.set_exception(error)
+            lookup.fail(error)

@@ -307,7 +307,7 @@ class Directory:
         """Look up a key, and check its secret."""
         found, invalidated = await self._lookups.key(parsed.key_id)
         row, read_at = found or (None, 0.0)
-        matches = self._digester.matches(parsed.text, row and row.digest, row and row.digest_version)
+        matches = self._digester.matches(parsed.text, row and row["digest"], row and row["digest_version"])
         if row is None or not matches:
             reason = "unknown" if row is None else "secret"
             if row is not None and not self._digester.has_pepper(row.digest_version):
@@ -332,15 +332,17 @@ class Directory:
             found = await self._verified(digest, parsed)
             state = credential_state(found.row, found.read_at)
         row, _, invalidated = found
-        entry = self._build(row, state)
+        assert state.tenant is not None  # noqa: S101 - a key has one
+        tenant = self._tenants.judged(state.tenant)
+        entry = self._build(row, state, tenant)
         self._cache.record_proven(digest, entry.refusal is None)
-        if invalidated.isdisjoint((EVERYTHING, row.key_id, row.id)):
-            self._cache.store_key(digest, entry)
+        if invalidated.isdisjoint((EVERYTHING, row["key_id"], row["id"])):
+            self._cache.store_key(digest, entry, tenant)
         else:
             # a change came while this was looked up: verify whatever is admitted with it
-            self.admissions.verify(row.key_id)
-        if self._digester.is_older(row.digest_version):
-            self._journal.record_digest(parsed, row.digest_version)
+            self.admissions.verify(row["key_id"])
+        if self._digester.is_older(row["digest_version"]):
+            self._journal.record_digest(parsed, row["digest_version"])
         return entry
 
     async def _credential_state(self, granted: CredentialState) -> CredentialState | None:
@@ -350,18 +352,17 @@ class Directory:
         found, _ = await self._lookups.key(granted.credential_id)
         return found and credential_state(*found)
 
-    def _build(self, row: ControlRow, state: CredentialState) -> KeyEntry:
-        assert state.tenant is not None  # noqa: S101 - a key has one
-        tenant = replace(self._tenants.judged(state.tenant), admission=self.admissions.admit(state))
+    def _build(self, row: ControlRow, state: CredentialState, tenant: Tenant) -> KeyEntry:
+        tenant = replace(tenant, admission=self.admissions.admit(state))
         credential = Credential(
             "key",
-            row.key_id,
+            row["key_id"],
             tenants=(tenant.id,),
             scopes=state.scopes,
             networks=state.networks,
-            name=row.name,
-            prefix=row.prefix,
-            expires_at=row.expires_at,
+            name=row["name"],
+            prefix=row["prefix"],
+            expires_at=row["expires_at"],
             memberships=(Membership(tenant),),
             bound=tenant,
         )

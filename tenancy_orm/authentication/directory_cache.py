@@ -120,15 +120,14 @@ class DirectoryCache:
 
     # --- keys -------------------------------------------------------------------------------------------------------
 
-    def store_key(self, digest: bytes, entry: KeyEntry) -> None:
-        """Store a key, and its tenant with it."""
+    def store_key(self, digest: bytes, entry: KeyEntry, tenant: Tenant) -> None:
+        """Store a key, and with it its ``tenant``, which answers look-ups by name and so has no admission."""
         self.invalidate_key(digest)
         self._unknown_keys.pop(digest, None)
         self.keys.put(digest, entry)
         self._by_key_id[entry.credential.id] = digest
         self._by_tenant.setdefault(entry.tenant_id, set()).add(digest)
-        # without the key's admission: this entry answers look-ups by name
-        self.store_tenant(replace(entry.credential.tenant, admission=None), entry.placed_at)
+        self.store_tenant(tenant, entry.placed_at)
 
     def invalidate_key(self, digest: bytes) -> None:
         """Forget a key by its fingerprint."""

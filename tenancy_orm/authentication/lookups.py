@@ -120,15 +120,15 @@ class SubjectRow(NamedTuple):
 def credential_state(row: ControlRow, read_at: float) -> CredentialState:
     """Return the state of a key from its row, read at this time."""
     return CredentialState(
-        credential_id=row.key_id,
+        credential_id=row["key_id"],
         tenant=tenant_from_row(row),
         read_at=read_at,
-        scopes=frozenset(row.scopes),
-        networks=parse_networks(row.networks),
-        secret=(row.digest_version, row.digest),
-        revoked=row.revoked_at is not None,
+        scopes=frozenset(row["scopes"]),
+        networks=parse_networks(row["networks"]),
+        secret=(row["digest_version"], row["digest"]),
+        revoked=row["revoked_at"] is not None,
         # by the database's clock, so that a difference between the clocks does not matter
-        expires=None if row.expires_at is None else read_at + (row.expires_at - row.now).total_seconds(),
+        expires=None if row["expires_at"] is None else read_at + (row["expires_at"] - row["now"]).total_seconds(),
     )
 
 
@@ -281,7 +281,7 @@ class DirectoryLookups:
         rows, read_at = await self._query(_KEYS, key_ids)
         seconds = time.perf_counter() - started
         self._events.emit(DirectoryMissed(keys=len(key_ids), tenants=0, seconds=seconds))
-        return {row.key_id: (row, read_at) for row in rows}
+        return {row["key_id"]: (row, read_at) for row in rows}
 
     async def _load_tenants(self, wanted: list[UUID | str]) -> Mapping[UUID | str, tuple[Tenant, float]]:
         started = time.perf_counter()

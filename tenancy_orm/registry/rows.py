@@ -88,30 +88,32 @@ def _json_object(value: Mapping[str, Any] | str) -> Mapping[str, Any]:
 
 def tenant_from_row(row: Row[*tuple[Any, ...]] | ControlRow) -> Tenant:
     """Build the value object from a row of ``TENANT_COLUMNS``."""
+    # by key, since attributes of a ``ControlRow`` take ten times as long
+    column: Any = row._mapping if isinstance(row, Row) else row
     placement = None
-    if row.sealed_password is not None:
-        placement = Placement(row.server, row.database_name, row.role_name, row.sealed_password)
+    if column["sealed_password"] is not None:
+        placement = Placement(column["server"], column["database_name"], column["role_name"], column["sealed_password"])
     return Tenant(
-        id=row.id,
-        slug=row.slug,
-        status=Status(row.status),
-        tier=row.tier,
+        id=column["id"],
+        slug=column["slug"],
+        status=Status(column["status"]),
+        tier=column["tier"],
         placement=placement,
-        schema_revision=row.schema_revision,
-        migrating_to=row.migrating_to,
-        paused=row.paused,
-        metadata=_json_object(row.metadata),
-        quotas=_json_object(row.quotas),
-        reason=row.reason,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-        deleted_at=row.deleted_at,
-        trial_ends_at=row.trial_ends_at,
-        suspend_at=row.suspend_at,
-        purge_at=row.purge_at,
-        timezone=row.timezone,
-        region=row.region,
-        aliases=frozenset(row.aliases),
+        schema_revision=column["schema_revision"],
+        migrating_to=column["migrating_to"],
+        paused=column["paused"],
+        metadata=_json_object(column["metadata"]),
+        quotas=_json_object(column["quotas"]),
+        reason=column["reason"],
+        created_at=column["created_at"],
+        updated_at=column["updated_at"],
+        deleted_at=column["deleted_at"],
+        trial_ends_at=column["trial_ends_at"],
+        suspend_at=column["suspend_at"],
+        purge_at=column["purge_at"],
+        timezone=column["timezone"],
+        region=column["region"],
+        aliases=frozenset(column["aliases"]),
     )
 
 

@@ -500,6 +500,23 @@ async def test_who_queues_behind_slow_answers_waits_for_two_of_them_at_most() ->
     assert asked < 10
 
 
+async def test_nobody_joins_a_look_up_that_was_given_up_before_its_query() -> None:
+    """Who comes after that is looked up, and waits for as long as anybody else."""
+    source = Source()
+    batch = BatchLoader(source.load, workers=1, timeout=HANGS)
+    first = asyncio.create_task(batch.get(1))
+    await started(source)
+    given_up = asyncio.create_task(batch.get(2))
+    await until(lambda: 2 in batch._waiting)
+    batch._waiting[2].fail(ControlUnavailableError("no answer"))
+    with pytest.raises(ControlUnavailableError):
+        await given_up
+    later = asyncio.create_task(batch.get(2))
+    await asyncio.sleep(0)
+    source.gate.set()
+    assert [await first, await later] == [("1", set()), ("2", set())]
+
+
 async def test_a_failure_reaches_everyone_who_waited_and_nobody_later() -> None:
     """It is not remembered."""
     source = Source()
