@@ -26,7 +26,7 @@ from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.lookup import find_tenant_id, resolve_tenant_id
 from ..control.models import tenants
-from ..errors import QuotaError, QuotaExceededError, TenantNotFoundError, UnknownQuotaError
+from ..errors import QuotaError, QuotaExceededError, TenancyError, TenantNotFoundError, UnknownQuotaError
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
 from ..tenant import Status, Tenant, TenantRef
 from .holds import Hold, HoldManager
@@ -35,6 +35,7 @@ from .overrides import Override, check_overrides
 from .usage import Remaining, TenantUsage, Usage
 
 _LONGEST_KEY = 200
+_DONE = frozenset({"counted", "replayed"})
 
 _CONSUME = (
     "SELECT outcome, slug, amount_limit, period, used, nullif(ends_at, 'infinity') AS resets_at, crossed, in_blocks "
@@ -425,38 +426,8 @@ class QuotaManager:
 
     def _handle_outcome(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> Usage:
         """Return the usage or raise the error in the database's answer, and emit events for soft limits reached."""
-        if row.outcome == "no_tenant":
-            raise TenantNotFoundError(tenant_id)
-        if row.outcome == "unknown":
-            raise UnknownQuotaError(resource, tenant=row.slug)
-        if row.outcome == "period":
-            verb = "hold" if row.period == "concurrent" else "consume"
-            raise QuotaError(f"quota {resource!r} of tenant {row.slug!r} is per {row.period}: use {verb}()")
-        if row.outcome == "closed":
-            raise QuotaError(
-                f"quota {resource!r} of tenant {row.slug!r}: the period has been closed for billing, and cannot change"
-            )
-        if row.outcome == "mismatched":
-            raise QuotaError(
-                f"the idempotency key of this use of {resource!r} by tenant {row.slug!r} has counted another amount or "
-                "resource: give every use its own key"
-            )
-        usage = Usage(resource, row.used, row.amount_limit, row.period, row.resets_at)
-        if row.outcome == "exceeded":
-            self._events.emit(
-                QuotaRefused(
-                    tenant_id=tenant_id, slug=row.slug, resource=resource, limit=row.amount_limit, used=row.used
-                )
-            )
-            raise QuotaExceededError(
-                tenant=row.slug,
-                resource=resource,
-                limit=row.amount_limit,
-                used=row.used,
-                requested=amount,
-                resets_at=row.resets_at,
-                period=row.period,
-            )
+        if row.outcome not in _DONE:
+            raise self._refusal(tenant_id, resource, amount, row)
         for fraction in row.crossed or ():
             self._events.emit(
                 QuotaThresholdReached(
@@ -468,7 +439,38 @@ class QuotaManager:
                     used=row.used,
                 )
             )
-        return usage
+        return Usage(resource, row.used, row.amount_limit, row.period, row.resets_at)
+
+    def _refusal(self, tenant_id: UUID, resource: str, amount: int, row: Any) -> TenancyError:
+        """Return the error in the database's answer, and emit the event for a limit that would be passed."""
+        if row.outcome == "no_tenant":
+            return TenantNotFoundError(tenant_id)
+        if row.outcome == "unknown":
+            return UnknownQuotaError(resource, tenant=row.slug)
+        if row.outcome == "period":
+            verb = "hold" if row.period == "concurrent" else "consume"
+            return QuotaError(f"quota {resource!r} of tenant {row.slug!r} is per {row.period}: use {verb}()")
+        if row.outcome == "closed":
+            return QuotaError(
+                f"quota {resource!r} of tenant {row.slug!r}: the period has been closed for billing, and cannot change"
+            )
+        if row.outcome == "mismatched":
+            return QuotaError(
+                f"the idempotency key of this use of {resource!r} by tenant {row.slug!r} has counted another amount or "
+                "resource: give every use its own key"
+            )
+        self._events.emit(
+            QuotaRefused(tenant_id=tenant_id, slug=row.slug, resource=resource, limit=row.amount_limit, used=row.used)
+        )
+        return QuotaExceededError(
+            tenant=row.slug,
+            resource=resource,
+            limit=row.amount_limit,
+            used=row.used,
+            requested=amount,
+            resets_at=row.resets_at,
+            period=row.period,
+        )
 
     async def _check_exists(self, connection: AsyncConnection, tenant_id: UUID) -> None:
         known = select(tenants.c.id).where(tenants.c.id == tenant_id, tenants.c.status != Status.PURGED)
