@@ -42,12 +42,13 @@ _CONSUME = (
     "FROM tenancy.quota_consume($1::uuid, $2::text, $3::bigint, $4::text, $5::timestamptz)"
 )
 # The same for the usual case: a use without a key, now, in a period that has begun, which passes neither the limit nor
-# a soft limit. It counts in one UPDATE, and calls the function only where that has found no row.
+# a soft limit. It counts in one UPDATE, and calls the function only where that has found no row. A period that could
+# have begun before the bound below is left to the function too: without it, every ended period would be read.
 _CONSUME_NOW = """
     WITH counted AS (
         UPDATE tenancy.usage AS u SET used = u.used + $3::bigint
         FROM (
-            SELECT t.slug, m.merged, (m.merged ->> 'amount')::bigint AS amount_limit,
+            SELECT m.merged, (m.merged ->> 'amount')::bigint AS amount_limit,
                 coalesce(m.merged ->> 'period', 'lifetime') AS period
             FROM tenancy.tenants AS t
             JOIN tenancy.tiers AS i ON i.name = t.tier
@@ -57,21 +58,22 @@ _CONSUME_NOW = """
             WHERE t.id = $1::uuid AND t.status <> 'purged' AND m.merged IS NOT NULL AND $2 <> 'requests_per_second'
         ) AS q
         WHERE u.tenant_id = $1 AND u.resource = $2 AND u.period = q.period AND q.period <> 'concurrent'
-            AND u.period_start = (
-                SELECT v.period_start FROM tenancy.usage AS v
-                WHERE v.tenant_id = $1 AND v.resource = $2 AND v.period = q.period
-                    AND v.period_start <= statement_timestamp()
-                ORDER BY v.period_start DESC LIMIT 1)
+            AND u.period_start <= statement_timestamp()
+            AND u.period_start > statement_timestamp() - CASE q.period
+                WHEN 'day' THEN interval '3 days' WHEN 'month' THEN interval '70 days' ELSE interval '1000 years' END
             AND u.period_end > statement_timestamp()
             AND u.closed_at IS NULL
-            AND (q.amount_limit IS NULL OR u.used + $3 <= q.amount_limit AND NOT EXISTS (
-                SELECT FROM unnest(tenancy.quota_soft(q.merged)) AS f
-                WHERE u.used + $3 >= f * q.amount_limit
-                    AND (u.soft_limit IS DISTINCT FROM q.amount_limit OR f > u.soft_reached)))
-        RETURNING q.slug, q.amount_limit, u.period, u.used, u.period_end
+            AND (q.amount_limit IS NULL OR u.used + $3 <= q.amount_limit AND (
+                -- below the lowest default of ``quota_soft``, which PostgreSQL does not inline
+                q.merged -> 'soft' IS NULL AND u.used + $3 < 0.8::double precision * q.amount_limit
+                OR NOT EXISTS (
+                    SELECT FROM unnest(tenancy.quota_soft(q.merged)) AS f
+                    WHERE u.used + $3 >= f * q.amount_limit
+                        AND (u.soft_limit IS DISTINCT FROM q.amount_limit OR f > u.soft_reached))))
+        RETURNING q.amount_limit, u.period, u.used, u.period_end
     )
-    SELECT 'counted' AS outcome, slug, amount_limit, period, used, nullif(period_end, 'infinity') AS resets_at,
-        NULL::double precision[] AS crossed, NULL::bigint AS in_blocks
+    SELECT 'counted' AS outcome, NULL::text AS slug, amount_limit, period, used,
+        nullif(period_end, 'infinity') AS resets_at, NULL::double precision[] AS crossed, NULL::bigint AS in_blocks
     FROM counted
     UNION ALL
     SELECT outcome, slug, amount_limit, period, used, nullif(ends_at, 'infinity'), crossed, in_blocks
