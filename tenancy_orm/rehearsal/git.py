@@ -16,7 +16,7 @@ def changed_since(environment: Environment, commit: str) -> tuple[str, ...]:
     """Return the revisions with files that are new or changed since ``commit``, committed or not; oldest first.
 
     Raises:
-        ConfigurationError: git is not installed, this is no repository of git, or it has no such commit.
+        ConfigurationError: git is missing or does not answer, this is no repository of it, or it has no such commit.
     """
     directory = Path(environment.script.dir).absolute()
     if commit.startswith("-"):
@@ -47,6 +47,10 @@ def _git(directory: Path, *arguments: str) -> str:
         )
     except OSError as exc:
         raise ConfigurationError("git is not installed; name the revisions, or give --from") from exc
+    except subprocess.TimeoutExpired as exc:
+        raise ConfigurationError(
+            f"git {arguments[0]} has not answered within {_SECONDS:g} s; name the revisions, or give --from"
+        ) from exc
     if done.returncode:
         reason = next(iter(done.stderr.strip().splitlines()), f"status {done.returncode}")
         raise ConfigurationError(f"git {arguments[0]}: {reason}")

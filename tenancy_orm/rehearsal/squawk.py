@@ -71,9 +71,16 @@ def check(
         files = {f"{number}.sql": name for number, name in enumerate(texts)}
         for file, name in files.items():
             Path(directory, file).write_text(texts[name], "utf-8")
-        done = subprocess.run(  # noqa: S603 - no shell, a program that the operator has installed
-            [*arguments, *files], cwd=directory, capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
+        try:
+            done = subprocess.run(  # noqa: S603 - no shell, a program that the operator has installed
+                [*arguments, *files], cwd=directory, capture_output=True, text=True, timeout=_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise ConfigurationError(
+                f"squawk has not checked the revisions within {_SECONDS:g} s; name fewer of them"
+            ) from exc
+        except OSError as exc:
+            raise ConfigurationError(f"squawk cannot be started: {program}: {exc.strerror}") from exc
     try:
         rows = json.loads(done.stdout) if done.returncode in (0, _FAILED) else None
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tenancy_orm.config import MigrationConfig
 from tenancy_orm.errors import ConfigurationError, MigrationError, MissingExtraError
 from tenancy_orm.migrations.configuration import alembic_config
 from tenancy_orm.migrations.scripts import Environment, load
+from tenancy_orm.rehearsal import git, squawk
 from tenancy_orm.rehearsal.git import changed_since
 from tenancy_orm.rehearsal.lint import LintFinding, heads_of, lint, revisions_between
 from tests.support.projects import NOTES, Project
@@ -140,6 +142,38 @@ def test_without_the_extra_the_error_has_the_command(project: Project, monkeypat
         check(project)
 
 
+def program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_squawk_that_hangs_or_cannot_be_started_is_an_error(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = program(tmp_path / "squawk", "exec sleep 600")
+    monkeypatch.setattr(squawk, "_find", lambda: str(found))
+    monkeypatch.setattr(squawk, "_SECONDS", 0.1)
+    with pytest.raises(ConfigurationError, match=r"squawk has not checked the revisions within 0\.1 s"):
+        check(project)
+    found.chmod(0o644)
+    with pytest.raises(ConfigurationError, match="squawk cannot be started"):
+        check(project)
+
+
+@pytest.mark.parametrize(("script", "message"), [("exec sleep 600", r"within 0\.1 s"), (None, "not installed")])
+def test_a_git_that_hangs_or_is_missing_is_an_error(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, message: str
+) -> None:
+    (tmp_path / "bin").mkdir()
+    if script is not None:
+        program(tmp_path / "bin" / "git", script.replace("sleep", str(shutil.which("sleep"))))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(git, "_SECONDS", 0.1)
+    with pytest.raises(ConfigurationError, match=message):
+        changed_since(environment(project), "main")
+
+
 def test_revisions_between_are_those_that_some_database_lacks(project: Project) -> None:
     loaded = environment(project)
     assert revisions_between(loaded, [heads_of(loaded, "base")]) == ("1", "2")
@@ -150,18 +184,18 @@ def test_revisions_between_are_those_that_some_database_lacks(project: Project) 
 
 
 def test_revisions_since_a_commit_are_those_with_new_or_changed_files(project: Project) -> None:
-    def git(*arguments: str) -> None:
+    def run_git(*arguments: str) -> None:
         identity = ("-c", "user.name=a", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false")
         subprocess.run(["git", *identity, "-C", str(project.root), *arguments], check=True, capture_output=True)
 
-    git("init", "-b", "main")
-    git("add", "-A")
-    git("commit", "-m", "first")
+    run_git("init", "-b", "main")
+    run_git("add", "-A")
+    run_git("commit", "-m", "first")
     assert changed_since(environment(project), "main") == ()
-    git("checkout", "-b", "work")
+    run_git("checkout", "-b", "work")
     project.add("3", down="2")
-    git("add", "-A")
-    git("commit", "-m", "second")
+    run_git("add", "-A")
+    run_git("commit", "-m", "second")
     project.add("4", down="3")
     assert changed_since(environment(project), "main") == ("3", "4")
     assert changed_since(environment(project), "HEAD") == ("4",)
