@@ -76,6 +76,15 @@ class TierShare:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmCount:
+    """How many warm databases a server has: ``ready`` for a tenant, and ``incomplete``, being made or dropped."""
+
+    server: str
+    ready: int
+    incomplete: int
+
+
+@dataclass(frozen=True, slots=True)
 class SampleReport:
     """The result of one run of the sampler: tenants sampled, and servers that did not answer."""
 
@@ -124,6 +133,18 @@ class TenantMetrics:
         refuse_while_bound("counting tenants")
         async with self._control.connect() as connection:
             return [TierShare(*row) for row in (await connection.execute(_TIERS)).all()]
+
+    async def warm_databases(self) -> list[WarmCount]:
+        """Return how many warm databases each server has, by name. It asks the control database alone.
+
+        ``tenancy.warm_pool.status()`` asks the servers as well, and counts those that a creation could claim now.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("counting warm databases")
+        async with self._control.connect() as connection:
+            return [WarmCount(*row) for row in (await connection.execute(_WARM)).all()]
 
     async def prune(self, *, days: float = 90) -> int:
         """Remove samples older than this many days; returns how many.
@@ -285,6 +306,10 @@ _ACTIVE = text(
     "SELECT * FROM tenancy.active_tenants WHERE CAST(:after AS uuid) IS NULL OR id > :after ORDER BY id LIMIT :limit"
 )
 _TIERS = text("SELECT tier, tenants, active, trials, suspended FROM tenancy.tier_distribution ORDER BY rank, tier")
+_WARM = text(
+    "SELECT s.name, count(w.name) FILTER (WHERE w.state = 'ready'), count(w.name) FILTER (WHERE w.state <> 'ready') "
+    "FROM tenancy.servers s LEFT JOIN tenancy.warm_databases w ON w.server = s.name GROUP BY s.name ORDER BY s.name"
+)
 _PRUNE = text("DELETE FROM tenancy.tenant_metrics WHERE sampled_at < now() - make_interval(secs => 86400 * :days)")
 
 

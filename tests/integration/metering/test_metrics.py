@@ -17,7 +17,7 @@ from tenancy_orm.config import Limit, Tier, TierPolicy
 from tenancy_orm.control.names import Names
 from tenancy_orm.errors import ConfigurationError, ControlUnavailableError, TenantNotFoundError, TierChangedError
 from tenancy_orm.events import QuotaThresholdReached, TierChangeProposed
-from tenancy_orm.metering.metrics import STORAGE, SampleReport, StorageSampler, TenantMetrics
+from tenancy_orm.metering.metrics import STORAGE, SampleReport, StorageSampler, TenantMetrics, WarmCount
 from tenancy_orm.metering.policies import TierPolicies
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.secrets.keyring import Keyring
@@ -518,3 +518,16 @@ async def test_a_policy_of_an_unknown_resource_finds_nobody(plane: QuotaPlane) -
     assert await evaluator(plane, TierPolicy(resource="unicorns", sustained=timedelta(0))).evaluate() == []
     with pytest.raises(ConfigurationError):
         TierPolicy(resource="users", fraction=2)
+
+
+async def test_warm_databases_are_counted_by_server(plane: QuotaPlane) -> None:
+    """Those that a creation can claim, and those that are being made or dropped; none where there are none."""
+    metrics = TenantMetrics(plane.control)
+    (found,) = await metrics.warm_databases()
+    assert (found.ready, found.incomplete) == (0, 0)
+    for name, state in (("a", "ready"), ("b", "ready"), ("c", "making"), ("d", "dropping")):
+        await plane.sql(
+            "INSERT INTO tenancy.warm_databases (name, server, template, recipe, state) "
+            f"VALUES ('{name}', '{found.server}', 'template', 'recipe', '{state}')"
+        )
+    assert await metrics.warm_databases() == [WarmCount(found.server, ready=2, incomplete=2)]
