@@ -648,6 +648,17 @@ class MigrationRunStarted(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationPreflightEnded(Event):
+    """This process has asked ``tenants`` the ``checks`` of the revisions up to ``target``; ``failed`` do not pass."""
+
+    target: str
+    tenants: int
+    checks: int
+    failed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationRunEnded(Event):
     """A run that this process took part in has ended or paused; ``state``: "done", "failed", "cancelled", "paused"."""
 

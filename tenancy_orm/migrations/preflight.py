@@ -14,6 +14,7 @@ from alembic.script import Script
 from sqlalchemy import Connection as SyncConnection
 
 from ..errors import MigrationError, PreflightError, counted
+from ..events import EventBus, MigrationPreflightEnded
 from ..postgres.connections import Connection
 from ..tenant import Tenant
 from . import local
@@ -94,6 +95,11 @@ class PreflightReport:
         """What did not pass, by slug."""
         return {outcome.slug: outcome.reason or "" for outcome in self.failures}
 
+    @property
+    def checks(self) -> int:
+        """How many checks were asked, over all tenants."""
+        return sum(outcome.checks for outcome in self.outcomes)
+
     def raise_for_failures(self) -> None:
         """Raise if a tenant does not pass.
 
@@ -105,8 +111,7 @@ class PreflightReport:
 
     def summary(self) -> str:
         """Return one line: how many tenants and checks, and how many tenants do not pass."""
-        checks = sum(outcome.checks for outcome in self.outcomes)
-        counts = [f"{checks} check{'s' * (checks != 1)} asked", f"{len(self.failures)} failed"]
+        counts = [f"{self.checks} check{'s' * (self.checks != 1)} asked", f"{len(self.failures)} failed"]
         if deferred := {revision for outcome in self.outcomes for revision in outcome.deferred}:
             counts.append(f"deferred: {', '.join(sorted(deferred))}")
         return f"preflight of {self.target}: {counted(len(self.outcomes))}, {', '.join(counts)}, {self.seconds:.1f} s"
@@ -121,12 +126,21 @@ class Preflight:
         selection: Looks up tenants.
         concurrency: How many tenants at once.
         health: Which servers are down.
+        events: Where the end is announced.
     """
 
     def __init__(
-        self, plan: Plan, connections: Connections, selection: Selection, *, concurrency: int, health: Health
+        self,
+        plan: Plan,
+        connections: Connections,
+        selection: Selection,
+        *,
+        concurrency: int,
+        health: Health,
+        events: EventBus,
     ) -> None:
         self._plan = plan
+        self._events = events
         self._connections = connections
         self._selection = selection
         self._concurrency = concurrency
@@ -154,7 +168,17 @@ class Preflight:
         order = {tenant.id: number for number, tenant in enumerate(tenants)}
         found = await map_concurrently(self._outcome, interleave(list(tenants)), self._concurrency)
         outcomes = sorted((one for one in found if one is not None), key=lambda one: order[one.tenant_id])
-        return PreflightReport(target=self._plan.target, outcomes=tuple(outcomes), seconds=time.monotonic() - started)
+        report = PreflightReport(target=self._plan.target, outcomes=tuple(outcomes), seconds=time.monotonic() - started)
+        self._events.emit(
+            MigrationPreflightEnded(
+                target=report.target,
+                tenants=len(outcomes),
+                checks=report.checks,
+                failed=len(report.failures),
+                seconds=report.seconds,
+            )
+        )
+        return report
 
     def _has_checks(self, tenant: Tenant) -> bool:
         return bool(self._pending(frozenset((tenant.schema_revision or "").split(",")) - {""}))

@@ -154,7 +154,14 @@ class FleetMigrator(Rehearsing):
         refuse_while_bound("looking at all tenants' rows")
         check_concurrency(concurrency)
         plan = Plan.of(await self.environment(x), "upgrade", revision)
-        asking = Preflight(plan, self._connections, self._selection, concurrency=concurrency, health=Health())
+        asking = Preflight(
+            plan,
+            self._connections,
+            self._selection,
+            concurrency=concurrency,
+            health=Health(),
+            events=self.services.events,
+        )
         return await asking.ask(await self._selection.choose(tenants))
 
     async def downgrade(

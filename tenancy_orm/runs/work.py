@@ -81,7 +81,12 @@ class MigrationWork:
         if self._checks == "ahead":
             selection = Selection(self.services.registry)
             preflight = Preflight(
-                self.plan, self._connections, selection, concurrency=self._concurrency, health=self._health
+                self.plan,
+                self._connections,
+                selection,
+                concurrency=self._concurrency,
+                health=self._health,
+                events=self.services.events,
             )
             self._answered = await preflight.before_run(await tenants())
         if record.plan["all"] and self.plan.command != "upgrade":

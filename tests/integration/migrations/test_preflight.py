@@ -10,6 +10,7 @@ import pytest
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import MigrationError, PreflightError
+from tenancy_orm.events import MigrationPreflightEnded
 from tenancy_orm.migrations import Check, checks
 from tenancy_orm.migrations.checks import MOST_ROWS
 from tenancy_orm.migrations.plan import Plan
@@ -32,8 +33,11 @@ async def test_one_tenant_that_does_not_pass_stops_the_run_before_any_is_changed
     """Who fails is listed with the check's name and a count; no value of a row is anywhere."""
     project.add("0002", RATING, down="0001", preflight=NOT_EMPTY)
     await fleet.execute("globex", "INSERT INTO notes (body) VALUES (''), (''), ('secret')")
+    events: list[MigrationPreflightEnded] = []
+    fleet.tenancy.events.subscribe(MigrationPreflightEnded, events.append)
     with pytest.raises(PreflightError) as caught:
         await fleet.migrations.upgrade()
+    assert [(one.target, one.tenants, one.checks, one.failed) for one in events] == [("head", 3, 3, 1)]
     assert caught.value.failures == {"globex": "0002 no empty notes: 2 rows"}
     assert str(caught.value) == (
         "preflight: 1 of 3 tenants failed, and none was touched: globex: 0002 no empty notes: 2 rows"
