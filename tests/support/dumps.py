@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 from tenancy_orm.postgres.connections import version
-from tenancy_orm.postgres.programs import find_programs
+from tenancy_orm.postgres.programs import Programs, find_programs
 from tests.support.fleet import Fleet
+from tests.support.postgres import Postgres
 
 
 async def dump(fleet: Fleet, slug: str, directory: Path, *options: str) -> Path:
@@ -29,6 +30,11 @@ async def dump(fleet: Fleet, slug: str, directory: Path, *options: str) -> Path:
         env={**os.environ, **environment, "PGPASSWORD": dsn.password},
     )
     return directory
+
+
+def programs_of(postgres: Postgres) -> Programs:
+    """The programs of the server's version, ``pg_restore`` and others."""
+    return find_programs(int(postgres.version.partition(".")[0]))
 
 
 def rewrite(archive: Path, statement: str, other: str) -> None:
