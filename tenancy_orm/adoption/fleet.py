@@ -253,7 +253,7 @@ class FleetAdoption:
         buildings = _Buildings(self._rows)
         described = Source.parse(source)
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            refuse_own(self._services, opened)
+            await refuse_own(self._services, opened)
 
             async def look(one: PlannedTenant) -> FleetOutcome:
                 started = time.monotonic()

@@ -111,7 +111,7 @@ class AdoptionManager:
         described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
         looking, plain, environment = await self._looking()
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            refuse_own(self._services, opened)
+            await refuse_own(self._services, opened)
             if in_place:
                 place = await InPlace(self._services, plain, environment, looking).look(opened, tell or _silent)
                 return _report_in_place(slug, opened, place, started)
@@ -190,7 +190,7 @@ class AdoptionManager:
             )
         chosen = await self._choose(slug, server, region, tier)
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            refuse_own(self._services, opened)
+            await refuse_own(self._services, opened)
             look = await looking.look(opened, chosen, tell)
             _refuse(slug, opened, look, accept_differences)
             notes: list[str] = []
@@ -282,7 +282,7 @@ class AdoptionManager:
         """Take a database over, and run the missing revisions."""
         started = time.monotonic()
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            refuse_own(self._services, opened)
+            await refuse_own(self._services, opened)
             look = await place.look(opened, tell)
             _refuse(slug, opened, look, accepted)
             if look.foreign_rights and not revoke:

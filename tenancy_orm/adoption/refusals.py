@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from ..errors import AdoptionError
+from ..errors import AdoptionError, TenantNotFoundError
 from ..migrations.services import FleetServices
 from ..routing.marker import marker_text
 from .source import OpenSource
 
 
-def refuse_own(services: FleetServices, opened: OpenSource) -> None:
+async def refuse_own(services: FleetServices, opened: OpenSource) -> None:
     """Refuse the database of a tenant of this installation: nobody has two tenants of one database.
+
+    One that the registry does not know, since an older backup of the control database was restored, may be copied.
 
     Raises:
         AdoptionError: it is one.
     """
-    nobody = UUID(int=0)
-    stem = marker_text(services.names.installation, nobody).removesuffix(str(nobody))
-    if (opened.marker or "").startswith(stem):
-        raise AdoptionError(f"{opened.source.dsn} is the database of a tenant already: clone or move that one")
+    stem = marker_text(services.names.installation, UUID(int=0)).removesuffix(str(UUID(int=0)))
+    given = opened.marker or ""
+    if not given.startswith(stem):
+        return
+    try:
+        found = await services.registry.get(UUID(given.removeprefix(stem)))
+    except TenantNotFoundError:
+        return
+    raise AdoptionError(f"{opened.source.dsn} is the database of tenant {found.slug!r} already: clone or move that one")
 
 
 __all__ = ["refuse_own"]

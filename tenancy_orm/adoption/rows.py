@@ -67,7 +67,7 @@ class RowsAdoption:
         chosen = await self._work.choose(slug, server, region, tier)
         building = await self._work.build(chosen, at, tell)
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            refuse_own(self._services, opened)
+            await refuse_own(self._services, opened)
             look = await look_at(opened, said, building, tell)
             return report_of(slug, opened, said, building, chosen, look, started)
 

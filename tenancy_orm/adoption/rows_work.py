@@ -167,7 +167,7 @@ class RowsWork:
         """Create one tenant; see ``RowsAdoption.adopt``."""
         started = time.monotonic()
         async with open_source(described, timeout=self.services.config.pool.connect_timeout) as opened:
-            refuse_own(self.services, opened)
+            await refuse_own(self.services, opened)
             look = await look_at(opened, said, building, tell)
             report = report_of(slug, opened, said, building, server, look, started)
             if report.problems:

@@ -124,3 +124,24 @@ async def test_a_schema_that_differs_is_shown_and_refused(fleet: Fleet, postgres
         report = await fleet.tenancy.adoption.adopt("acme", source.url, accept_differences=True)
         assert len(report.differences) == 3
     assert await fleet.fetch("acme", "SELECT count(*) FROM notes") == [(50,)]
+
+
+async def test_the_database_of_a_tenant_is_copied_only_where_the_registry_has_lost_it(
+    fleet: Fleet, postgres: Postgres
+) -> None:
+    """As after an older backup of the control database was restored; a tenant that is known, or purged, is refused."""
+    await fleet.create("acme")
+    await fleet.execute("acme", "INSERT INTO authors (name) VALUES ('Ann')")
+    database = fleet.database("acme")
+    url = re.sub(r"/[^/?]*(?=\?|$)", f"/{database}", postgres.admin_url)
+    with pytest.raises(AdoptionError, match="the database of tenant 'acme' already"):
+        await fleet.tenancy.adoption.adopt("again", url)
+    async with fleet.services.control.transaction() as connection:
+        await connection.execute(sa.text("ALTER TABLE tenancy.tenants DISABLE TRIGGER USER"))
+        await connection.execute(sa.text("DELETE FROM tenancy.tenants"))
+        await connection.execute(sa.text("ALTER TABLE tenancy.tenants ENABLE TRIGGER USER"))
+    assert (await fleet.provisioner.reconcile()).unknown == (database,)
+    await fleet.tenancy.adoption.adopt("again", url)
+    assert await fleet.fetch("again", "SELECT name FROM authors") == [("Ann",)]
+    assert (await fleet.provisioner.reconcile(drop_unknown=True)).orphans == (database,)
+    assert (await fleet.provisioner.reconcile(check=True)).clean
