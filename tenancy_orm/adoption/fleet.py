@@ -22,7 +22,7 @@ from .fleet_plan import AdoptionPlan, PlannedTenant
 from .refusals import refuse_own
 from .report import AdoptionReport
 from .rows_report import RowsReport
-from .rows_work import Building, RowsWork, look_at, read_mapping, report_of
+from .rows_work import Building, RowsWork, read_mapping, report_of
 from .source import Source, open_source
 
 logger = logging.getLogger("tenancy_orm.adoption")
@@ -154,6 +154,7 @@ class FleetAdoption:
         problems: list[str] = []
         notes: list[str] = []
         for found in reports.values():
+            problems += _same_customers(found)
             for table in _summed(found):
                 tables.append(table)
                 said = read_mapping(plan.mapping, "true = true" if not found else found[0].where).of(table.source)
@@ -260,7 +261,7 @@ class FleetAdoption:
                 said = read_mapping(plan.mapping, one.where)
                 server = await self._rows.choose(one.slug, one.server, one.region, one.tier)
                 building = await buildings.get(server, one.at)
-                found = await look_at(opened, said, building, _silent, totals)
+                found = await self._rows.look(opened, said, building, _silent, totals)
                 report = report_of(one.slug, opened, said, building, server, found, started)
                 reports.append(report)
                 failed = "; ".join(report.problems[:5]) or None
@@ -316,6 +317,20 @@ def _outcome(report: RowsReport | AdoptionReport, state: State, error: str | Non
     return FleetOutcome(
         slug=report.slug, state=state, rows=report.rows, error=error, api_key=report.api_key, seconds=report.seconds
     )
+
+
+def _same_customers(reports: Sequence[RowsReport]) -> list[str]:
+    """Tenants of the same rows: a sum does not show them, where another customer has as many and is missing."""
+    slugs: dict[str, str] = {}
+    found = []
+    for report in reports:
+        if report.customer is None:
+            continue
+        if (other := slugs.setdefault(report.customer, report.slug)) != report.slug:
+            found.append(
+                f"tenants {other!r} and {report.slug!r} are made of the rows of one customer, {report.customer}"
+            )
+    return found
 
 
 def _summed(reports: Sequence[RowsReport]) -> list[FleetTable]:

@@ -31,7 +31,7 @@ from ..provisioning.takeover import Takeover
 from ..tenant import Tenant
 from ..tenants.manager import CreatedTenant, TenantManager
 from .comparison import comparable, differences
-from .contents import Contents, read_contents
+from .contents import Contents
 from .frame import Tell
 from .looking import Looking
 from .source import OpenSource
@@ -112,7 +112,7 @@ class InPlace:
         server = await self._find_server(opened)
         self._refuse_shared(opened, server)
         heads, stamp = await self._looking.heads(opened)
-        contents = await read_contents(opened)
+        contents = await self._looking.contents(opened)
         self._looking.check_extensions(opened, contents)
         tell("compare its schema")
         expected = await self._expected(server, heads)

@@ -108,7 +108,7 @@ class Looking:
         # in a thread: it looks at many directories, and starts the programs
         programs = await asyncio.to_thread(find_programs, version, self._services.config.provisioning.client_programs)
         heads, stamp = await self._heads(opened)
-        contents = await read_contents(opened)
+        contents = await self.contents(opened)
         self.check_extensions(opened, contents)
         tell("compare its schema")
         expected = await self._references.read(server, heads)
@@ -150,6 +150,21 @@ class Looking:
             AdoptionError: neither the source nor the caller says it, or they disagree.
         """
         return await self._heads(opened)
+
+    async def contents(self, opened: OpenSource) -> Contents:
+        """Return what a source contains.
+
+        Raises:
+            AdoptionError: as ``read_contents``, or it takes too long.
+        """
+        seconds = self._services.config.adoption.timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return await read_contents(opened)
+        except TimeoutError as exc:
+            raise AdoptionError(
+                f"the rows of {opened.source} cannot be counted within {seconds:g} s; raise adoption.timeout"
+            ) from exc
 
     # --- what a source says -----------------------------------------------------------------------------------------
 

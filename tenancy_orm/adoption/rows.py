@@ -11,7 +11,7 @@ from ..context import refuse_while_bound
 from .frame import Tell
 from .refusals import refuse_own
 from .rows_report import RowsReport
-from .rows_work import GivenMapping, RowsWork, look_at, read_mapping, report_of, silent
+from .rows_work import GivenMapping, RowsWork, read_mapping, report_of, silent
 from .source import Source, open_source
 
 
@@ -68,7 +68,7 @@ class RowsAdoption:
         building = await self._work.build(chosen, at, tell)
         async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
             await refuse_own(self._services, opened)
-            look = await look_at(opened, said, building, tell)
+            look = await self._work.look(opened, said, building, tell)
             return report_of(slug, opened, said, building, chosen, look, started)
 
     async def adopt(

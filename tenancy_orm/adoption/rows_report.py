@@ -41,6 +41,7 @@ class RowsReport:
         server: The tenants' server.
         revision: The revision that the rows are brought to first; None for base.
         pending: The revision that the tenant is brought to afterwards; None where it is there already.
+        customer: The value that the customer's column has in the rows; None where no row has one.
         tables: Every table of the source.
         problems: What refuses it.
         notes: What else is worth knowing.
@@ -56,6 +57,7 @@ class RowsReport:
     server: str
     revision: str | None
     pending: str | None
+    customer: str | None = None
     tables: tuple[TableRows, ...]
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

@@ -152,6 +152,30 @@ class RowsWork:
         pending = format_revision(end) if end != reached else None
         return Building(looking, plain, environment, target, format_revision(reached), pending, server, relations)
 
+    async def look(
+        self,
+        opened: OpenSource,
+        said: RowsMapping,
+        building: Building,
+        tell: Tell,
+        totals: dict[int, tuple[int, int]] | None = None,
+    ) -> RowsLook:
+        """Look at one customer's rows; ``totals`` is shared by the customers of one snapshot.
+
+        Raises:
+            AdoptionError: the mapping does not fit the source, a table cannot be read, or it takes too long.
+        """
+        seconds = self.services.config.adoption.timeout
+        try:
+            # in a savepoint: the snapshot of a fleet goes on after what PostgreSQL refuses for one customer
+            async with asyncio.timeout(seconds), opened.connection.transaction():
+                return await _look_at(opened, said, building, tell, totals)
+        except TimeoutError as exc:
+            raise AdoptionError(
+                f"the rows of {opened.source} where {said.where} cannot be counted and checked within {seconds:g} s; "
+                "index the columns of its references, or raise adoption.timeout"
+            ) from exc
+
     async def create(
         self,
         slug: str,
@@ -168,7 +192,7 @@ class RowsWork:
         started = time.monotonic()
         async with open_source(described, timeout=self.services.config.pool.connect_timeout) as opened:
             await refuse_own(self.services, opened)
-            look = await look_at(opened, said, building, tell)
+            look = await self.look(opened, said, building, tell)
             report = report_of(slug, opened, said, building, server, look, started)
             if report.problems:
                 raise AdoptionError(
@@ -200,18 +224,9 @@ class RowsWork:
         )
 
 
-async def look_at(
-    opened: OpenSource,
-    said: RowsMapping,
-    building: Building,
-    tell: Tell,
-    totals: dict[int, tuple[int, int]] | None = None,
+async def _look_at(
+    opened: OpenSource, said: RowsMapping, building: Building, tell: Tell, totals: dict[int, tuple[int, int]] | None
 ) -> RowsLook:
-    """Look at one customer's rows; ``totals`` is shared by the customers of one snapshot.
-
-    Raises:
-        AdoptionError: the mapping does not fit the source, or a table cannot be read.
-    """
     tell("count rows")
     found = await read_relations(opened.connection, left_out=(CHECKPOINTS_SCHEMA, RECORD_SCHEMA))
     # the revision is that of the tables here
@@ -306,6 +321,7 @@ def report_of(
         server=server,
         revision=building.revision,
         pending=building.pending,
+        customer=look.selection.customer,
         tables=look.tables,
         problems=look.problems,
         notes=look.notes,
@@ -346,4 +362,4 @@ def _recorded(tenant: Tenant, operation: Operation, described: Source, said: Row
     )
 
 
-__all__ = ["Building", "GivenMapping", "RowsLook", "RowsWork", "look_at", "read_mapping", "report_of", "silent"]
+__all__ = ["Building", "GivenMapping", "RowsLook", "RowsWork", "read_mapping", "report_of", "silent"]

@@ -115,6 +115,8 @@ class Selection:
         self._reach = reach
         self._pairs = {one.reached.relation.oid: one for one in pairs}
         self._totals = {} if totals is None else totals
+        self.customer: str | None = None
+        """The value of the customer's column; None until ``problems`` was called, and where no row has one."""
 
     async def check_conditions(self) -> None:
         """Refuse what is not one condition: text that closes a parenthesis, for example.
@@ -219,6 +221,7 @@ class Selection:
                     values.setdefault(one, relation.label)
                 elif self._reach.mapping.of(relation.label).strays != "follow":
                     found.append(f"rows of {relation.label} would come along that have no {column}")
+        self.customer = next(iter(values), None)
         if len(values) > 1:
             listed = ", ".join(f"{value} (in {table})" for value, table in list(values.items())[: _SAMPLES + 1])
             found.insert(0, f"rows of more than one customer would come along, by {column}: {listed}")

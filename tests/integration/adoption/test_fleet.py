@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ async def test_a_dry_run_finds_rows_that_nobody_or_two_tenants_have(fleet: Fleet
     twice = [acme, {"slug": "again", "where": "org_id = 1 AND true"}]
     two = await check(AdoptionPlan.parse({"tenants": twice, "mapping": LEAVE}, source=source.url))
     assert any("of public.tags are" in text or "more than once" in text for text in two.problems)
+    # whatever the sums are
+    assert "tenants 'acme' and 'again' are made of the rows of one customer, 1" in two.problems
     assert not (await fleet.tenancy.tenants.list()).items
 
 
@@ -86,6 +89,30 @@ async def test_a_failure_leaves_others_alone_and_the_next_run_goes_on(
         second = await adopt(plan)
     assert [one.state for one in second.tenants] == ["skipped", "skipped", "adopted"]
     assert await fleet.fetch("globex", "SELECT name FROM projects") == [("three",)]
+
+
+async def test_what_is_refused_for_one_tenant_of_a_dry_run_does_not_stop_the_others(
+    fleet: Fleet, source: ForeignDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read in one transaction, which an error would end. So would a query that takes too long."""
+    check = fleet.tenancy.adoption.fleet.check
+    tenants = [{"slug": "acme", "where": "org_id = 'one'"}, {"slug": "globex", "where": "org_id = 2"}]
+    plan = AdoptionPlan.parse({"tenants": tenants, "mapping": LEAVE}, source=source.url)
+    report = await check(plan)
+    assert [(one.slug, one.state) for one in report.tenants] == [("acme", "failed"), ("globex", "checked")]
+    original, slow = RowsWork.look, fleet.tenancy.config.replace(adoption={"timeout": 1.0})
+
+    async def look(self: RowsWork, opened: Any, said: Any, *given: Any) -> Any:
+        with monkeypatch.context() as patch:
+            if "pg_sleep" in said.where:
+                patch.setattr(self, "services", replace(self.services, config=slow))
+            return await original(self, opened, said, *given)
+
+    monkeypatch.setattr(RowsWork, "look", look)
+    tenants[0]["where"] = "org_id = 1 AND pg_sleep(60) IS NOT NULL"
+    report = await check(AdoptionPlan.parse({"tenants": tenants, "mapping": LEAVE}, source=source.url))
+    assert [(one.slug, one.state) for one in report.tenants] == [("acme", "failed"), ("globex", "checked")]
+    assert "cannot be counted and checked within 1 s" in str(report.tenants[0].error)
 
 
 async def test_an_error_of_any_kind_is_its_tenants_alone(

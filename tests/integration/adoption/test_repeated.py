@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tenancy_orm.adoption import contents
+from tenancy_orm.adoption.looking import Looking
+from tenancy_orm.adoption.source import Source, open_source
 from tenancy_orm.errors import AdoptionError, ControlUnavailableError, TenantExistsError
 from tenancy_orm.jobs.claims import Claimant
+from tenancy_orm.migrations.connections import Connections
 from tenancy_orm.operations import Operations
 from tenancy_orm.runs import FleetMigrator
 from tests.integration.adoption.test_databases import OLD
@@ -67,3 +73,22 @@ async def test_a_database_of_another_encoding_is_copied_and_not_taken_over(fleet
         assert await fleet.fetch("acme", "SHOW server_encoding") == [("UTF8",)]
     finally:
         await postgres.drop_database(name)
+
+
+async def test_the_look_at_a_source_ends(fleet: Fleet, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the time of an adoption, however long a table takes to be counted."""
+
+    async def endless(*_: Any) -> int:
+        await asyncio.Event().wait()
+        return 0
+
+    services = fleet.services
+    slow = replace(services, config=services.config.replace(adoption={"timeout": 0.2}))
+    monkeypatch.setattr(contents, "count_rows", endless)
+    looking = Looking(slow, Connections(slow), None)
+    async with (
+        foreign_database(postgres, OLD) as source,
+        open_source(Source.parse(source.url), timeout=30) as opened,
+    ):
+        with pytest.raises(AdoptionError, match=r"within 0\.2 s; raise adoption\.timeout"):
+            await looking.contents(opened)
