@@ -8,6 +8,7 @@ so that the temporary directory has about as much as the largest table takes. Wh
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,8 +31,11 @@ from .stores import Store
 
 T = TypeVar("T")
 
+logger = logging.getLogger("tenancy_orm.backups")
+
 _LOCK_WAIT = "10s"  # a migration that has a table locked is not queued behind for longer
 _POLL_SECONDS = 0.05
+_STOP_SECONDS = 120.0  # an object store gives up by itself before that
 _BATCH = 200  # tables that are counted in one statement
 _UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0", "row_security": "on"}
 _COMPRESSION_NAMES_VERSION = 16  # from this on, --compress takes the name of a method
@@ -379,7 +383,11 @@ class _Feed:
 
 
 async def in_thread(work: Callable[[], T], stop: Callable[[], None]) -> T:
-    """Run blocking work in a thread of its own. A cancellation calls ``stop``, and waits until it has ended."""
+    """Run blocking work in a thread of its own. A cancellation calls ``stop``, and waits until it has ended.
+
+    It does not wait for ever: a file system that hangs, as over a network, would keep the claim of a backup that way,
+    and all others with it.
+    """
     loop = asyncio.get_running_loop()
     with_thread = ThreadPoolExecutor(1, thread_name_prefix="tenancy-backup")
     try:
@@ -395,8 +403,12 @@ async def in_thread(work: Callable[[], T], stop: Callable[[], None]) -> T:
 
 
 async def _settled(future: asyncio.Future[Any]) -> None:
-    await asyncio.wait([future])
-    future.exception()  # it is known
+    future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it is known
+    if not (await asyncio.wait([future], timeout=_STOP_SECONDS))[0]:
+        logger.error(
+            "the store, or temporary space, has not answered for %g s: a thread that waits for it is left",
+            _STOP_SECONDS,
+        )
 
 
 async def _awaited(future: asyncio.Future[T]) -> T:

@@ -112,9 +112,14 @@ class Databases(TenantTable):
         return await self._list(query.order_by(tenant_databases.c.created_at, tenant_databases.c.name))
 
     async def begin_dropping_database(self, beside: TenantDatabase) -> bool:
-        """Mark a database as being dropped: no switch goes back to it any more. False where it has no row any more."""
+        """Mark a database as being dropped: no switch goes back to it any more.
+
+        False where it has no row any more; and where a switch has left it behind once more since it was listed, so that
+        it is kept for longer.
+        """
         refuse_other_tenant(beside.tenant_id)
-        statement = update(tenant_databases).where(*_is(beside)).values(state="dropping")
+        as_listed = tenant_databases.c.kept_until.is_not_distinct_from(beside.kept_until)
+        statement = update(tenant_databases).where(*_is(beside), as_listed).values(state="dropping")
         async with self._control.transaction() as connection:
             return bool((await connection.execute(statement)).rowcount)
 

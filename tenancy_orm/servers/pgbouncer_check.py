@@ -124,7 +124,7 @@ async def _refused(server: Server, caller: Caller, other: Caller) -> Finding:
     except (asyncpg.PostgresError, LoginRefusedError, ServerUnavailableError, OSError):
         return Finding(True, "it cannot reach another tenant's database")
     await connections.close(connection, timeout=2)
-    return Finding(False, f"it reaches the database of {other.tenant!r}: run tenancy doctor, and revoke CONNECT")
+    return Finding(False, f"it reaches the database of {other.tenant!r}: run tenancy reconcile, which revokes CONNECT")
 
 
 async def _log_in(server: Server, caller: Caller, database: str) -> Connection:

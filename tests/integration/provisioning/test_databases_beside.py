@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+from sqlalchemy import text
 
 from tenancy_orm.errors import OperationStateError
 from tenancy_orm.provisioning import databases, new_databases
@@ -99,3 +100,19 @@ async def test_what_is_in_use_is_never_dropped_as_one_beside_it(workshop: Worksh
     await workshop.provisioner.new_databases.drop(beside)
     assert f"database {beside.name}" in await workshop.present()
     assert await workshop.registry.databases_of(acme.id) == ()
+
+
+async def test_one_that_a_switch_has_left_behind_once_more_is_not_dropped_as_it_was_listed(workshop: Workshop) -> None:
+    """It is kept for longer by now, as an operator was told who has undone a restore twice."""
+    tenant = await workshop.create("acme")
+    listed = await make(workshop, tenant, "default", placement(tenant).role)
+    later = "UPDATE tenancy.tenant_databases SET state = 'kept', kept_until = now() + interval '7 days'"
+    async with workshop.control.transaction() as connection:
+        await connection.execute(text(later))
+    await workshop.provisioner.new_databases.drop(listed)
+    (kept,) = await workshop.registry.databases_of(tenant.id)
+    async with workshop.admin() as connection:
+        assert await databases.state(connection, kept.name) is not None
+    assert kept.state == "kept"
+    await workshop.provisioner.new_databases.drop(kept)
+    assert await workshop.registry.databases_of(tenant.id) == ()

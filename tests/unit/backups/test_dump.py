@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from tenancy_orm.backups.dump import Dump, _complete, _Feed, _level
+from tenancy_orm.backups import dump
+from tenancy_orm.backups.dump import Dump, _complete, _Feed, _level, in_thread
 from tenancy_orm.backups.spool import Spool
 from tenancy_orm.errors import BackupError
+from tests.support.waiting import HANGS
 
 
 class Program:
@@ -49,21 +53,21 @@ def test_all_but_the_newest_are_complete(tmp_path: Path) -> None:
 
 
 def test_it_waits_while_files_wait_and_fails_where_one_file_is_too_large(tmp_path: Path) -> None:
-    dump, program, feed = Dump.__new__(Dump), Program(), _Feed()
-    dump._spool = Spool(tmp_path, 100)
+    one, program, feed = Dump.__new__(Dump), Program(), _Feed()
+    one._spool = Spool(tmp_path, 100)
     directory = tmp_path / "x" / "dump"
     directory.mkdir(parents=True)
     first, second = files(directory, "1.dat", "2.dat", size=40)
     feed.add([first])
-    dump._bound(program, directory, feed)
+    one._bound(program, directory, feed)
     first.unlink()
-    dump._bound(program, directory, feed)
+    one._bound(program, directory, feed)
     second.write_bytes(bytes(90))
-    dump._bound(program, directory, feed)
+    one._bound(program, directory, feed)
     assert program.asked == ["pause", "resume", "resume"]
     second.write_bytes(bytes(101))
     with pytest.raises(BackupError, match="a table takes more than the 100 bytes"):
-        dump._bound(program, directory, feed)
+        one._bound(program, directory, feed)
 
 
 def test_a_feed_that_is_stopped_fails_whoever_reads_it(tmp_path: Path) -> None:
@@ -87,3 +91,18 @@ def test_older_programs_know_levels_alone() -> None:
     assert (_level("gzip:9", 15), _level("gzip", 14)) == ("9", "6")
     with pytest.raises(BackupError, match="knows gzip alone"):
         _level("zstd", 15)
+
+
+async def test_a_thread_that_hangs_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that writes to a file system over a network which is gone; the cancellation is not lost."""
+    monkeypatch.setattr(dump, "_STOP_SECONDS", 0.05)
+    hangs, stopped = threading.Event(), threading.Event()
+    working = asyncio.create_task(in_thread(lambda: hangs.wait(HANGS), stopped.set))
+    await asyncio.sleep(0)
+    working.cancel()
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await working
+        assert stopped.is_set() and not hangs.is_set()
+    finally:
+        hangs.set()
