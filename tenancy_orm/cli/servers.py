@@ -44,6 +44,10 @@ Replicas = Annotated[
     list[str] | None,
     typer.Option("--replica", help="A standby that follows it, host and port; repeatable, '' for none."),
 ]
+Peer = Annotated[
+    str | None,
+    typer.Option("--peer", help="Where other servers reach it while a tenant is moved, host and port; '' for none."),
+]
 AskPassword = Annotated[
     bool, typer.Option("--password", help="Ask for the administrator's password, which the URL does not have.")
 ]
@@ -77,6 +81,7 @@ def add(
     ],
     tenants: Tenants = None,
     replica: Replicas = None,
+    peer: Peer = None,
     ask_password: AskPassword = False,
     password_stdin: PasswordStdin = False,
     password_variable: PasswordVariable = None,
@@ -98,7 +103,7 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add a server. It is verified, and prepared as tenancy init does; its addresses are sealed in its row."""
-    addresses = _addresses(url, tenants, replica, ask_password, password_stdin, password_variable)
+    addresses = _addresses(url, tenants, replica, peer, ask_password, password_stdin, password_variable)
     options: dict[str, Any] = {
         "region": region or None,
         "labels": _labels(label) or {},
@@ -190,6 +195,7 @@ def update(
     ] = None,
     tenants: Tenants = None,
     replica: Replicas = None,
+    peer: Peer = None,
     ask_password: AskPassword = False,
     password_stdin: PasswordStdin = False,
     password_variable: PasswordVariable = None,
@@ -210,10 +216,12 @@ def update(
     """Change a server; what is not given stays. Every process follows without a restart."""
     if url is None and (ask_password or password_stdin or password_variable):
         fail("give --admin as well, for the password", kind="ConfigurationError")
-    admin = None if url is None else _addresses(url, None, None, ask_password, password_stdin, password_variable).admin
+    password = (ask_password, password_stdin, password_variable)
+    admin = None if url is None else _addresses(url, None, None, None, *password).admin
     options: dict[str, Any] = {
         "tenants_address": UNSET if tenants is None else tenants or None,
         "replicas": UNSET if replica is None else [one for one in replica if one],
+        "peer_address": UNSET if peer is None else peer or None,
         "region": UNSET if region is None else region or None,
         "labels": UNSET if label is None else _labels(label) or {},
         "capacity": _number_or_unset(capacity),
@@ -222,7 +230,7 @@ def update(
         "max_opening": _number_or_unset(max_opening),
     }
 
-    moves = admin is not None or tenants is not None or replica is not None or from_settings
+    moves = from_settings or any(one is not None for one in (admin, tenants, replica, peer))
 
     async def command(tenancy: Tenancy) -> tuple[ServerRow, bool]:
         was_in_row = not moves or (await tenancy.servers.get(server)).source == "row"
@@ -403,6 +411,7 @@ def _addresses(
     url: str,
     tenants: str | None,
     replicas: Sequence[str] | None,
+    peer: str | None,
     ask_password: bool,
     password_stdin: bool,
     password_variable: str | None,
@@ -427,7 +436,8 @@ def _addresses(
             markup=False,
         )
     try:
-        return ServerAddresses(admin=url, tenants=tenants or None, replicas=tuple(one for one in replicas or () if one))
+        found = tuple(one for one in replicas or () if one)
+        return ServerAddresses(admin=url, tenants=tenants or None, replicas=found, peer=peer or None)
     except SettingError as exc:
         fail("; ".join(f"{kind}: {reason}" for kind, reason in exc.problems.items()), kind="ConfigurationError")
 
@@ -516,6 +526,7 @@ def _known_fields(known: KnownServer) -> dict[str, Any]:
         "addresses_from": known.source,
         "tenants_address": known.tenants_address,
         "replicas": list(known.replicas),
+        "peer_address": known.peer_address,
         "warnings": list(known.warnings),
     }
     return {**_row_fields(known.row), **more}

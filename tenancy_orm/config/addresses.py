@@ -15,7 +15,7 @@ from .validation import Section
 from .values import PostgresUrl, check_url
 
 _SERVER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}")
-_URLS = ("admin", "tenants", "replicas")
+_URLS = ("admin", "tenants", "replicas", "peer")
 _FORM = 'write a URL, or admin = "..." and tenants = "..."'
 # A comma ends a URL where another name and URL follow; passwords and lists of hosts have commas as well.
 _SEPARATOR = re.compile(r",?\s+|,(?=[a-z][a-z0-9_-]*(?:\.[a-z]+)?=postgres(?:ql)?(?:\+\w+)?://)")
@@ -44,8 +44,12 @@ class ServerAddresses(Section, frozen=True):
     replicas: Sequence[str] = Field(default=(), repr=False)
     """The standbys that follow this server, each written like ``tenants``, with one host. They have the roles and the
     passwords of this server, so the administrator logs in there as at ``admin``."""
+    peer: str | None = Field(default=None, repr=False)
+    """Where another server of tenants reads this one while a tenant is moved, written like ``tenants``; the address of
+    ``admin`` where None. That server opens the connection, so the files that it names are read there: ``sslrootcert``,
+    for example."""
 
-    @field_validator("tenants", mode="after")
+    @field_validator("tenants", "peer", mode="after")
     @classmethod
     def _check_tenants(cls, url: str | None) -> str | None:
         return None if url is None else _without_login(url)
@@ -71,6 +75,11 @@ class ServerAddresses(Section, frozen=True):
     def tenants_dsn(self) -> Dsn | None:
         """``tenants``, read; None where there is none."""
         return None if self.tenants is None else Dsn.parse(self.tenants)
+
+    @property
+    def peer_dsn(self) -> Dsn | None:
+        """``peer``, read; None where there is none."""
+        return None if self.peer is None else Dsn.parse(self.peer)
 
     @property
     def replica_dsns(self) -> tuple[Dsn, ...]:

@@ -80,8 +80,8 @@ class TenancyConfig(_Checked, BaseSettings):
     """Each PostgreSQL server that holds tenant databases, by name: its administrative URL, the role of which must be
     able to create databases and roles; or a ``ServerAddresses``, which has another address for tenants' traffic, and
     replicas. Where None, ``{"default": <the server of control_url>}``, unless there are rows of other servers
-    (``tenancy servers add``). As text: ``name=url``, ``name.tenants=url`` and ``name.replicas=url``, separated by
-    spaces or commas."""
+    (``tenancy servers add``). As text: ``name=url``, ``name.tenants=url``, ``name.replicas=url`` and ``name.peer=url``,
+    separated by spaces or commas."""
     default_server: str | None = None
     """The server of a tenant created without one. Where None, the only server there is, or the one named "default";
     otherwise a tenant is not created without naming its server. It cannot be set together with ``placement``."""

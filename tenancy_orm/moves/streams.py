@@ -27,13 +27,41 @@ from ..provisioning.admin_connections import HOLDING
 from ..provisioning.blockers import Blockers
 from ..provisioning.copy_logins import CopyLogin, create_login, end_login
 from ..provisioning.pipeline import ProvisioningServices, describe
+from ..provisioning.scram import scram_verifier
 from ..servers import Server
 from ..tenant import Placement
 
 POLL_SECONDS = 0.01
 
 # it may be idle for hours, with the lock that keeps migrations away
-_SETTINGS: Mapping[str, str] = {**HOLDING, "search_path": "pg_catalog, pg_temp", "statement_timeout": "0"}
+_SETTINGS: Mapping[str, str] = {
+    **HOLDING,
+    "search_path": "pg_catalog, pg_temp",
+    "statement_timeout": "0",
+    "synchronous_commit": "local",
+}
+
+# the position is that of a record of its own, which the commit flushes: the end of what others have written may be in
+# front of a page's header, where a slot comes only with the next record
+_WRITE = "SELECT pg_logical_emit_message(true, 'tenancy', '')::text"
+WORKER_SECONDS = 60.0
+"""For how long nobody may read from a slot before whoever waits for it gives up."""
+_NO_WORKER = (
+    "; see its log: it has no worker left, for example, since each move that waits to be confirmed uses one on the "
+    "former server: raise max_logical_replication_workers, max_worker_processes and max_replication_slots there, or "
+    "confirm moves"
+)
+
+_PLACE = "TENANCYPASSWORD"
+_RANDOM = (
+    "SELECT set_config('tenancy_move.password', replace(gen_random_uuid()::text || gen_random_uuid()::text || "
+    "gen_random_uuid()::text, '-', ''), false)"
+)
+# A statement within DO is not logged by log_statement, and the error of one would have it in its context.
+_BODY = (
+    "BEGIN EXECUTE replace({}, '" + _PLACE + "', current_setting('tenancy_move.password')); "
+    "EXCEPTION WHEN query_canceled OR OTHERS THEN RAISE EXCEPTION USING ERRCODE = SQLSTATE, MESSAGE = SQLERRM; END"
+)
 
 _REMEDY = "; or move it with --offline"
 _SLOT = """
@@ -234,42 +262,48 @@ class Stream:
     async def subscribe(self, login: CopyLogin) -> None:
         """Have the target follow the source from where the slot is. Rows that it has are not copied again.
 
+        The login gets another password, which the target makes: no statement has it that a server may log.
+
         Raises:
             OperationError: the administrator of the target may not, or the target does not reach the source.
         """
-        uri = login.dsn.uri(user=login.role, password=login.password, database=login.database, purpose="tenancy-move")
+        server, _ = self._server(self.source)
+        uri = server.peer.uri(user=login.role, password=_PLACE, database=login.database, purpose="tenancy-move")
         name = quote_identifier(self.name)
+        create = (
+            f"CREATE SUBSCRIPTION {name} CONNECTION {quote_literal(uri)} PUBLICATION {name} WITH ("
+            f"create_slot = false, slot_name = {quote_literal(self.name)}, copy_data = false, "
+            "synchronous_commit = 'local')"
+        )
         connection = await self.connect(self.target)
         try:
-            if await roles.is_superuser(connection):
-                # the statement has a password
-                await connection.execute("SET log_statement = 'none'; SET log_min_error_statement = 'panic'")
-                await connection.execute("SET log_min_duration_statement = -1")
-            await connection.execute(
-                f"CREATE SUBSCRIPTION {name} CONNECTION {quote_literal(uri)} PUBLICATION {name} WITH ("
-                f"create_slot = false, slot_name = {quote_literal(self.name)}, copy_data = false, "
-                "synchronous_commit = 'local')"
-            )
+            await self._set_password(str(await connection.fetchval(_RANDOM)))
+            await connection.execute("DO " + quote_literal(_BODY.format(quote_literal(create))))
         except asyncpg.PostgresError as exc:
-            # the statement that it may quote has a password
             raise self._refused(f"cannot follow server {self.source.server!r}", self.target.server, exc) from None
         finally:
             await run_to_completion(connections.close(connection))
 
-    async def wait(self, connection: Connection, lsn: str | None = None, *, timeout: float) -> None:
+    async def _set_password(self, password: str) -> None:
+        _, blockers = self._server(self.source)
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            await roles.set_password(connection, self.login_name, verifier=scram_verifier(password))
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def wait(self, connection: Connection, *, timeout: float) -> None:
         """Wait until the target has all that was written to the source until now.
 
         Args:
-            connection: An administrative one to any database of the source's server.
-            lsn: Until this position instead.
+            connection: To the source database, as ``connect`` makes it.
             timeout: For how many seconds.
 
         Raises:
             OperationError: it has not in time, or fails to apply something.
         """
-        if lsn is None:
-            lsn = str(await connection.fetchval("SELECT pg_current_wal_insert_lsn()::text"))
-        deadline, looked = time.monotonic() + timeout, time.monotonic()
+        lsn = await connection.fetchval(_WRITE)
+        began = looked = worked = time.monotonic()
         while True:
             row = await connection.fetchrow(_SLOT, self.name, lsn)
             if row is None or row["lost"]:
@@ -277,10 +311,17 @@ class Stream:
             if row["reached"]:
                 return
             now = time.monotonic()
-            if now >= deadline:
+            if row["active"]:
+                worked = now
+            if now - began >= timeout:
                 raise OperationError(
                     f"server {self.target.server!r} did not catch up with {self.source.server!r} within {timeout:g} s"
                     f"{await self._failure()}"
+                )
+            if now - worked >= WORKER_SECONDS:
+                raise OperationError(
+                    f"server {self.target.server!r} has not read from server {self.source.server!r} for "
+                    f"{WORKER_SECONDS:g} s{await self._failure() or _NO_WORKER}"
                 )
             if now - looked > 1.0:
                 looked = now

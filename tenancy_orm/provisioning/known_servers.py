@@ -22,6 +22,7 @@ class KnownServer:
         source: "row" or "settings"; None where neither has its addresses, so that this process cannot reach it.
         tenants_address: ``host:port`` of tenants' sessions, where that is another address.
         replicas: ``host:port`` of each replica.
+        peer_address: ``host:port`` at which other servers reach it, where that is another address.
         warnings: What an operator should look at.
     """
 
@@ -29,6 +30,7 @@ class KnownServer:
     source: Literal["row", "settings"] | None
     tenants_address: str | None = None
     replicas: tuple[str, ...] = ()
+    peer_address: str | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -75,6 +77,7 @@ def describe(
         source=source,
         tenants_address=None if traffic == found.dsn else traffic.address().rstrip("/"),
         replicas=tuple(replace(replica.dsn, database=None).address().rstrip("/") for replica in found.replicas),
+        peer_address=None if found.peer == found.dsn else found.peer.address().rstrip("/"),
         warnings=tuple(warnings),
     )
 

@@ -222,6 +222,7 @@ class ServerManager:
         addresses: ServerAddresses | str | None = None,
         tenants_address: str | Unset | None = UNSET,
         replicas: Sequence[str] | Unset = UNSET,
+        peer_address: str | Unset | None = UNSET,
         from_settings: bool = False,
         accept_identity: bool = False,
         region: str | Unset | None = UNSET,
@@ -242,6 +243,7 @@ class ServerManager:
                 are in its row: no process looks for them in its settings any more.
             tenants_address: Where tenants' sessions connect to; None: the host of the administrative URL.
             replicas: The addresses of all of its replicas.
+            peer_address: Where other servers reach it; None: the address of the administrative URL.
             from_settings: Take the addresses from this process's settings.
             accept_identity: Accept another cluster than the one that it was until now: the databases of its tenants
                 were moved there.
@@ -282,17 +284,19 @@ class ServerManager:
                     else f"server {name!r} is not in the settings of this process"
                 )
             addresses = self._config.server_addresses[name]
-        keeps = isinstance(addresses, str) or tenants_address is not UNSET or replicas is not UNSET
+        given = (tenants_address, replicas, peer_address)
+        keeps = isinstance(addresses, str) or any(one is not UNSET for one in given)
         if keeps:
             moves = accept_identity and isinstance(addresses, str)
-            addresses = self._with_present(rows[name], addresses, tenants_address, replicas)
+            addresses = self._with_present(rows[name], addresses, tenants_address, replicas, peer_address)
             kept = [
                 option
-                for option, value, given in (
+                for option, value, new in (
                     ("--tenants", addresses.tenants, tenants_address),
                     ("--replica", addresses.replicas, replicas),
+                    ("--peer", addresses.peer, peer_address),
                 )
-                if value and isinstance(given, Unset)
+                if value and isinstance(new, Unset)
             ]
             if moves and kept:
                 # a pooler in front of the former cluster would go on writing there
@@ -459,6 +463,7 @@ class ServerManager:
         addresses: ServerAddresses | str | None,
         tenants_address: str | Unset | None,
         replicas: Sequence[str] | Unset,
+        peer_address: str | Unset | None,
     ) -> ServerAddresses:
         """Return the addresses with those that the server has, where they are not given."""
         try:
@@ -472,8 +477,10 @@ class ServerManager:
             changes["tenants"] = tenants_address
         if not isinstance(replicas, Unset):
             changes["replicas"] = tuple(replicas)
-        given = {"admin": found.admin, "tenants": found.tenants, "replicas": found.replicas, **changes}
-        return read_addresses(given)
+        if not isinstance(peer_address, Unset):
+            changes["peer"] = peer_address
+        kinds = ("admin", "tenants", "replicas", "peer")
+        return read_addresses({**{kind: getattr(found, kind) for kind in kinds}, **changes})
 
     def _address_values(self, server: Server, given: ServerAddresses, facts: ServerFacts) -> dict[str, Any]:
         return {

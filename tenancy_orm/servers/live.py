@@ -207,6 +207,7 @@ class Servers(Mapping[str, Server]):
             session_settings=config.sessions.settings,
             bounds=self._bounds,
             replicas=addresses.replica_dsns,
+            peer=addresses.peer_dsn,
             breaker=config.breaker,
         )
         server.owner = self._owner

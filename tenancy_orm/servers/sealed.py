@@ -47,6 +47,9 @@ class SealedAddresses:
     def seal(self, name: str, addresses: ServerAddresses) -> bytes:
         """Seal the addresses of the server of this name."""
         given = {"admin": addresses.admin, "tenants": addresses.tenants, "replicas": list(addresses.replicas)}
+        if addresses.peer is not None:
+            # processes of an earlier version open rows without it
+            given["peer"] = addresses.peer
         return self._keyring.seal(json.dumps(given).encode(), associated=_associated(name))
 
     def open(self, row: ServerRow) -> ServerAddresses:

@@ -108,6 +108,7 @@ class Server:
         session_settings: Further settings for tenants' connections; a value in the URL overrides one here.
         bounds: Values of ``settings.BOUNDS`` in tenants' roles.
         replicas: The standbys that follow it, without a user, a password or a database.
+        peer: Where other servers reach it, if that is another address.
         breaker: When its breaker opens.
         is_replica: Whether it is a standby.
     """
@@ -124,11 +125,14 @@ class Server:
         session_settings: Mapping[str, str] = MappingProxyType({}),
         bounds: Mapping[str, str] = MappingProxyType({}),
         replicas: Sequence[Dsn] = (),
+        peer: Dsn | None = None,
         breaker: BreakerConfig = BreakerConfig(),  # noqa: B008 - it is frozen
         is_replica: bool = False,
     ) -> None:
         self.name = name
         self.dsn = dsn
+        self.peer = dsn if peer is None else peer
+        """Where other servers reach it, which follow it while a tenant is moved."""
         self.is_replica = is_replica
         self.instance: str | None = None
         """Of a replica: which running server its address leads to, as far as it was seen to be a standby."""

@@ -136,22 +136,22 @@ async def test_one_address_is_changed_by_command(cli: Cli, postgres: Postgres) -
     first = await cli("servers", "update", "default", "--tenants", pooler)
     assert first.status == 0, first.err
     assert "the addresses of server default are in its row from now on" in first.err
-    second = await cli("servers", "update", "default", "--replica", standby)
+    second = await cli("servers", "update", "default", "--replica", standby, "--peer", "postgresql://inside.example")
     assert (second.status, second.err) == (0, "")
     # the administrative one alone
     assert (await cli("servers", "update", "default", "--admin", "$URL", URL=postgres.admin_url)).status == 0
 
-    async def shown() -> tuple[str, str | None, list[str]]:
+    async def shown() -> tuple[str, str | None, list[str], str | None]:
         fields = json.loads((await cli("servers", "show", "default", "--json")).out)
-        return fields["addresses_from"], fields["tenants_address"], fields["replicas"]
+        return fields["addresses_from"], fields["tenants_address"], fields["replicas"], fields["peer_address"]
 
-    assert await shown() == ("row", "pooler.example:6432", ["standby.example:5432"])
+    assert await shown() == ("row", "pooler.example:6432", ["standby.example:5432"], "inside.example:5432")
     line = (await cli("servers", "list")).out.splitlines()[1]
     assert re.split(" {2,}", line)[2:5] == ["pooler.example:6432", "1", "row"]
     moved = await cli("servers", "update", "default", "--admin", "$URL", "--accept-identity", URL=postgres.admin_url)
-    assert moved.status == 1 and "give --tenants and --replica as well, '' for none" in moved.err
-    removed = await cli("servers", "update", "default", "--tenants", "", "--replica", "")
-    assert removed.status == 0 and await shown() == ("row", None, [])
+    assert moved.status == 1 and "give --tenants and --replica and --peer as well, '' for none" in moved.err
+    removed = await cli("servers", "update", "default", "--tenants", "", "--replica", "", "--peer", "")
+    assert removed.status == 0 and await shown() == ("row", None, [], None)
 
 
 async def test_what_keeps_a_tenant_out_is_the_reason(cli: Cli, postgres: Postgres) -> None:
