@@ -225,7 +225,7 @@ class Creation:
         """
         self._step = step.name
         self._started_steps.append(step)
-        writing = asyncio.ensure_future(self._record_step(following))
+        writing = self._begin_recording(following)
         try:
             async with self._ending(step):
                 await step.apply()
@@ -234,16 +234,20 @@ class Creation:
             self._started_steps.remove(step)
             raise
         finally:
-            await run_to_completion(_wait_for(writing))
-        writing.result()
+            if writing is not None:
+                await run_to_completion(_wait_for(writing))
+        if writing is not None:
+            writing.result()
 
     def _ending(self, step: Step) -> AbstractAsyncContextManager[None]:
         """End what blocks a step."""
         return self._blockers.ending(self._admin, patience=_PATIENCE_SECONDS)
 
-    async def _record_step(self, step: Step | None) -> None:
-        if step is not None and step.name != self._recorded_step:
-            await self._services.registry.record_step(self._draft.id, step.name)
+    def _begin_recording(self, step: Step | None) -> asyncio.Future[None] | None:
+        """Begin to write the name of a step to the registry; None where there is none, or the row names it already."""
+        if step is None or step.name == self._recorded_step:
+            return None
+        return asyncio.ensure_future(self._services.registry.record_step(self._draft.id, step.name))
 
     async def _complete(self) -> Tenant:
         self._step = "active"

@@ -440,7 +440,7 @@ async def test_a_cancellation_at_any_await_leaves_nothing_or_a_tenant(workshop: 
         assert slugs.get(slug) in (None, "active"), f"await {point}"
         assert await workshop.consistent(), f"await {point}"
         outcomes.append((outcome, slug in slugs))
-    assert len(outcomes) > 20
+    assert len(outcomes) > 15
     # most leave nothing; the tenant stays only from the last commit on
     left = [present for _, present in outcomes]
     assert left == sorted(left)
