@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DSN_VARIABLE = "TENANCY_TEST_DSN"
 EMBEDDED_VERSION_VARIABLE = "TENANCY_TEST_POSTGRES"
+EMBEDDED_CONNECTIONS_VARIABLE = "TENANCY_TEST_CONNECTIONS"
 
 _server_key: pytest.StashKey[EmbeddedServer] = pytest.StashKey()
 _postgres_key = pytest.StashKey[Postgres]()
@@ -96,7 +97,9 @@ def _start(config: pytest.Config) -> Postgres:
             f"{EMBEDDED_VERSION_VARIABLE}={wanted}: there are PostgreSQL {', '.join(map(str, found))} here; "
             f"apt-get install postgresql-{wanted}, or name a server in {DSN_VARIABLE}"
         )
-    server = EmbeddedServer.for_tests(version=int(wanted))
+    connections = os.environ.get(EMBEDDED_CONNECTIONS_VARIABLE)
+    settings = {"max_connections": connections} if connections else None
+    server = EmbeddedServer.for_tests(version=int(wanted), settings=settings)
     server.ephemeral = not config.option.keep_databases
     server.start()
     # It has no TLS. To ask it for that takes a tenth of each connection; the programs that tests start do ask.
