@@ -23,6 +23,8 @@ from .migrate_waves import (
     Sql,
     WaveOption,
     look_ahead,
+    refuse_both,
+    say_ignored,
 )
 from .output import note
 from .runtime import Json, operator
@@ -45,6 +47,7 @@ Stop = Annotated[bool, typer.Option("--stop-on-failure", help="Start no further 
 
 @app.command()
 def upgrade(
+    context: typer.Context,
     revision: Annotated[str, typer.Argument(help="An Alembic revision.")] = "head",
     tenant: Only = None,
     concurrency: PlannedConcurrency = None,
@@ -67,12 +70,15 @@ def upgrade(
     as_json: Json = False,
 ) -> None:
     """Upgrade every tenant's database; one that fails does not stop the others."""
+    refuse_both(rehearse is not None, dry_run or sql, "--rehearse, --dry-run and --sql")
+    refuse_both(dry_run, sql, "--dry-run and --sql")
     if rehearse is not None:
+        say_ignored(context, "--rehearse", "rehearse", "concurrency")
         migrate_rehearsal.show(revision, rehearse, tenant, False, True, concurrency or DEFAULT_CONCURRENCY, as_json)
         return
     given = GivenWaves.of(wave, plan, wave_seed, max_failures, concurrency)
     if dry_run or sql:
-        look_ahead("upgrade", revision, tenant, given, sql=sql, as_json=as_json)
+        look_ahead(context, "upgrade", revision, tenant, given, sql=sql, as_json=as_json)
         return
 
     def say_joined(started: MigrationRunStarted) -> None:
@@ -105,6 +111,7 @@ def upgrade(
 
 @app.command()
 def downgrade(
+    context: typer.Context,
     revision: Annotated[str, typer.Argument(help="An Alembic revision, or -1.")],
     tenant: Only = None,
     concurrency: PlannedConcurrency = None,
@@ -119,9 +126,10 @@ def downgrade(
     as_json: Json = False,
 ) -> None:
     """Downgrade every tenant's database."""
+    refuse_both(dry_run, sql, "--dry-run and --sql")
     given = GivenWaves.of(wave, plan, wave_seed, max_failures, concurrency)
     if dry_run or sql:
-        look_ahead("downgrade", revision, tenant, given, sql=sql, as_json=as_json)
+        look_ahead(context, "downgrade", revision, tenant, given, sql=sql, as_json=as_json)
         return
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:

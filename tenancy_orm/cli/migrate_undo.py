@@ -21,6 +21,7 @@ from .migrate_waves import (
     SeedOption,
     WaveOption,
     print_waves,
+    say_ignored,
 )
 from .output import console, print_json, print_table
 from .runtime import Json, exit_on_error, operator, run
@@ -30,6 +31,7 @@ RunArgument = Annotated[int, typer.Argument(metavar="RUN", help="The run's numbe
 
 @app.command()
 def undo(
+    context: typer.Context,
     number: RunArgument,
     tenant: Only = None,
     include_new: Annotated[
@@ -61,6 +63,8 @@ def undo(
     given = GivenWaves.of(wave, plan, wave_seed, max_failures, concurrency)
     which: dict[str, Any] = {"tenants": tenant, "include_new": include_new, "new_revision": new_revision}
     if dry_run:
+        decides = ("include_new", "new_revision", "stamp_irreversible", "leave_moved")
+        say_ignored(context, "--dry-run", "dry_run", "wave", "plan", "wave_seed", *decides)
         found = run(lambda tenancy: tenancy.migrations.plan_undo(number, **which, waves=given.waves))
         decided = {"stamp_irreversible": stamp_irreversible, "leave_moved": leave_moved}
         _show(found, as_json=as_json, **decided)

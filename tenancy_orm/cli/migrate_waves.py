@@ -13,7 +13,7 @@ from ..runs.migrator import DEFAULT_CONCURRENCY
 from ..runs.preview import Preview, RevisionPreview, StartPreview, WavePreview
 from ..runs.wave_texts import PlanFile, parse_waves, read_plan
 from ..runs.waves import Waves
-from .output import console, print_json, print_table, printable
+from .output import console, note, print_json, print_table, printable
 from .runtime import EXIT_FAILED, exit_on_error, fail, run
 
 WaveOption = Annotated[
@@ -79,10 +79,37 @@ class GivenWaves:
         )
 
 
+def refuse_both(first: bool, second: bool, names: str) -> None:
+    """Exit with an error where both of two options were given that ask for different things."""
+    if first and second:
+        fail(f"give one of {names}: each shows another thing", kind="ConfigurationError")
+
+
+def say_ignored(context: typer.Context, mode: str, *taken: str) -> None:
+    """Say which options of a command were given and have no effect in ``mode``; ``taken`` are those that have one."""
+    ignored = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in (*taken, "revision", "number", "tenant", "as_json")
+        and (source := context.get_parameter_source(parameter.name)) is not None
+        and source.name == "COMMANDLINE"
+    ]
+    if ignored:
+        note(f"{mode} does not look at {', '.join(ignored)}")
+
+
 def look_ahead(
-    command: str, revision: str, tenants: Sequence[str] | None, given: GivenWaves, *, sql: bool, as_json: bool
+    context: typer.Context,
+    command: str,
+    revision: str,
+    tenants: Sequence[str] | None,
+    given: GivenWaves,
+    *,
+    sql: bool,
+    as_json: bool,
 ) -> None:
     """Print what a run would do."""
+    say_ignored(context, *(("--sql", "sql") if sql else ("--dry-run", "dry_run", "wave", "plan", "wave_seed")))
     _show_preview(
         run(lambda tenancy: tenancy.migrations.preview(command, revision, tenants=tenants, waves=given.waves, sql=sql)),
         sql=sql,
@@ -174,4 +201,6 @@ __all__ = [
     "WaveOption",
     "look_ahead",
     "print_waves",
+    "refuse_both",
+    "say_ignored",
 ]

@@ -155,6 +155,19 @@ async def test_what_does_not_hold_is_said(cli: Cli, prepared: Project) -> None:
     assert (await cli("migrate", "undo", "99")).status == 1
 
 
+async def test_no_option_is_ignored_in_silence(cli: Cli) -> None:
+    """What shows another thing is refused together, before anything is read; the others are named."""
+    for options, message in (
+        (("--dry-run", "--rehearse", "1"), "give one of --rehearse, --dry-run and --sql"),
+        (("--dry-run", "--sql"), "give one of --dry-run and --sql"),
+    ):
+        refused = await cli("migrate", "upgrade", *options)
+        assert (refused.status, message in refused.err) == (1, True), refused.err
+    await cli("init")
+    ignoring = await cli("migrate", "upgrade", "--order", "busiest", "--refuse-drift", "--wave", "50%", "--dry-run")
+    assert (ignoring.status, ignoring.err) == (0, "--dry-run does not look at --order, --refuse-drift\n")
+
+
 async def test_a_dry_run_names_preflights_and_data_migrations(cli: Cli, prepared: Project) -> None:
     """They take time, and a failed check stops the run; a downgrade runs only what reverses."""
     path = prepared.migrations / "versions" / "0002.py"
