@@ -26,7 +26,7 @@ from .catalogue import Catalogue, Ignored, Key
 from .compare import compare
 from .mending import TENANT_ROLE, alter_word
 from .queries import OWNER
-from .reference import References
+from .reference import KeptCatalogues, References
 
 _EVERYTHING: Final = Ignored()
 
@@ -127,6 +127,7 @@ class RevisionPolicy:
         accept: Let through what differs, because an operator has looked at it.
         tenant_owned: What the tenant's role owned, by a source that is trusted: "table sandbox.drafts". It becomes the
             role's again, as far as the role may create something in its schema, and runs with no other rights.
+        kept: Catalogues that earlier policies have read.
     """
 
     def __init__(
@@ -137,12 +138,13 @@ class RevisionPolicy:
         *,
         accept: bool = False,
         tenant_owned: Collection[str] = (),
+        kept: KeptCatalogues | None = None,
     ) -> None:
         self._services = services
         self._environment = environment
         self._accept = accept
         self._tenant_owned = frozenset(tenant_owned)
-        self._references = References(services, connections, environment, _EVERYTHING)
+        self._references = References(services, connections, environment, _EVERYTHING, kept)
         self._expected: Catalogue | None = None
         self.heads: Heads = frozenset()
         self.differences: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -38,6 +39,28 @@ def _quoted(name: str) -> str:
     return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else quote_identifier(name)
 
 
+_KEPT_SECONDS = 60.0
+
+
+class KeptCatalogues:
+    """The catalogues of templates, by server, each for a minute: several restores in a row compare with the same one.
+
+    A complete template does not change, and has a name of its own, which no other one gets.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[str, float, Catalogue]] = {}
+
+    def find(self, server: str, template: str) -> Catalogue | None:
+        """Return the catalogue of a template, if it was kept not long ago."""
+        name, until, found = self._kept.get(server, ("", 0.0, None))
+        return found if name == template and time.monotonic() < until else None
+
+    def keep(self, server: str, template: str, found: Catalogue) -> None:
+        """Keep a catalogue."""
+        self._kept[server] = template, time.monotonic() + _KEPT_SECONDS, found
+
+
 class References:
     """Reads the catalogues of databases as they should be.
 
@@ -46,15 +69,22 @@ class References:
         connections: Connects to the databases.
         environment: The migrations; None without any.
         ignored: What is left out of the catalogues.
+        kept: What earlier ones have read, with nothing left out.
     """
 
     def __init__(
-        self, services: FleetServices, connections: Connections, environment: Environment | None, ignored: Ignored
+        self,
+        services: FleetServices,
+        connections: Connections,
+        environment: Environment | None,
+        ignored: Ignored,
+        kept: KeptCatalogues | None = None,
     ) -> None:
         self._services = services
         self._connections = connections
         self._environment = environment
         self._ignored = ignored
+        self._kept = kept
 
     async def read(self, server: str, heads: Heads) -> Catalogue:
         """Return the catalogue of a tenant's database at ``heads``.
@@ -66,13 +96,28 @@ class References:
             MigrationError: the migrations do not have this revision, or one of them fails.
             TemplateError, ServerUnavailableError: as ``Provisioner.scratch``.
         """
+        # a hook may grant something else each time
+        if self._kept is None or not self._is_head(heads) or self._services.config.provisioning.grants is not None:
+            return await self._read_anew(server, heads)
+        template = (await self._services.provisioner.scratch_template(server)).name
+        found = self._kept.find(server, template)
+        if found is None:
+            found = await self._read_anew(server, heads)
+            if (await self._services.provisioner.scratch_template(server)).name == template:
+                self._kept.keep(server, template, found)
+        return found
+
+    def _is_head(self, heads: Heads) -> bool:
+        return self._environment is None or heads == frozenset(self._environment.script.revision_map._real_heads)
+
+    async def _read_anew(self, server: str, heads: Heads) -> Catalogue:
         async with self._database(server, heads) as database:
             return await self._read(server, database, ignored_at(heads, self._environment, self._ignored))
 
     @asynccontextmanager
     async def _database(self, server: str, heads: Heads) -> AsyncIterator[str]:
         provisioner, environment = self._services.provisioner, self._environment
-        if environment is None or heads == frozenset(environment.script.revision_map._real_heads):
+        if environment is None or self._is_head(heads):
             async with provisioner.scratch(server) as database:
                 yield database
             return
@@ -126,4 +171,4 @@ class References:
             await rights.run_hook(connection, database, role)
 
 
-__all__ = ["References", "ignored_at"]
+__all__ = ["KeptCatalogues", "References", "ignored_at"]

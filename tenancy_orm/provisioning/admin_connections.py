@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from ..cancellation import run_to_completion
 from ..loops import HomeLoop
@@ -84,9 +85,32 @@ class AdminConnections:
         A failure of the connection raises nothing: the work under the lock is done, and the lock ends with the
         connection. One that does not have the lock is closed.
         """
-        if len(self._idle.get(server, ())) >= self._keep or not await self._release_lock(connection, key):
+        if self._is_full(server) or not await self._release_lock(connection, key):
             await run_to_completion(connections.close(connection))
-            return
+        else:
+            self._put_back(server, connection)
+
+    @asynccontextmanager
+    async def use(self, server: Server) -> AsyncIterator[Connection]:
+        """Yield a connection for statements that need no lock. It is kept for the next caller unless the body fails.
+
+        Raises:
+            ServerUnavailableError, WrongEventLoopError: as ``acquire``.
+        """
+        connection, works = await self.connect(server), False
+        try:
+            yield connection
+            works = True
+        finally:
+            if not works or connection.is_closed() or self._is_full(server):
+                await run_to_completion(connections.close(connection))
+            else:
+                self._put_back(server, connection)
+
+    def _is_full(self, server: Server) -> bool:
+        return len(self._idle.get(server, ())) >= self._keep
+
+    def _put_back(self, server: Server, connection: Connection) -> None:
         self._idle[server].append(connection)
         self._timers[connection] = asyncio.get_running_loop().call_later(
             self._idle_seconds, self._expire, server, connection

@@ -388,29 +388,24 @@ class NewDatabases:
         """
         refuse_while_bound("opening and closing tenants' databases")
         self._home.check()
-        blockers = self._services.blockers(self._services.servers[placement.server])
+        server = self._services.servers[placement.server]
         name, role = quote_identifier(placement.database), quote_identifier(placement.role)
-        connection = await blockers.connect(purpose="tenancy-restore")
-        try:
-            async with asyncio.timeout(self._services.config.provisioning.timeout):
-                if allowed:
-                    statement = (
-                        f"GRANT CONNECT ON DATABASE {name} TO {role}; ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true"
-                    )
-                else:
-                    statement = (
-                        f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS false; "
-                        f"REVOKE CONNECT ON DATABASE {name} FROM {role}"
-                    )
-                work = partial(connection.execute, statement)
-                await blockers.run(connection, work, role=placement.role)
-                if not allowed:
-                    await self._end_sessions(connection, placement)
-        except SERVER_FAILURES as exc:
-            what = "opened" if allowed else "closed"
-            raise ProvisioningError(f"database {placement.database!r} was not {what} ({describe(exc)})") from exc
-        finally:
-            await run_to_completion(connections.close(connection))
+        if allowed:
+            statement = f"GRANT CONNECT ON DATABASE {name} TO {role}; ALTER DATABASE {name} WITH ALLOW_CONNECTIONS true"
+        else:
+            statement = (
+                f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS false; REVOKE CONNECT ON DATABASE {name} FROM {role}"
+            )
+        async with self._services.admin_connections.use(server) as connection:
+            try:
+                async with asyncio.timeout(self._services.config.provisioning.timeout):
+                    work = partial(connection.execute, statement)
+                    await self._services.blockers(server).run(connection, work, role=placement.role)
+                    if not allowed:
+                        await self._end_sessions(connection, placement)
+            except SERVER_FAILURES as exc:
+                what = "opened" if allowed else "closed"
+                raise ProvisioningError(f"database {placement.database!r} was not {what} ({describe(exc)})") from exc
 
     async def open_to_administrators(self, beside: TenantDatabase) -> None:
         """Let the owner and administrators, and nobody else, connect to a database that was closed."""

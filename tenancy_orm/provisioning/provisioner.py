@@ -235,6 +235,16 @@ class Provisioner:
         refuse_while_bound("cloning a template")
         return self._unfilled.scratch(lambda: self._prepared_server(server), empty=empty)
 
+    async def scratch_template(self, server: str) -> TemplateInfo:
+        """Return the template that ``scratch`` clones; it is built if it is missing.
+
+        Raises:
+            TemplateError: the template could not be built.
+            UnknownServerError, ServerUnavailableError: as ``prepare_server``.
+        """
+        refuse_while_bound("building a template")
+        return await self._unfilled.ensure(await self._prepared_server(server))
+
     async def connect_admin(
         self,
         server: str,

@@ -7,6 +7,7 @@ import asyncio
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..drift.policy import RevisionPolicy, check_revision
+from ..drift.reference import KeptCatalogues
 from ..errors import OperationError, TenantNotFoundError
 from ..migrations.beside import upgrade_beside
 from ..migrations.connections import Connections
@@ -35,6 +36,7 @@ class Making:
         self._services = migrations.services
         self._provisioner = migrations.services.provisioner
         self._connections = connections
+        self._kept = KeptCatalogues()
 
     async def make(
         self, tenant: Tenant, place: Placement, database: str, source: RestoreSource, *, accept: bool
@@ -60,7 +62,12 @@ class Making:
     def policy(self, environment: Environment | None, archive: Archive, *, accept: bool) -> RevisionPolicy:
         """Return what decides whether an archive's contents may become the tenant's."""
         return RevisionPolicy(
-            self._services, self._connections, environment, accept=accept, tenant_owned=archive.tenant_owned
+            self._services,
+            self._connections,
+            environment,
+            accept=accept,
+            tenant_owned=archive.tenant_owned,
+            kept=self._kept,
         )
 
     @staticmethod

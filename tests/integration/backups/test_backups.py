@@ -85,6 +85,22 @@ async def test_a_backup_has_the_rows_and_nothing_in_the_clear(
     assert actions[:2] == ["backup.run", "backup_key.create"]
 
 
+async def test_a_second_backup_logs_in_as_the_administrator_no_more(
+    tenancy: Tenancy, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection that held the lock of the first one's login is kept for that of the next one."""
+    server, opened = tenancy.internals.servers["default"], list[str]()
+    connect = server.connect_admin
+
+    async def noted(database: str | None = None, *, purpose: str = "tenancy-admin", **options: Any) -> Any:
+        opened.append(purpose)
+        return await connect(database, purpose=purpose, **options)
+
+    monkeypatch.setattr(server, "connect_admin", noted)
+    assert (await tenancy.backups.run(["acme"])).reasons == {}
+    assert "tenancy-admin" not in opened
+
+
 async def test_what_is_backed_up_is_one_snapshot_and_no_login_is_left(
     tenancy: Tenancy, acme: str, postgres: Postgres, name_prefix: str
 ) -> None:
