@@ -15,7 +15,7 @@ import asyncpg
 
 from ..postgres.connections import Connection, finish, version
 from ..postgres.errors import sqlstate_of
-from .queries import FIELDS, KIND_OF, catalogue
+from .queries import FIELDS, KIND_OF, PRESENT, catalogue
 
 # the first so that no name is found in a tenant's schema; the others have an influence on what PostgreSQL prints
 _SETTINGS = "; ".join(
@@ -143,10 +143,11 @@ async def read(
     ignored: Ignored | None = None,
     timeout: float | None = None,
 ) -> Catalogue:
-    """Read the catalogue of the database that ``connection`` leads to, in one query; it changes nothing.
+    """Read the catalogue of the database that ``connection`` leads to, in one snapshot; it changes nothing.
 
     Args:
-        connection: An administrative one, or of the owner.
+        connection: An administrative one, or of the owner. In a transaction that is open, nobody else may change the
+            schema, unless its snapshot stays the same.
         owner: The owner of all tenants' schemas.
         role: The tenant's role, if the database is a tenant's.
         ignored: What is left out.
@@ -159,7 +160,8 @@ async def read(
     ignored = ignored or Ignored()
     for attempt in range(_ATTEMPTS):
         # a savepoint where a transaction is open: its end restores the settings
-        transaction = connection.transaction()
+        isolation = None if connection.is_in_transaction() else "repeatable_read"
+        transaction = connection.transaction(isolation=isolation)
         await transaction.start()
         try:
             await connection.execute(_SETTINGS)
@@ -175,8 +177,11 @@ async def read(
 async def _objects(
     connection: Connection, owner: str, role: str | None, ignored: Ignored, timeout: float | None
 ) -> dict[Key, Mapping[str, str]]:
+    present = frozenset(await connection.fetchval(PRESENT, timeout=timeout))
     # by a cursor: an application may have made a hundred thousand partitions, which are ignored
-    cursor = connection.cursor(catalogue(version(connection)), owner, role or "", prefetch=_ROWS, timeout=timeout)
+    cursor = connection.cursor(
+        catalogue(version(connection), present), owner, role or "", prefetch=_ROWS, timeout=timeout
+    )
     objects: dict[Key, Mapping[str, str]] = {}
     async for kind, parent, name, values in cursor:
         key, fields = Key(kind, parent, name), _fields(kind, values)

@@ -13,7 +13,7 @@ nor the checkpoints of data migrations: a database has them only while some are 
 # ruff: noqa: S608 - what is inserted are constants of this file
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
 
@@ -128,8 +128,9 @@ relation AS MATERIALIZED (
          CASE relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
          WHEN 'f' THEN 'foreign table' ELSE 'table' END AS kind
     FROM pg_catalog.pg_class c JOIN space ON space.oid = relnamespace
-   WHERE relkind IN ('r', 'p', 'f', 'v', 'm', 'S') AND {_not_of_extension("c.oid", "pg_class")}),
-routine AS MATERIALIZED (
+   WHERE relkind IN ('r', 'p', 'f', 'v', 'm', 'S') AND {_not_of_extension("c.oid", "pg_class")})
+"""
+_ROUTINES = f""", routine AS MATERIALIZED (
   SELECT p.oid, prokind, proowner, proacl,
          CASE prokind WHEN 'p' THEN 'procedure' WHEN 'a' THEN 'aggregate' WHEN 'w' THEN 'window function'
          ELSE 'function' END AS kind,
@@ -139,8 +140,9 @@ routine AS MATERIALIZED (
     FROM pg_catalog.pg_proc p JOIN space ON space.oid = pronamespace
    WHERE {_not_of_extension("p.oid", "pg_proc")}
      AND p.oid NOT IN (SELECT objid FROM pg_catalog.pg_depend
-                        WHERE deptype = 'i' AND classid = 'pg_catalog.pg_proc'::regclass)),
-kind_of_type AS MATERIALIZED (
+                        WHERE deptype = 'i' AND classid = 'pg_catalog.pg_proc'::regclass))
+"""
+_KINDS_OF_TYPES = f""", kind_of_type AS MATERIALIZED (
   SELECT t.oid, typtype, typowner, typacl, typbasetype, typtypmod, typdefault, typnotnull, typrelid, typinput,
          typcollation, space.name || '.' || pg_catalog.quote_ident(typname) AS name,
          CASE typtype WHEN 'e' THEN 'enum' WHEN 'd' THEN 'domain' WHEN 'c' THEN 'composite type'
@@ -216,7 +218,8 @@ SELECT 'constraint', r.kind || ' ' || r.name, pg_catalog.quote_ident(conname),
              {_comment("k.oid", "pg_constraint")}]
   FROM pg_catalog.pg_constraint k JOIN relation r ON r.oid = conrelid
  WHERE contype IN ('c', 'p', 'u', 'x', 'f') AND conparentid = 0 AND (coninhcount = 0 OR conislocal)
-UNION ALL
+"""
+_CONSTRAINTS_OF_TYPES = f"""
 SELECT 'constraint', t.kind || ' ' || t.name, pg_catalog.quote_ident(conname),
        ARRAY[pg_catalog.pg_get_constraintdef(k.oid), NULL, {_comment("k.oid", "pg_constraint")}]
   FROM pg_catalog.pg_constraint k JOIN kind_of_type t ON t.oid = contypid WHERE contype = 'c'
@@ -357,6 +360,17 @@ SELECT 'foreign server', NULL, pg_catalog.quote_ident(srvname),
 """
 
 # of these, whether they exist
+_IN_SCHEMAS = (
+    ("pg_collation", "collnamespace"),
+    ("pg_conversion", "connamespace"),
+    ("pg_operator", "oprnamespace"),
+    ("pg_opclass", "opcnamespace"),
+    ("pg_opfamily", "opfnamespace"),
+    ("pg_ts_config", "cfgnamespace"),
+    ("pg_ts_dict", "dictnamespace"),
+)
+# those of initdb have lower numbers than 16384
+_NUMBERED = ("pg_cast", "pg_language", "pg_am", "pg_foreign_data_wrapper")
 _OTHERS = """
 SELECT i.type, NULL, i.identity, ARRAY[]::text[] FROM (
 {}
@@ -369,20 +383,11 @@ SELECT i.type, NULL, i.identity, ARRAY[]::text[] FROM (
         [
             f"SELECT 'pg_catalog.{table}'::regclass AS class, o.oid FROM pg_catalog.{table} o "
             f"JOIN space ON space.oid = {column}\n"
-            for table, column in (
-                ("pg_collation", "collnamespace"),
-                ("pg_conversion", "connamespace"),
-                ("pg_operator", "oprnamespace"),
-                ("pg_opclass", "opcnamespace"),
-                ("pg_opfamily", "opfnamespace"),
-                ("pg_ts_config", "cfgnamespace"),
-                ("pg_ts_dict", "dictnamespace"),
-            )
+            for table, column in _IN_SCHEMAS
         ]
-        # those of initdb have lower numbers
         + [
             f"SELECT 'pg_catalog.{table}'::regclass, o.oid FROM pg_catalog.{table} o WHERE o.oid >= 16384\n"
-            for table in ("pg_cast", "pg_language", "pg_am", "pg_foreign_data_wrapper")
+            for table in _NUMBERED
         ]
     )
 )
@@ -401,14 +406,18 @@ SELECT 'privilege', target, part || grantee, ARRAY[
         UNION ALL SELECT kind || ' ' || name, pg_catalog.quote_ident(attname) || ' ', relowner, attacl
                     FROM relation r JOIN pg_catalog.pg_attribute ON attrelid = r.oid
                    WHERE attacl IS NOT NULL AND NOT attisdropped
-        UNION ALL SELECT kind || ' ' || name, '', proowner, coalesce(proacl, pg_catalog.acldefault('f', proowner))
-                    FROM routine
-        UNION ALL SELECT kind || ' ' || name, '', typowner, coalesce(typacl, pg_catalog.acldefault('T', typowner))
-                    FROM kind_of_type
+        {{others}}
       ) listed CROSS JOIN LATERAL pg_catalog.aclexplode(acl) a
      WHERE a.grantee <> owner GROUP BY 1, 2, 3, 4) granted
  GROUP BY target, part, grantee
-UNION ALL
+"""
+_PRIVILEGES_ON_ROUTINES = """
+        UNION ALL SELECT kind || ' ' || name, '', proowner, coalesce(proacl, pg_catalog.acldefault('f', proowner))
+                    FROM routine"""
+_PRIVILEGES_ON_TYPES = """
+        UNION ALL SELECT kind || ' ' || name, '', typowner, coalesce(typacl, pg_catalog.acldefault('T', typowner))
+                    FROM kind_of_type"""
+_DEFAULT_PRIVILEGES = f"""
 SELECT 'default privileges', NULL,
        CASE defaclobjtype WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'n' THEN 'SCHEMAS'
        WHEN 'f' THEN 'FUNCTIONS' WHEN 'T' THEN 'TYPES' ELSE 'LARGE OBJECTS' END
@@ -420,33 +429,76 @@ SELECT 'default privileges', NULL,
   FROM pg_catalog.pg_default_acl LEFT JOIN pg_catalog.pg_namespace n ON n.oid = defaclnamespace
 """
 
+# What most databases have nothing of. To plan a query for it, and to load what PostgreSQL knows of its tables, takes
+# longer than to see that there is nothing. A condition may be true for what is not read; never the other way round.
+_PRESENT = {
+    "views": "EXISTS (SELECT FROM pg_catalog.pg_class WHERE relkind IN ('v', 'm') AND relnamespace IN (TABLE space))",
+    "rules": "EXISTS (SELECT FROM pg_catalog.pg_rewrite w JOIN pg_catalog.pg_class c ON c.oid = ev_class "
+    "WHERE rulename <> '_RETURN' AND relnamespace IN (TABLE space))",
+    "functions": "EXISTS (SELECT FROM pg_catalog.pg_proc WHERE pronamespace IN (TABLE space))",
+    "triggers": "EXISTS (SELECT FROM pg_catalog.pg_trigger WHERE NOT tgisinternal)",
+    "types": "EXISTS (SELECT FROM pg_catalog.pg_type t WHERE typnamespace IN (TABLE space) AND CASE typtype "
+    "WHEN 'b' THEN oid NOT IN (SELECT typarray FROM pg_catalog.pg_type) "
+    "WHEN 'c' THEN EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = typrelid AND relkind = 'c') ELSE true END)",
+    "policies": "EXISTS (SELECT FROM pg_catalog.pg_policy)",
+    "event triggers": "EXISTS (SELECT FROM pg_catalog.pg_event_trigger)",
+    "publications": "EXISTS (SELECT FROM pg_catalog.pg_publication)",
+    "statistics": "EXISTS (SELECT FROM pg_catalog.pg_statistic_ext)",
+    "foreign servers": "EXISTS (SELECT FROM pg_catalog.pg_foreign_server)",
+    "default privileges": "EXISTS (SELECT FROM pg_catalog.pg_default_acl)",
+    "others": " OR ".join(
+        [f"EXISTS (SELECT FROM pg_catalog.{table} WHERE {column} IN (TABLE space))" for table, column in _IN_SCHEMAS]
+        + [f"EXISTS (SELECT FROM pg_catalog.{table} WHERE oid >= 16384)" for table in _NUMBERED]
+    ),
+}
+EVERYTHING = frozenset(_PRESENT)
+"""All that ``catalogue`` can leave out."""
+PRESENT = (
+    "WITH space AS MATERIALIZED (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname !~ '^pg_' "
+    "AND nspname NOT IN ('information_schema', 'tenancy_orm')) SELECT pg_catalog.array_remove(ARRAY["
+    + ", ".join(f"CASE WHEN {condition} THEN '{name}' END" for name, condition in _PRESENT.items())
+    + "], NULL)"
+)
+"""A SELECT that returns what of ``EVERYTHING`` a database may have something of."""
 
-@cache
-def catalogue(version: int) -> str:
-    """Return the SELECT for a major version of PostgreSQL. ``$1`` is the owner's name, ``$2`` the tenant's role."""
+
+@lru_cache(maxsize=64)
+def catalogue(version: int, present: frozenset[str] = EVERYTHING) -> str:
+    """Return the SELECT for a major version of PostgreSQL. ``$1`` is the owner's name, ``$2`` the tenant's role.
+
+    Args:
+        version: The version.
+        present: What ``PRESENT`` has returned in the same snapshot.
+    """
     columns = _COLUMNS.format(not_null=_NOT_NULL_OR_NOT_VALID if version >= 18 else "'yes'")
     publications = _PUBLICATIONS.format(
         parts=_PARTS if version >= 15 else "", schemas=_PUBLISHED_SCHEMAS if version >= 15 else ""
     )
-    parts = (
+    routines, types = "functions" in present, "types" in present
+    others = (_PRIVILEGES_ON_ROUTINES if routines else "") + (_PRIVILEGES_ON_TYPES if types else "")
+    parts = {
+        "views": [_VIEWS],
+        "rules": [_RULES],
+        "functions": [_FUNCTIONS],
+        "triggers": [_TRIGGERS],
+        "types": [_TYPES, _CONSTRAINTS_OF_TYPES],
+        "policies": [_POLICIES],
+        "event triggers": [_EVENT_TRIGGERS],
+        "publications": [publications],
+        "statistics": [_STATISTICS],
+        "foreign servers": [_FOREIGN_SERVERS],
+        "default privileges": [_DEFAULT_PRIVILEGES],
+        "others": [_OTHERS],
+    }
+    always = (
         _SCHEMAS,
         _TABLES,
         columns,
         _CONSTRAINTS,
         _INDEXES,
-        _VIEWS,
-        _RULES,
-        _FUNCTIONS,
-        _TRIGGERS,
         _SEQUENCES,
-        _TYPES,
-        _POLICIES,
         _EXTENSIONS,
-        _EVENT_TRIGGERS,
-        publications,
-        _STATISTICS,
-        _FOREIGN_SERVERS,
-        _OTHERS,
-        _PRIVILEGES,
+        _PRIVILEGES.format(others=others),
     )
-    return _CTES + "UNION ALL".join(parts)
+    ctes = _CTES + (_ROUTINES if routines else "") + (_KINDS_OF_TYPES if types else "")
+    return ctes + "UNION ALL".join([*always, *(one for name in parts if name in present for one in parts[name])])

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tenancy_orm.drift import Catalogue, Difference, Ignored, catalogue
+from tenancy_orm.drift import Catalogue, Difference, Ignored, catalogue, queries
 from tenancy_orm.drift.compare import compare
 from tenancy_orm.drift.mending import TENANT_ROLE
 from tenancy_orm.postgres.quoting import quote_identifier
@@ -68,6 +68,40 @@ def read_cases() -> dict[str, Case]:
 
 
 CASES = read_cases()
+
+# each in a database with the table notes and nothing else
+FIRST_OF_THEIR_KIND = """
+CREATE VIEW one AS SELECT 1 AS n
+CREATE MATERIALIZED VIEW one AS SELECT 1 AS n
+CREATE RULE one AS ON INSERT TO notes DO INSTEAD NOTHING
+CREATE FUNCTION one() RETURNS integer LANGUAGE sql AS 'SELECT 1'
+CREATE PROCEDURE one() LANGUAGE sql AS 'SELECT 1'
+CREATE AGGREGATE one(integer) (SFUNC = int4pl, STYPE = integer)
+CREATE TRIGGER one BEFORE UPDATE ON notes FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()
+CREATE TYPE one AS ENUM ('a')
+CREATE DOMAIN one AS integer CHECK (VALUE < 100)
+CREATE TYPE one AS (n integer)
+CREATE TYPE one AS RANGE (SUBTYPE = integer)
+CREATE TYPE one
+CREATE POLICY one ON notes
+CREATE PUBLICATION one
+CREATE STATISTICS one ON id, body FROM notes
+CREATE FOREIGN DATA WRAPPER one
+CREATE FOREIGN DATA WRAPPER one; CREATE SERVER one FOREIGN DATA WRAPPER one
+ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC
+CREATE COLLATION one FROM "C"
+CREATE CONVERSION one FOR 'LATIN1' TO 'UTF8' FROM iso8859_1_to_utf8
+CREATE OPERATOR === (LEFTARG = integer, RIGHTARG = integer, FUNCTION = int4eq)
+CREATE OPERATOR FAMILY one USING btree
+CREATE OPERATOR CLASS one FOR TYPE integer USING btree AS OPERATOR 1 <, FUNCTION 1 btint4cmp(integer, integer)
+CREATE TEXT SEARCH CONFIGURATION one (COPY = simple)
+CREATE TEXT SEARCH DICTIONARY one (TEMPLATE = simple)
+CREATE CAST (point AS text) WITH INOUT
+CREATE LANGUAGE one HANDLER plpgsql_call_handler
+CREATE ACCESS METHOD one TYPE INDEX HANDLER bthandler
+CREATE FUNCTION one() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'; \
+CREATE EVENT TRIGGER one ON ddl_command_end EXECUTE FUNCTION one()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +239,32 @@ async def test_objects_that_a_pattern_names_are_ignored(postgres: Postgres, name
             "table parts_2 should not exist",
             "table parts_3 should not exist",
         ]
+
+
+async def test_the_first_object_of_a_kind_is_found(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a database has nothing of is not read; its first object is."""
+    everything = f"SELECT ARRAY{sorted(queries.EVERYTHING)}"
+    connection = await asyncpg.connect(empty_url, timeout=30)
+    try:
+        await connection.execute("CREATE TABLE notes (id integer PRIMARY KEY, body text)")
+
+        async def read() -> Catalogue:
+            return await catalogue.read(connection, owner="nobody")
+
+        bare = await read()
+        for statements in FIRST_OF_THEIR_KIND.replace("\\\n", "").strip().splitlines():
+            begun = connection.transaction()
+            await begun.start()
+            await connection.execute(statements)
+            found = await read()
+            with monkeypatch.context() as patch:
+                patch.setattr(catalogue, "PRESENT", everything)
+                assert (await read()).objects == found.objects, statements
+            is_shell = statements == "CREATE TYPE one"
+            assert len(found.objects) > len(bare.objects) or is_shell, statements
+            await begun.rollback()
+    finally:
+        await connection.close()
 
 
 async def test_an_invalid_index_is_found(postgres: Postgres, names: tuple[str, str, str]) -> None:
