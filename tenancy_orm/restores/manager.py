@@ -391,7 +391,8 @@ class RestoreManager:
                 raise OperationStateError(
                     f"operation {number} was interrupted before its database was complete; it is undone: restore again"
                 )
-            if operation.step != "switching":
+            if placement_of(tenant).database != operation.detail["database"]:
+                # again where its swap was interrupted: code with further revisions may go on with it
                 check_swappable(tenant)
                 tell("running missing revisions")
                 if operation.detail["action"] == _UNDO:

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from tenancy_orm.config import BackupConfig
-from tenancy_orm.errors import OperationError, TenantDeletedError
+from tenancy_orm.errors import JobLostError, OperationError, TenantDeletedError
 from tenancy_orm.provisioning import restoring as restoring_module
 from tenancy_orm.restores import DumpSource, RestoreReport, making
 from tenancy_orm.tenant import Status
@@ -201,3 +201,30 @@ async def test_contents_that_do_not_come_in_in_time_are_given_up(
     with pytest.raises(OperationError, match=r"raise backup\.timeout"):
         await fleet.tenancy.restores.restore("acme", DumpSource(archive))
     assert await databases(fleet) == present
+
+
+async def test_revisions_that_came_since_run_before_an_interrupted_swap_goes_on(
+    fleet: Fleet, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process is killed when a release is deployed; the code of today would meet the schema of yesterday."""
+    archive = await dump(fleet, "acme", tmp_path / "dump")
+    restores = fleet.tenancy.restores
+
+    async def killed(*_: Any, **__: Any) -> None:
+        raise JobLostError
+
+    with monkeypatch.context() as patch, pytest.raises(JobLostError):
+        patch.setattr(restores._switching, "swap", killed)
+        await restores.restore("acme", DumpSource(archive))
+    async with fleet.services.control.transaction() as connection:
+        await connection.execute(sa.text("UPDATE tenancy.operations SET claimed_until = now()"))
+    project.add("0002", ADD_COLUMN, 'op.drop_column("notes", "pinned")', down="0001")
+    assert (await fleet.tenancy.migrations.upgrade()).ok
+    report = await restores.settle()
+    assert (len(report.settled), report.errors) == (1, ())
+    (operation,) = await fleet.tenancy.operations.list("acme")
+    tenant = await fleet.registry.find("acme")
+    assert tenant.placement is not None
+    assert (operation.state, tenant.placement.database) == ("done", operation.detail["database"])
+    assert tenant.schema_revision == "0002"
+    assert await fleet.fetch("acme", "SELECT count(*) FROM notes WHERE pinned IS NULL OR NOT pinned") == [(100,)]
