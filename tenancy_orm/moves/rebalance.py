@@ -152,7 +152,7 @@ class Planner:
         return loads, sizes
 
     def _must_move(self, loads: dict[str, _Load]) -> Iterator[tuple[str, Tenant, str]]:
-        """Those of servers in drain, in another region than the tenant's, or above their capacity; small ones first."""
+        """Those of servers in drain or above their capacity; small ones first."""
         for name, load in loads.items():
             if load.row.state == "drain":
                 for tenant in sorted(load.tenants, key=lambda one: load.tenants[one]):

@@ -441,6 +441,8 @@ class Move:
                 async with _Four(self._forward, self.old, self.new, self._provisioning.names.owner) as four:
                     await copy_sequences(four.from_owner, four.to_owner)
                 await self._advance("switching", reverse="it was moved by a dump")
+                # it still has the lock that keeps migrations away, for as long as the copy took
+                await self._refuse_prepared(source)
                 await self._renew_password(paused.tenant, self.new)
                 await self._to(paused, self.new, action="tenant.move")
         finally:

@@ -29,6 +29,7 @@ from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import access, roles
 from ..provisioning.pipeline import ProvisioningServices, describe, tenant_key
+from ..provisioning.standbys import end_in_database_on_replicas
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..tenant import Placement, Status, Tenant
 
@@ -211,8 +212,12 @@ class Switch:
             await run_to_completion(services.admin_connections.release(server, connection, key))
 
     async def close_kept(self, placement: Placement) -> None:
-        """Let nobody but administrators connect to a database that is not in use, and end its sessions."""
-        blockers = self._services.blockers(self._services.servers[placement.server])
+        """Let nobody but administrators connect to a database that is not in use, and end its sessions.
+
+        Those on replicas of its server as well: who was not told of the switch would read there what does not change.
+        """
+        server = self._services.servers[placement.server]
+        blockers = self._services.blockers(server)
         connection = await blockers.connect(purpose="tenancy-switch")
         try:
             if await roles.exists(connection, placement.role):
@@ -220,6 +225,7 @@ class Switch:
             await self._end(connection, placement)
         finally:
             await run_to_completion(connections.close(connection))
+        await end_in_database_on_replicas(server, placement.role, placement.database)
 
     async def _close(self, paused: Paused, place: Placement, drain: float) -> None:
         """Close the old database to the tenant's role, and wait until its sessions have ended."""

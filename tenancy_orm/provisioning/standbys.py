@@ -24,6 +24,14 @@ _CAN_LOG_IN: Final = (
 _END: Final = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = $1 OR starts_with(usename::text, $2)"
 )
+_CAN_CONNECT: Final = (
+    "SELECT count(*) FROM pg_roles r, pg_database d WHERE (r.rolname = $1 OR starts_with(r.rolname::text, $2)) "
+    "AND d.datname = $3 AND has_database_privilege(r.oid, d.oid, 'CONNECT')"
+)
+_END_IN: Final = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE (usename = $1 OR starts_with(usename::text, $2)) AND datname = $3"
+)
 
 
 async def end_on_replicas(server: Server, role: str, *, deadline: float) -> None:
@@ -40,15 +48,30 @@ async def end_on_replicas(server: Server, role: str, *, deadline: float) -> None
     await asyncio.gather(*(_end(replica, role, ends) for replica in server.replicas))
 
 
-async def _end(replica: Server, role: str, ends: float) -> None:
+async def end_in_database_on_replicas(server: Server, role: str, database: str) -> None:
+    """End the connections of a tenant's role, and of its temporary logins, to a database on all replicas of a server.
+
+    They lost the right to connect to it on the primary before. A replica that does not answer is left out.
+
+    Args:
+        server: The primary.
+        role: The tenant's role.
+        database: The database, which the tenant does not use any more.
+    """
+    ends = asyncio.get_running_loop().time() + REPLAY_SECONDS
+    await asyncio.gather(*(_end(replica, role, ends, database) for replica in server.replicas))
+
+
+async def _end(replica: Server, role: str, ends: float, database: str | None = None) -> None:
     names = (role, login_stem(role))
+    may, end, given = (_CAN_LOG_IN, _END, names) if database is None else (_CAN_CONNECT, _END_IN, (*names, database))
     try:
         async with asyncio.timeout_at(ends):
             connection = await replica.connect_admin()
             try:
                 while True:
-                    blocked = not await connection.fetchval(_CAN_LOG_IN, *names)
-                    if not await connection.fetch(_END, *names) and blocked:
+                    blocked = not await connection.fetchval(may, *given)
+                    if not await connection.fetch(end, *given) and blocked:
                         return
                     await asyncio.sleep(connections.POLL_SECONDS)
             finally:
@@ -59,4 +82,4 @@ async def _end(replica: Server, role: str, ends: float) -> None:
         )
 
 
-__all__ = ["end_on_replicas"]
+__all__ = ["end_in_database_on_replicas", "end_on_replicas"]

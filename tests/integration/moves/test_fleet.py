@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import text
 
@@ -16,8 +18,10 @@ from tenancy_orm.config.placement import LeastBytes
 from tenancy_orm.errors import OperationError, OperationStateError, TenancyError
 from tenancy_orm.moves import MovePlan, manager
 from tenancy_orm.operations import Switch
+from tenancy_orm.provisioning.provisioner import services_of
 from tenancy_orm.tenant import Placement
 from tests.support.moving import Pair, moving_config, pair_of_servers, rows
+from tests.support.replication import standby_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.new_installation
@@ -167,6 +171,37 @@ async def test_a_former_server_that_is_lost_fills_no_disk_and_blocks_nothing_onc
                 assert await session.scalar(text("SELECT count(*) FROM notes")) == 0
         assert moved.placement is not None
         assert moved.placement.server == "two"
+
+
+async def test_sessions_on_a_replica_of_the_former_server_are_ended(control_url: str, name_prefix: str) -> None:
+    """Who was not told of the move would go on reading what does not change any more."""
+    # at least what the primary has
+    settings = {"max_prepared_transactions": "5", "max_wal_senders": "20"}
+    with pair_of_servers() as pair, standby_of(pair.one, settings=settings) as standby:
+        one = ServerAddresses(admin=pair.one.url("postgres"), replicas=(f"postgresql://127.0.0.1:{standby.port}",))
+        servers = {"one": one, "two": pair.two.url("postgres")}
+        async with opened(moving_config(pair, control_url, name_prefix, servers=servers)) as tenancy:
+            acme = (await tenancy.tenants.create("acme")).tenant
+            assert acme.placement is not None
+            place = acme.placement
+            keyring = services_of(tenancy.internals.provisioner).keyring
+            password = keyring.open_password(acme.id, place.sealed_password)
+            deaf: list[psycopg.Connection[Any]] = []
+
+            def log_in() -> bool:
+                with suppress(psycopg.OperationalError):  # until it has replayed the creation
+                    url = standby.url(place.database)
+                    deaf.append(psycopg.connect(url, user=place.role, password=password, autocommit=True))
+                return bool(deaf)
+
+            await until(log_in)
+            assert deaf[0].execute("SELECT count(*) FROM notes").fetchone() == (0,)
+            await tenancy.moves.move("acme", to="two")
+            with pytest.raises(psycopg.OperationalError):
+                deaf[0].execute("SELECT count(*) FROM notes")
+            deaf[0].close()
+            deaf.clear()
+            assert not log_in()
 
 
 async def test_housekeeping_looks_at_every_move_and_at_a_slot_whose_log_is_gone(
