@@ -25,7 +25,7 @@ class Watch:
     def __init__(self, tenancy: Tenancy) -> None:
         self._tenancy = tenancy
         self._created: dict[UUID, str] = {}
-        self._leased = tenancy.internals.router.statistics().leased
+        self._leased = tenancy.internals.router._cache.leased
         self._followed: dict[EventBus, list[Callable[[], None]]] = {}
         self.is_over = False
         self.follow(tenancy.events)
@@ -41,7 +41,7 @@ class Watch:
     def leased(self) -> list[str]:
         """Say which sessions are open, and which tenant is bound."""
         found = unbind()
-        open_now = self._tenancy.internals.router.statistics().leased - self._leased
+        open_now = self._tenancy.internals.router._cache.leased - self._leased
         if open_now > 0:
             tenants = "a tenant" if open_now == 1 else f"{open_now} tenants"
             found.append(
