@@ -12,6 +12,7 @@ from ..runs.busy import Order
 from ..runs.migrator import DEFAULT_CONCURRENCY
 from ..tenancy import Tenancy
 from . import migrate_drift, migrate_lint, migrate_rehearsal, migrate_status
+from .migrate_processes import Processes
 from .migrate_progress import run_shown
 from .migrate_waves import (
     DryRun,
@@ -67,6 +68,7 @@ def upgrade(
         int | None, typer.Option(min=1, metavar="N", help="Try it on clones of N tenants, and change no tenant.")
     ] = None,
     beside: Beside = False,
+    processes: Processes = None,
     as_json: Json = False,
 ) -> None:
     """Upgrade every tenant's database; one that fails does not stop the others."""
@@ -106,7 +108,7 @@ def upgrade(
             beside=beside,
         )
 
-    run_shown(command, as_json=as_json)
+    run_shown(command, as_json=as_json, processes=processes)
 
 
 @app.command()
@@ -123,6 +125,7 @@ def downgrade(
     dry_run: DryRun = False,
     sql: Sql = False,
     beside: Beside = False,
+    processes: Processes = None,
     as_json: Json = False,
 ) -> None:
     """Downgrade every tenant's database."""
@@ -145,7 +148,7 @@ def downgrade(
             beside=beside,
         )
 
-    run_shown(command, as_json=as_json)
+    run_shown(command, as_json=as_json, processes=processes)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from ..migrations.failures import describe
 from ..runs import FleetReport, Progress, TenantOutcome
 from ..runs.progress import RunProgress, duration_text
 from ..tenancy import Tenancy
+from .migrate_processes import helped
 from .output import console, errors, failures_listed, note, print_json, print_table
 from .runtime import EXIT_FAILED, run
 
@@ -154,8 +155,16 @@ async def _show(tenancy: Tenancy, run: asyncio.Future[int]) -> None:
         display.close()
 
 
-def run_shown(migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], *, as_json: bool) -> None:
+def run_shown(
+    migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]],
+    *,
+    as_json: bool,
+    processes: int | None = None,
+    x: Sequence[str] = (),
+) -> None:
     """Run a command that migrates tenants, show its progress and its report, and exit with what has come of it.
+
+    ``processes`` and ``x`` are those of ``migrate_processes.helped``.
 
     Status 1 is for tenants that failed or were not started, 3 for a pause that the waves of the run ask for. After
     Ctrl-C or SIGTERM what was begun is rolled back, and the tenants wait for whoever resumes the run.
@@ -169,7 +178,7 @@ def run_shown(migrate: Callable[[Tenancy, Progress], Awaitable[FleetReport]], *,
         # once: a second cancellation would interrupt the clean-up that the first one has started
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: main.cancelling() or main.cancel())
         tenancy.events.subscribe(MigrationRunStarted, lambda started: runs.append(started.run))
-        async with shown(tenancy, quiet=as_json) as progress:
+        async with shown(tenancy, quiet=as_json) as progress, helped(tenancy, processes, x):
             try:
                 return await migrate(tenancy, progress)
             except PreflightError as exc:

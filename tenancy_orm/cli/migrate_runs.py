@@ -11,6 +11,7 @@ import typer
 
 from ..runs import FleetReport, ProcessRecord, Progress, RunRecord, Waves
 from ..tenancy import Tenancy
+from .migrate_processes import Processes
 from .migrate_progress import run_shown
 from .output import Column, console, note, print_fields, print_json, print_table
 from .runtime import Json, operator, run
@@ -137,7 +138,13 @@ def show(
         note(f"{len(rows)} of {total} tenants; --limit shows more, and --json all")
 
 
-def join(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None, as_json: Json = False) -> None:
+def join(
+    number: Number,
+    concurrency: OwnConcurrency = None,
+    x: Arguments = None,
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
     """Take part in a run that another machine has started, until it ends."""
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
@@ -145,7 +152,7 @@ def join(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None
             number, concurrency=concurrency, x=x or (), progress=progress, actor=operator()
         )
 
-    run_shown(command, as_json=as_json)
+    run_shown(command, as_json=as_json, processes=processes, x=x or ())
 
 
 def resume(
@@ -155,6 +162,7 @@ def resume(
         bool, typer.Option("--skip-checks", help="Begin the next wave, whatever the checks of this one say.")
     ] = False,
     x: Arguments = None,
+    processes: Processes = None,
     as_json: Json = False,
 ) -> None:
     """Go on with a run that was interrupted, cancelled or paused."""
@@ -170,10 +178,16 @@ def resume(
             actor=operator(),
         )
 
-    run_shown(command, as_json=as_json)
+    run_shown(command, as_json=as_json, processes=processes, x=x or ())
 
 
-def retry(number: Number, concurrency: OwnConcurrency = None, x: Arguments = None, as_json: Json = False) -> None:
+def retry(
+    number: Number,
+    concurrency: OwnConcurrency = None,
+    x: Arguments = None,
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
     """Try the failed tenants of a run again, and no others."""
 
     async def command(tenancy: Tenancy, progress: Progress) -> FleetReport:
@@ -182,7 +196,7 @@ def retry(number: Number, concurrency: OwnConcurrency = None, x: Arguments = Non
             number, concurrency=concurrency, x=x or (), progress=progress, actor=operator()
         )
 
-    run_shown(command, as_json=as_json)
+    run_shown(command, as_json=as_json, processes=processes, x=x or ())
 
 
 def cancel(number: Number, as_json: Json = False) -> None:

@@ -11,6 +11,7 @@ from ..runs import FleetReport, Progress
 from ..runs.undo import UndoPlan, nothing_to_undo, refuse
 from ..tenancy import Tenancy
 from .migrate import Beside, Only, Stop, app
+from .migrate_processes import Processes
 from .migrate_progress import run_shown
 from .migrate_waves import (
     DryRun,
@@ -57,6 +58,7 @@ def undo(
     max_failures: MaxFailures = None,
     dry_run: DryRun = False,
     beside: Beside = False,
+    processes: Processes = None,
     as_json: Json = False,
 ) -> None:
     """Bring every tenant back to the revision that it had before a run."""
@@ -87,7 +89,7 @@ def undo(
             beside=beside,
         )
 
-    run_shown(command, as_json=as_json)
+    run_shown(command, as_json=as_json, processes=processes)
 
 
 @app.command()

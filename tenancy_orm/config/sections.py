@@ -450,6 +450,9 @@ class MigrationConfig(Section, frozen=True):
     code_version: str | None = None
     """The version of the application that runs are recorded with. Where None, the commit that ``GITHUB_SHA``,
     ``CI_COMMIT_SHA``, ``GIT_COMMIT``, ``BUILD_SOURCEVERSION`` or ``SOURCE_VERSION`` names."""
+    processes: Count | None = None
+    """How many processes of its machine take part in a run that ``tenancy migrate`` starts or joins. Where None, one
+    for each core and at most 4, if there are 500 tenants or more, and otherwise one."""
     catch_up: bool = True
     """Whether a tenant that older code has created after the migration of all the others is upgraded by itself: before
     its first use by new code, or by housekeeping."""
