@@ -39,11 +39,14 @@ _OWN = """
 NOT EXISTS (SELECT FROM pg_depend e WHERE e.classid = 'pg_class'::regclass AND e.objid = c.oid AND e.deptype = 'e')
 """
 MATERIALIZED = f"""
-SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name
+SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name,
+       CASE WHEN EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid
+                            AND i.indimmediate AND i.indpred IS NULL AND i.indexprs IS NULL)
+            THEN 'CONCURRENTLY' ELSE '' END AS beside_readers
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind = 'm' AND c.relispopulated AND {_OWN} ORDER BY c.oid
 """  # noqa: S608 - constants
-"""The materialized views that are filled, each after those that it reads."""
+"""The materialized views that are filled, each after those that it reads, and how one in use is filled again."""
 
 _SEQUENCES = f"""
 SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name

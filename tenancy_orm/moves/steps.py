@@ -519,7 +519,7 @@ class Move:
         try:
             for row in await connection.fetch(MATERIALIZED):
                 with suppress(*SERVER_FAILURES):
-                    await connection.execute(f"REFRESH MATERIALIZED VIEW {row['name']}")
+                    await connection.execute(f"REFRESH MATERIALIZED VIEW {row['beside_readers']} {row['name']}")
         finally:
             await run_to_completion(connections.close(connection))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import psycopg
@@ -190,3 +191,36 @@ async def test_unlogged_tables_come_without_their_triggers_and_in_the_order_of_t
         for server in (pair.one, pair.two):
             server.query("ALTER SYSTEM RESET DateStyle")
             server.query("SELECT pg_reload_conf()")
+
+
+async def test_readers_of_a_materialized_view_with_a_unique_index_are_not_kept_waiting(
+    plane: Tenancy, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is filled again once the tenant is served in its new database."""
+    acme = (await plane.tenants.create("acme")).tenant
+    owner = plane.internals.provisioner.names.owner
+    made = """
+        CREATE MATERIALIZED VIEW totals AS SELECT body, count(*) AS n FROM notes GROUP BY body;
+        CREATE UNIQUE INDEX totals_body ON totals (body);
+    """
+    in_database(pair, acme, made, role=owner)
+    changes = "INSERT INTO notes (body) VALUES ('x'); REFRESH MATERIALIZED VIEW totals"
+    replicating(monkeypatch, pair, acme, changes, owner)
+    original = Switch.close_kept
+    readers: list[psycopg.Connection[Any]] = []
+
+    async def close_kept(switch: Switch, *arguments: Any) -> None:
+        place = (await plane.tenants.get("acme")).placement
+        assert place is not None
+        readers.append(psycopg.connect(pair.two.url(place.database)))
+        readers[0].execute("SELECT count(*) FROM totals")
+        await original(switch, *arguments)
+
+    monkeypatch.setattr(Switch, "close_kept", close_kept)
+    try:
+        async with asyncio.timeout(90):
+            await plane.moves.move("acme", to="two")
+    finally:
+        for reader in readers:
+            reader.close()
+    assert in_database(pair, await plane.tenants.get("acme"), "SELECT body, n FROM totals") == ("x", 1)
