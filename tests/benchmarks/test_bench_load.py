@@ -1,9 +1,10 @@
 """Many tenants on few connections: open-loop load from several processes, by contender and shape.
 
 Latency is counted from when a request was due, so that a request that waits behind others counts as well. Run by
-``make bench ARGS='-k load'``; at full size with ``TENANCY_TEST_CONNECTIONS=1700 BENCH_LOAD_DATABASES=300
-BENCH_LOAD_SECONDS=30 BENCH_LOAD_RATE=160``. The contenders without a cap then find as many connections as they open; with
-the databases, which are in memory, they take some gigabytes.
+``make bench ARGS='-k load'``; at full size with
+``TENANCY_TEST_CONNECTIONS=1700 BENCH_LOAD_DATABASES=300 BENCH_LOAD_SECONDS=30 BENCH_LOAD_RATE=160``. The contenders
+without a cap then find as many connections as they open. With the databases, which are in memory, they take some
+gigabytes.
 """
 
 from __future__ import annotations
