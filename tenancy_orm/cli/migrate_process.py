@@ -21,6 +21,8 @@ def main() -> None:
     """Take part in a run."""
     # as the command line does while it imports
     gc.disable()
+    import typer
+
     from .runtime import operator, run
 
     gc.freeze()
@@ -33,9 +35,12 @@ def main() -> None:
         _end_with_input()
         await tenancy.migrations.join(given["run"], x=given["x"], actor=operator())
 
-    # the command that has started it says how to go on
-    with suppress(asyncio.CancelledError):
-        run(command)
+    try:
+        # the command that has started it says how to go on
+        with suppress(asyncio.CancelledError):
+            run(command)
+    except typer.Exit as exc:
+        sys.exit(exc.exit_code)
 
 
 def _end_with_input() -> None:

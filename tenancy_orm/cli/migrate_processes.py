@@ -100,12 +100,16 @@ async def _settle(helpers: Sequence[asyncio.Task[None]]) -> None:
 
 async def _help(task: bytes, is_over: asyncio.Event) -> None:
     """Start a process that takes part in a run, and return once it has ended; it is to end when ``is_over`` is set."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", f"{__package__}.migrate_process"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=sys.stderr.fileno(),  # what revisions print must not be in the report
-        start_new_session=True,  # Ctrl-C is for this process, which ends the others
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", f"{__package__}.migrate_process"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=sys.stderr.fileno(),  # what revisions print must not be in the report
+            start_new_session=True,  # Ctrl-C is for this process, which ends the others
+        )
+    except OSError as exc:
+        note(f"a process that was to take part in the run cannot be started: {exc.strerror}")
+        return
     assert process.stdin is not None  # noqa: S101 - for the type checker
     with suppress(OSError):
         process.stdin.write(task)
@@ -115,6 +119,8 @@ async def _help(task: bytes, is_over: asyncio.Event) -> None:
     await asyncio.wait((ended, over), return_when=asyncio.FIRST_COMPLETED)
     over.cancel()
     process.stdin.close()
+    if process.returncode is None:
+        process.terminate()  # one that is still loading the application does not look at its input
     try:
         async with asyncio.timeout(_END_SECONDS):
             status = await ended

@@ -54,6 +54,19 @@ asyncio.run(main())
 print(json.dumps(dict(os.environ)))
 """
 
+LOADED_ONCE = """
+import os, pathlib, sys
+
+from tenancy_orm import TenancyConfig
+from tenancy_orm.errors import ConfigurationError
+
+if sys.argv[0].endswith("migrate_process.py"):
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    pathlib.Path("pid").rename("refused")
+    raise ConfigurationError("not here")
+config = TenancyConfig.from_env()
+"""
+
 
 @dataclass
 class Prepared:
@@ -187,3 +200,23 @@ async def test_the_others_go_on_without_one_that_is_killed(prepared: Prepared, e
         out, err = await process.communicate()
         assert process.returncode == 0, err.decode()
     assert out.decode().startswith("upgrade head: 4 tenants, 4 migrated, 0 unchanged, 0 failed, ")
+
+
+async def test_the_others_go_on_without_one_that_cannot_load_the_application(prepared: Prepared) -> None:
+    """It says why, without a traceback, and the command that it has ended."""
+    (prepared.directory / "app.py").write_text(LOADED_ONCE)
+    prepared.variables["TENANCY_APP"] = "app:config"
+    body = """
+        import os, pathlib
+        if op.get_context().opts["tenant"] is not None:
+            while not (found := pathlib.Path("refused")).exists() or os.path.exists(f"/proc/{found.read_text()}"):
+                op.execute("SELECT pg_sleep(0.05)")
+    """
+    Project(prepared.directory).add("0002", body, down="0001")
+    async with prepared.started() as process:
+        out, err = await process.communicate()
+        assert process.returncode == 0, err.decode()
+    assert "4 migrated" in out.decode()
+    assert "error: 'app:config' cannot be loaded: " in err.decode()
+    assert "a process that took part in the run has ended with status 1; the others go on" in err.decode()
+    assert "Traceback" not in err.decode()
