@@ -37,6 +37,9 @@ class DirectPool(AsyncAdaptedQueuePool):
     Until it is returned, it counts as checked out like any other.
     """
 
+    # what it logs is SQLAlchemy's
+    _sqla_logger_namespace = "sqlalchemy.pool.DirectPool"
+
     async def check_out(self) -> _ConnectionRecord:
         """Take a connection: an idle one at once, or one that is opened or waited for. ``check_in`` must follow.
 

@@ -145,7 +145,7 @@ async def test_what_is_nobodys_own_is_refused(fleet: Fleet, postgres: Postgres) 
         (postgres.url("postgres"), "shares"),
         (postgres.url("template1"), "shares"),
         (fleet.tenancy.config.control_url, "control database"),
-        (postgres.url(fleet.database("globex")), "tenant already"),
+        (postgres.url(fleet.database("globex")), "the database of tenant 'globex' already"),
     ):
         with pytest.raises(AdoptionError, match=reason):
             await adopt("acme", url, in_place=True, at="0001")
