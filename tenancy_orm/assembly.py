@@ -54,7 +54,7 @@ from .provisioning.server_manager import ServerManager
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .registry.registry import Registry
-from .restores import RestoreManager
+from .restores import RegistryRebuilding, RestoreManager
 from .restores.recovery import RecoveryManager
 from .routing import Router
 from .routing.consistency import ConsistencyTokens
@@ -148,6 +148,7 @@ class Assembly:
     housekeeping: Housekeeping
     operations: OperationManager
     restores: RestoreManager
+    rebuilding: RegistryRebuilding
     jobs: Jobs
     built_in_jobs: Sequence[Job]
     sealed: SealedPasswords
@@ -341,6 +342,17 @@ class Assembly:
         self.operations = OperationManager(operations, self.registry)
         self._build_backups()
         self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events, self.backups)
+        self.rebuilding = RegistryRebuilding(
+            config=config,
+            control=self.control,
+            audit=self.audit,
+            registry=self.registry,
+            provisioner=self.provisioner,
+            secrets=self.secrets,
+            backups=self.backups,
+            leases=self.leases,
+            data_keys=self._data_keys,
+        )
         self.clones = CloneManager(config, operations, self.tenants, self.migrations, events)
         self.moves = MoveManager(
             config=config,

@@ -39,7 +39,7 @@ from .provisioning.server_manager import ServerManager
 from .queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
-from .restores import RestoreManager
+from .restores import RegistryRebuilding, RestoreManager
 from .restores.recovery import RecoveryManager
 from .routing.consistency import noting_writes
 from .routing.replicas import ReplicaDemand
@@ -506,6 +506,11 @@ class Tenancy:
     def restores(self) -> RestoreManager:
         """Bring one tenant's database back."""
         return self._lifetime.parts.restores
+
+    @property
+    def rebuilding(self) -> RegistryRebuilding:
+        """Register tenants again that the control database does not know, by the markers of their databases."""
+        return self._lifetime.parts.rebuilding
 
     @property
     def audit(self) -> AuditLog:

@@ -44,6 +44,7 @@ from . import (
     move,
     operations,
     quotas,
+    rebuild,
     revocations,
     schedule,
     secrets,
@@ -102,6 +103,7 @@ app.command("run")(call.call)
 app.command("seed")(seed.seed)
 app.command("adopt")(adopt.adopt)
 app.command("clone")(clone.clone)
+app.command("rebuild")(rebuild.rebuild)
 app.command("worker")(jobs.worker)
 app.command("move")(move.move)
 app.command("rebalance")(move.rebalance)

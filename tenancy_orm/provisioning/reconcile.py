@@ -58,7 +58,7 @@ class ReconcileReport:
         orphans: Databases and roles that were dropped because the registry does not know them, roles of purged tenants
             that could not be dropped before, and temporary logins that have expired.
         unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
-            hold data. Restore the registry, or drop them by ``reconcile(drop_unknown=True)``.
+            hold data. Register them again (``tenancy rebuild``), or drop them by ``reconcile(drop_unknown=True)``.
         differences: How tenants' databases and roles differed from what provisioning makes, mended or not.
         errors: What could not be done or checked, and why. Everything else was.
     """
@@ -352,10 +352,13 @@ class Reconciler:
             state = await databases.state(connection, name)
             never_used = (None, marker.warm_text(self._services.installation))
             marked = state is not None and state.comment not in never_used
+            if state is None and status is None:
+                # after a restore, the role of an unknown tenant and its database have different names
+                marked = await self._opens_marked(connection, name)
             if marked and status is None and not self._drop_unknown:
                 logger.error(
                     "database %s on server %s has belonged to a tenant that the registry does not know; it is kept; "
-                    "restore the registry, or drop it by reconcile(drop_unknown=True)",
+                    "register it again (tenancy rebuild), or drop it by reconcile(drop_unknown=True)",
                     name,
                     server,
                 )
@@ -364,6 +367,15 @@ class Reconciler:
             if not self._check:
                 await self._remove(connection, server, name, name)
             self._findings.orphans.append(name)
+
+    async def _opens_marked(self, connection: Connection, role: str) -> bool:
+        """Whether a role may connect to a database that has a tenant's marker."""
+        found = (await roles.states(connection, role)).get(role)
+        for name in () if found is None else found.connect_granted_on:
+            state = await databases.state(connection, name)
+            if state is not None and (state.comment or "").startswith(f"tenancy:{self._services.installation}:"):
+                return True
+        return False
 
     async def _status(self, name: str) -> Status | None:
         """The status of the tenant that has a database or role; None if the registry does not know it."""

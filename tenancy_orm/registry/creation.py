@@ -9,7 +9,9 @@ from typing import Any
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy import and_, delete, update
+from sqlalchemy import and_, delete, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import DBAPIError
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.entries import entry_parameters
@@ -20,7 +22,7 @@ from ..keys.format import NewKey
 from ..keys.rows import key_values
 from ..tenant import Status, Tenant
 from .rows import RETURNED, TENANT_COLUMNS, TenantDraft, tenant_from_row
-from .table import TenantTable, constraint_error, placement_error
+from .table import TenantTable, constraint_error, difference, placement_error, snapshot
 
 # What a creation waits for is one statement each, and so one round trip. The server's row is locked first: after the
 # head of the audit log, for which a change of the server may wait already, the two could wait for each other.
@@ -46,6 +48,9 @@ SELECT added.*, tenancy.audit_append(
     $17::text, added.id, added.slug, $18::text, $19::text, NULL, $20::text::jsonb, NULL, $21::text, $22::text)
   FROM added
 """  # noqa: S608 - constants
+REBUILDING = "rebuilding"
+"""The step of a tenant that is registered again, see ``Creation.register_again``, until it is proved."""
+
 _RECORD_STEP = (
     "WITH relaxed AS (SELECT set_config('synchronous_commit', 'off', true)) "
     "UPDATE tenancy.tenants SET step = $1::text FROM relaxed WHERE id = $2::uuid"
@@ -136,6 +141,76 @@ class Creation(TenantTable):
         except asyncpg.PostgresError as exc:
             raise (placement_error(exc, draft.server) or exc) from exc
         return tenant_from_row(row)
+
+    async def register_again(self, draft: TenantDraft, *, reason: str, actor: Actor = SYSTEM) -> bool:
+        """Insert the row of a tenant that has its database already, in maintenance; False where it has a row.
+
+        Its step is ``REBUILDING``. Reconcile leaves such a tenant alone: it is not being created.
+
+        Args:
+            draft: The tenant's values.
+            reason: Why it is in maintenance.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantExistsError: the slug is taken.
+            UnknownTierError: the tier is not in force.
+            PlacementError: the server is in drain or full.
+        """
+        refuse_while_bound("registering a tenant")
+        values = {
+            "id": draft.id,
+            "slug": draft.slug,
+            "status": Status.PROVISIONING,
+            "tier": draft.tier,
+            "server": draft.server,
+            "database_name": draft.database,
+            "role_name": draft.role,
+            "sealed_password": draft.sealed_password,
+            "step": REBUILDING,
+        }
+        try:
+            async with self._control.transaction() as connection:
+                inserted = insert(tenants).values(values).on_conflict_do_nothing(index_elements=["id"])
+                if (await connection.execute(inserted.returning(tenants.c.id))).first() is None:
+                    return False
+                # the lifecycle admits no other way there
+                await self._set(connection, draft.id, status=Status.ACTIVE)
+                maintenance = {"status": Status.MAINTENANCE, "former_status": Status.ACTIVE, "reason": reason}
+                tenant = await self._set(connection, draft.id, **maintenance)
+                detail = {"server": draft.server, "database": draft.database}
+                await self._write_audit(
+                    connection, "tenant.rebuild", tenant, actor, after=snapshot(tenant), detail=detail
+                )
+        except DBAPIError as exc:
+            error = constraint_error(exc, values)
+            raise (placement_error(exc, draft.server) or error) from exc
+        return True
+
+    async def rebuilding(self) -> dict[UUID, str]:
+        """Return the slugs of the tenants that ``register_again`` has registered and nothing has proved, by id."""
+        refuse_while_bound("listing tenants")
+        unproved = and_(tenants.c.step == REBUILDING, tenants.c.status.not_in((Status.DELETED, Status.PURGED)))
+        async with self._control.connect() as connection:
+            found = await connection.execute(select(tenants.c.id, tenants.c.slug).where(unproved))
+            return {row.id: row.slug for row in found}
+
+    async def end_rebuilding(self, tenant_id: UUID, *, revision: str | None, actor: Actor = SYSTEM) -> Tenant:
+        """Record that a tenant is proved, and end its maintenance; repeating it changes nothing.
+
+        Raises:
+            TenantNotFoundError: there is no such tenant.
+        """
+        refuse_other_tenant(tenant_id)
+        async with self._control.transaction() as connection:
+            before, _ = await self._lock_unless_purged(connection, tenant_id)
+            values: dict[str, Any] = {"step": None, "schema_revision": revision}
+            if before.status is Status.MAINTENANCE:
+                values |= {"status": Status.ACTIVE, "reason": None, "former_status": None, "former_reason": None}
+            after = await self._set(connection, tenant_id, **values)
+            old, new = difference(before, after)
+            await self._write_audit(connection, "tenant.activate", after, actor, before=old, after=new)
+        return after
 
     async def rename_database(self, tenant_id: UUID, name: str) -> None:
         """Give a tenant that is being provisioned another database and role than those in its row.

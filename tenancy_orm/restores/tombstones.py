@@ -66,23 +66,40 @@ class Tombstones:
             OperationError: it has.
             BackupError: the store does not answer.
         """
+        if (purged_at := await self.purged_at(tenant_id)) is not None:
+            raise OperationError(
+                f"tenant {slug!r} was purged ({purged_at}), as the store of backups says, and stays so; "
+                "the control database is older than that"
+            )
+
+    async def purged_at(self, tenant_id: UUID, installation: UUID | None = None) -> str | None:
+        """Return when a tenant was purged, as the store says; None where it has no tombstone, or there is no store.
+
+        Args:
+            tenant_id: The tenant.
+            installation: The installation that it is of; that of the control database where None.
+
+        Raises:
+            BackupError: the store does not answer.
+        """
         if self._config.backup.store is None:
-            return
+            return None
         try:
-            tombstone = json.loads(await self._backups.store.get(self._path(tenant_id)))
+            tombstone = json.loads(await self._backups.store.get(self._path(tenant_id, installation)))
         except BackupNotFoundError:
-            return
-        raise OperationError(
-            f"tenant {slug!r} was purged ({tombstone['purged_at']}), as the store of backups says, and stays so; "
-            "the control database is older than that"
-        )
+            return None
+        return str(tombstone["purged_at"])
 
     @property
     def _directory(self) -> str:
-        return f"{self._control.installation}/tombstones"
+        return self._directory_of(self._control.installation)
 
-    def _path(self, tenant_id: UUID) -> str:
-        return f"{self._directory}/{tenant_id}.json"
+    @staticmethod
+    def _directory_of(installation: UUID) -> str:
+        return f"{installation}/tombstones"
+
+    def _path(self, tenant_id: UUID, installation: UUID | None = None) -> str:
+        return f"{self._directory_of(installation or self._control.installation)}/{tenant_id}.json"
 
 
 __all__ = ["Tombstones"]

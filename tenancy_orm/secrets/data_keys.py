@@ -94,6 +94,17 @@ class DataKeys:
         """
         keyring.add_keys(await self.open())
 
+    async def wrapped_for(self, installation: UUID) -> dict[str, bytes]:
+        """Return all data keys by id, wrapped for another installation; nothing is stored.
+
+        Raises:
+            SecretProviderError, SecretError, ControlUnavailableError: as ``open``.
+        """
+        return {
+            key_id: await self._wrapper.wrap(key, context=self._context(key_id, installation))
+            for key_id, key in (await self.open()).items()
+        }
+
     async def delete_unused(self) -> list[str]:
         """Delete the data keys that seal nothing, except the newest, and return their ids.
 
@@ -161,8 +172,9 @@ class DataKeys:
         logger.info("data key %s created, wrapped by %s", key_id, self._wrapper.name)
         return key_id
 
-    def _context(self, key_id: str) -> dict[str, str]:
-        return {"purpose": "tenancy-data-key", "installation": str(self._installation), "id": key_id}
+    def _context(self, key_id: str, installation: UUID | None = None) -> dict[str, str]:
+        of = installation or self._installation
+        return {"purpose": "tenancy-data-key", "installation": str(of), "id": key_id}
 
 
 # A sealed value begins with a version, the length of its key's id, and that id.
