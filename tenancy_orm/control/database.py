@@ -517,7 +517,11 @@ class ControlDatabase:
                 if administrator is None or attempt == 2:
                     raise
                 for statement in exc.statements:
-                    await administrator.execute(statement)
+                    try:
+                        await administrator.execute(statement)
+                    except asyncpg.InsufficientPrivilegeError as refused:
+                        # the role is there already, and somebody else's
+                        raise exc from refused
             else:
                 return
 

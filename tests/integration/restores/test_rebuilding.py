@@ -10,14 +10,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tenancy_orm.audit.actor import Actor
-from tenancy_orm.errors import ConfigurationError, MarkerMismatchError
+from tenancy_orm.control.database import ControlDatabase
+from tenancy_orm.errors import AdministratorNeededError, ConfigurationError, MarkerMismatchError
 from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.restores import RebuildReport
+from tenancy_orm.secrets.keyring import new_password
 from tenancy_orm.secrets.providers import EnvironmentSecrets, SecretKeyWrapper
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
@@ -42,8 +45,15 @@ class Lost:
 
 
 @asynccontextmanager
-async def losing(config: TenancyConfig, postgres: Postgres) -> AsyncIterator[Lost]:
-    """Create two tenants, drop the control database, and make a new one."""
+async def losing(
+    config: TenancyConfig, postgres: Postgres, *, owner: tuple[str, str] | None = None
+) -> AsyncIterator[Lost]:
+    """Create two tenants, drop the control database, and make a new one; ``owner`` is a role, and its password."""
+    user, password = owner or (None, None)
+    if owner is not None:
+        first = postgres.new_name()
+        await postgres.create_database(first, owner=user)
+        config = config.replace(control_url=postgres.url(first, user=user, password=password))
     async with opened(config, initialise=True) as tenancy:
         acme, globex = [(await tenancy.tenants.create(slug)).tenant for slug in ("acme", "globex")]
         for slug in ("acme", "globex"):
@@ -52,7 +62,8 @@ async def losing(config: TenancyConfig, postgres: Postgres) -> AsyncIterator[Los
         installation = tenancy.internals.control.installation
     await postgres.administer(f'DROP DATABASE "{config.control_url.rpartition("/")[2]}" WITH (FORCE)')
     name = postgres.new_name()
-    again = config.replace(control_url=await postgres.create_database(name))
+    await postgres.create_database(name, owner=user)
+    again = config.replace(control_url=postgres.url(name, user=user, password=password))
     async with opened(again, initialise=True):
         pass
     yield Lost(again, acme, globex, installation)
@@ -299,12 +310,50 @@ async def test_nobody_else_may_have_the_control_database_open(lost: Lost) -> Non
 
 
 async def test_a_plain_administrator_is_enough(tenancy_config: TenancyConfig, postgres: Postgres) -> None:
+    """And a plain role that owns the new control database, which makes no roles."""
+    owner = postgres.new_name("owner"), new_password()
+    await postgres.administer(f"CREATE ROLE \"{owner[0]}\" LOGIN PASSWORD '{owner[1]}'")
     async with plain_administrator(postgres) as url:
         config = tenancy_config.replace(servers={"default": url})
-        async with losing(config, postgres) as lost, taken_over(lost.config, lost.installation) as tenancy:
+        async with losing(config, postgres, owner=owner) as lost, taken_over(lost.config, lost.installation) as tenancy:
             report = await tenancy.rebuilding.run(slugs=lost.slugs)
             assert report.complete, report
             assert await bodies(tenancy, "globex") == ["of globex"]
+            assert [one.id for one in (await tenancy.tenants.list()).items] == sorted(lost.slugs)
+    await postgres.administer(f'DROP ROLE "{owner[0]}"')
+
+
+async def test_a_viewer_role_of_somebody_else_is_told_with_the_remedy(
+    tenancy_config: TenancyConfig, postgres: Postgres
+) -> None:
+    """The lost control database's role made it, and the new one's may not use it: once it may, the same goes on."""
+    owner = postgres.new_name("owner"), new_password()
+    await postgres.administer(f"CREATE ROLE \"{owner[0]}\" LOGIN PASSWORD '{owner[1]}'")
+    async with plain_administrator(postgres) as url, losing(tenancy_config, postgres) as lost:
+        name = postgres.new_name()
+        await postgres.create_database(name, owner=owner[0])
+        control = postgres.url(name, user=owner[0], password=owner[1])
+        config = lost.config.replace(control_url=control)
+        async with opened(config, initialise=True) as tenancy:
+            assert await tenancy.rebuilding.take_installation(lost.installation)
+        database, administrator = ControlDatabase(control, name_prefix=config.name_prefix), await asyncpg.connect(url)
+        try:
+            with pytest.raises(AdministratorNeededError) as error:
+                await database.upgrade(administrator=administrator)
+        finally:
+            await administrator.close()
+            await database.close()
+        async with opened(config) as tenancy:
+            with pytest.raises(ConfigurationError, match="take its id over"):
+                await tenancy.rebuilding.run(slugs=lost.slugs)
+            assert await tenancy.rebuilding.take_installation(lost.installation)
+        async with postgres.connect(name) as connection:
+            for statement in error.value.statements:
+                await connection.execute(statement)
+        async with opened(config, initialise=True) as tenancy:
+            assert (await tenancy.rebuilding.run(slugs=lost.slugs)).complete
+        await postgres.administer(f'DROP DATABASE "{name}" WITH (FORCE)')
+    await postgres.administer(f'DROP ROLE "{owner[0]}"')
 
 
 async def test_data_keys_are_wrapped_for_the_installation(tenancy_config: TenancyConfig, postgres: Postgres) -> None:
