@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import sys
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -19,6 +16,7 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import opening, verification
 from tenancy_orm.backups.records import BackupRecords
 from tenancy_orm.provisioning import scratch
+from tests.support.killed import kill_at
 from tests.support.models import Base
 
 # by the name of a point: what is wrapped, and whether it dies after it
@@ -33,14 +31,7 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
 def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
     """Have this process kill itself when it comes to the point."""
     owner, name, after = POINTS[point]
-    original: Callable[..., Awaitable[Any]] = getattr(owner, name)
-
-    async def wrapped(*args: Any, **options: Any) -> Any:
-        if after:
-            await original(*args, **options)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    patch.setattr(owner, name, wrapped)
+    kill_at(patch, owner, name, after=after)
 
 
 async def main(given: dict[str, Any]) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import sys
 from typing import Any
 
@@ -20,6 +18,7 @@ from tenancy_orm.moves.streams import Stream
 from tenancy_orm.operations import Switch
 from tenancy_orm.provisioning.new_databases import NewDatabase
 from tenancy_orm.registry.registry import Registry
+from tests.support.killed import kill_at
 from tests.support.models import Base
 
 # by the name of a point: what is wrapped, at which call, and whether the signal comes after it
@@ -43,19 +42,8 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
 
 def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
     """Have this process kill itself when it comes to the point."""
-    owner, method, which, after = POINTS[point]
-    original = getattr(owner, method)
-    calls = 0
-
-    async def wrapped(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        result = await original(*args, **options) if after else None
-        if calls == which:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result if after else await original(*args, **options)
-
-    patch.setattr(owner, method, wrapped)
+    owner, name, which, after = POINTS[point]
+    kill_at(patch, owner, name, after=after, which=which)
 
 
 def config_of(task: dict[str, Any]) -> TenancyConfig:

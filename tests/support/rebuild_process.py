@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import sys
-from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
@@ -23,6 +20,7 @@ from tenancy_orm.provisioning import marked_databases, roles
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.restores import RegistryRebuilding
 from tenancy_orm.secrets.sealed import SealedPasswords
+from tests.support.killed import kill_at
 from tests.support.runs_process import config_of
 
 # by the name of a point: what is wrapped, and whether it dies after it
@@ -44,14 +42,7 @@ POINTS: dict[str, tuple[Any, str, bool]] = {
 def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
     """Have this process kill itself when it comes to the point."""
     owner, name, after = POINTS[point]
-    original: Callable[..., Awaitable[Any]] = getattr(owner, name)
-
-    async def wrapped(*args: Any, **options: Any) -> None:
-        if after:
-            await original(*args, **options)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    patch.setattr(owner, name, wrapped)
+    kill_at(patch, owner, name, after=after)
 
 
 async def main(task: dict[str, Any]) -> None:

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from tenancy_orm.provisioning import access, grants, new_databases
 from tenancy_orm.provisioning.new_databases import NewDatabase, NewDatabases
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.restores import DumpSource, making
+from tests.support.killed import kill_at
 from tests.support.runs_process import config_of
 
 # by the name of a point: what is wrapped, at which call, and whether it dies after it
@@ -48,18 +46,7 @@ FINISHED = tuple(POINTS)[len(UNDONE) :]
 def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
     """Have this process kill itself when it comes to the point."""
     owner, name, which, after = POINTS[point]
-    original: Callable[..., Awaitable[Any]] = getattr(owner, name)
-    calls = 0
-
-    async def wrapped(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        result = await original(*args, **options) if after else None
-        if calls == which:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result if after else await original(*args, **options)
-
-    patch.setattr(owner, name, wrapped)
+    kill_at(patch, owner, name, after=after, which=which)
 
 
 async def main(task: dict[str, Any]) -> None:
