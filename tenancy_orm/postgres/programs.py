@@ -133,7 +133,7 @@ async def run_program(arguments: Sequence[str], environment: Mapping[str, str]) 
     try:
         printed, errors = await process.communicate()
     finally:
-        await run_to_completion(_end(process))
+        await run_to_completion(end_process(process))
     _check(arguments, process, errors)
     return printed.decode(errors="replace")
 
@@ -162,7 +162,7 @@ async def run_piped(
         await asyncio.gather(*(process.wait() for process in started))
     finally:
         for process in started:
-            await run_to_completion(_end(process))
+            await run_to_completion(end_process(process))
     outcomes = list(zip((first, second), started, errors, strict=True))
     # a failure of the first one ends the second one's input; one of the second ends the first, with "Broken pipe"
     if started[0].returncode == -signal.SIGPIPE or b"Broken pipe" in errors[0]:
@@ -218,7 +218,7 @@ class RunningProgram:
     async def end(self) -> None:
         """End it, if it has not ended."""
         self.resume()
-        await _end(self._process)
+        await end_process(self._process)
         await self._errors
 
     def _signal(self, number: signal.Signals, *, paused: bool) -> None:
@@ -265,15 +265,17 @@ async def _read_errors(process: asyncio.subprocess.Process) -> bytes:
     return kept
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def end_process(process: asyncio.subprocess.Process, *, seconds: float = _END_SECONDS) -> None:
+    """End a program: gently at first, and by force if it has not ended after so many seconds."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             process.terminate()
         try:
-            async with asyncio.timeout(_END_SECONDS):
+            async with asyncio.timeout(seconds):
                 await process.wait()
         except TimeoutError:
-            process.kill()
+            with suppress(ProcessLookupError):
+                process.kill()
             await process.wait()
 
 
@@ -299,6 +301,7 @@ def _check(arguments: Sequence[str], process: asyncio.subprocess.Process, errors
 __all__ = [
     "Programs",
     "RunningProgram",
+    "end_process",
     "environment_of",
     "find_programs",
     "find_server_programs",

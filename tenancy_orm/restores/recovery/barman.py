@@ -19,7 +19,7 @@ from typing import Any
 
 from ...cancellation import run_to_completion
 from ...errors import ConfigurationError, RecoveryError, RecoveryTargetError
-from ...postgres.programs import Programs, environment_of, find_server_programs
+from ...postgres.programs import Programs, end_process, environment_of, find_server_programs
 from .keeper import Keeper
 from .providers import RecoveryRequest, RecoveryWindow, ScratchOptions
 from .scratch import RecoveredDatabase
@@ -221,7 +221,8 @@ class BarmanRecovery:
             async with bound:
                 output, errors = (one.decode(errors="replace") for one in await process.communicate())
         except BaseException as exc:
-            await run_to_completion(_end(process))
+            # gently at first: only that reaches what it runs as another account, by sudo
+            await run_to_completion(end_process(process, seconds=_END_SECONDS))
             if not bound.expired():
                 raise
             if may_fail:
@@ -233,19 +234,6 @@ class BarmanRecovery:
         if process.returncode != 0 and not may_fail:
             raise RecoveryError(f"barman {' '.join(arguments)} failed: {_reason(output, errors)}")
         return output
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a program: gently at first, since only that reaches what it runs as another account, by sudo."""
-    with suppress(ProcessLookupError):
-        process.terminate()
-    try:
-        async with asyncio.timeout(_END_SECONDS):
-            await process.wait()
-    except TimeoutError:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 def _is_lost(path: Path) -> bool:
