@@ -28,8 +28,11 @@ from typing import IO
 
 from tests.support.shell import ROOT, environment, python_path
 
-# What programs import and what depends on neither their directory nor their environment; tenancy_orm.cli does.
-_IMPORTED = ("tenancy_orm", "alembic.command", "rich.console", "rich.table", "typer")
+# What most programs import: of this package everything that its command line does.
+_IMPORTED = ("tenancy_orm.cli.app", "alembic.config", "rich.table")
+
+# What a rich.console.Console reads as it is made, which the command line does when it is imported.
+_OF_CONSOLES = {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "TERM", "COLORTERM"}
 
 _ORDER_BYTES = 128 * 1024
 
@@ -306,6 +309,9 @@ def _become(
     if session:
         os.setsid()
     os.chdir(cwd)
+    if any(os.environ.get(name) != env.get(name) for name in _OF_CONSOLES):
+        for name in [name for name in sys.modules if name.startswith("tenancy_orm.cli")]:
+            del sys.modules[name]
     os.environ.clear()
     os.environ.update(env)
     for descriptor, stream in enumerate(streams):
