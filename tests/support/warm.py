@@ -29,10 +29,7 @@ from typing import IO
 from tests.support.shell import ROOT, environment, python_path
 
 # What most programs import: of this package everything that its command line does.
-_IMPORTED = ("tenancy_orm.cli.app", "alembic.config", "rich.table")
-
-# What a rich.console.Console reads as it is made, which the command line does when it is imported.
-_OF_CONSOLES = {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "TERM", "COLORTERM"}
+_IMPORTED = ("tenancy_orm.cli.app", "alembic.config", "rich.table", "fastapi", "httpx", "uvicorn", "pytest_asyncio")
 
 _ORDER_BYTES = 128 * 1024
 
@@ -219,6 +216,7 @@ def main() -> None:
     """Fork a program for every order, and tell its pid and its exit status, each a line."""
     for name in _IMPORTED:
         importlib.import_module(name)
+    _read_commands()
     gc.freeze()
     orders = socket.socket(fileno=0)
     woken, wake = socket.socketpair()
@@ -259,6 +257,17 @@ def main() -> None:
                 _tell(descriptors[0], child)
                 for descriptor in descriptors[1:]:
                     os.close(descriptor)
+
+
+def _read_commands() -> None:
+    """Read the signatures of all commands, which Typer does each time that the command line is called."""
+    import typer.main
+    from typer.utils import get_params_from_function
+
+    from tenancy_orm.cli.app import app
+
+    typer.main.__dict__["get_params_from_function"] = functools.cache(get_params_from_function)
+    typer.main.get_command(app)
 
 
 def _tell_ends(children: dict[int, int]) -> None:
@@ -306,14 +315,16 @@ def _become(
     module: str, arguments: list[str], cwd: str, env: dict[str, str], session: bool, streams: Sequence[int]
 ) -> None:
     """Be ``python -m module``, to the end of this process."""
+    from tenancy_orm.cli import output
+
     if session:
         os.setsid()
     os.chdir(cwd)
-    if any(os.environ.get(name) != env.get(name) for name in _OF_CONSOLES):
-        for name in [name for name in sys.modules if name.startswith("tenancy_orm.cli")]:
-            del sys.modules[name]
     os.environ.clear()
     os.environ.update(env)
+    for console in (output.console, output.errors):
+        # it has read its width and colours from the environment when it was made
+        console.__init__(stderr=console.stderr, soft_wrap=console.soft_wrap, highlight=False)  # type: ignore[misc]
     for descriptor, stream in enumerate(streams):
         os.dup2(stream, descriptor)
         os.close(stream)
