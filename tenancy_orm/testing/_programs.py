@@ -92,6 +92,7 @@ class Account:
         return (self.uid, self.gid)
 
 
+@functools.cache
 def reachable_programs(bin_dir: Path, account: Account | None) -> Path:
     """Return a directory of programs that ``account`` can run: ``bin_dir`` itself, or a copy below ``SYSTEM_CACHE``."""
     if account is None:

@@ -30,7 +30,7 @@ from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.secrets.keyring import Keyring, new_password
 from tenancy_orm.servers import Servers
 from tenancy_orm.tenant import Placement, Status, Tenant
-from tenancy_orm.testing import embedded
+from tests.support.clusters import CopiedServer
 from tests.support.control_databases import create_control_database, drop_tenants, forget_tenants
 from tests.support.installed_versions import add_installed_versions
 from tests.support.postgres import Postgres
@@ -304,7 +304,7 @@ VERSIONS = add_installed_versions()
 @contextlib.contextmanager
 def running_server(version: int, worker: str, **settings: str) -> Iterator[Postgres]:
     """A server of that version, for as long as the body runs."""
-    with embedded.EmbeddedServer.for_tests(version=version, settings=settings) as server:
+    with CopiedServer.for_tests(version=version, settings=settings) as server:
         # else the first preparation would be refused because of the login roles that a test has made before
         with psycopg.connect(server.url(), autocommit=True) as connection:
             connection.execute("REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC")

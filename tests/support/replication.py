@@ -20,7 +20,8 @@ from typing import Any
 import psycopg
 
 from tenancy_orm.testing import _watchdog, embedded
-from tenancy_orm.testing.embedded import HOST, SUPERUSER, EmbeddedServer
+from tenancy_orm.testing.embedded import HOST, SUPERUSER
+from tests.support.clusters import CopiedServer
 from tests.support.postgres import Postgres, close_administrators
 
 SECONDS = 30.0
@@ -35,7 +36,7 @@ _PRIMARY: Mapping[str, str] = {
 }
 
 
-class TestServer(EmbeddedServer):
+class TestServer(CopiedServer):
     """An embedded server that can be halted, killed and started again while its directory stays."""
 
     __test__ = False  # not a class of tests

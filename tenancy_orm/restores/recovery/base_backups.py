@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -172,7 +173,7 @@ class BaseBackups:
                 check_replication(self._server, bool(facts["may_replicate"]))
                 programs = await asyncio.to_thread(find_server_programs, version, self._client_programs)
                 await asyncio.to_thread(check_space, directory.path, int(facts["bytes"] * _SPACE_RESERVE))
-                made = directory.bases / facts["now"].astimezone(UTC).strftime(_FORM)
+                made = directory.bases / self._free_name(facts["now"])
                 partial = made.with_name(f"{made.name}{_PARTIAL}")
                 try:
                     await asyncio.to_thread(self._clear)
@@ -186,6 +187,12 @@ class BaseBackups:
                 finally:
                     await run_to_completion(asyncio.to_thread(shutil.rmtree, partial, True))
         return backup
+
+    def _free_name(self, now: datetime) -> str:
+        # two may begin within a second, or the server's clock be set back
+        begun = now.astimezone(UTC).strftime(_FORM)
+        names = itertools.chain([begun], (f"{begun}-{number}" for number in itertools.count(2)))
+        return next(name for name in names if not (self._directory.bases / name).exists())
 
     async def _copy(self, programs: Programs, partial: Path, made: Path, tablespaces: dict[int, str]) -> None:
         mapped = [

@@ -163,6 +163,17 @@ async def test_base_backups_that_are_due_are_taken_of_servers_whose_wal_is_recei
             assert newest.detail is not None and newest.detail["base"] == report.taken.id
 
 
+async def test_base_backups_of_one_second_have_names_of_their_own(
+    tenancy: Tenancy, primary: TestServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order; so have those of a second that comes twice, when the server's clock was set back."""
+    monkeypatch.setattr("tenancy_orm.restores.recovery.base_backups._FORM", "20260101T000000Z")
+    async with receiving(tenancy):
+        taken = [(await tenancy.recovery.take_base()).taken.id for _ in range(2)]
+    assert taken == ["20260101T000000Z", "20260101T000000Z-2"]
+    assert [one.id for one in await tenancy.recovery.bases()] == taken
+
+
 async def test_a_tenant_is_restored_to_a_time_and_its_neighbours_are_newer(
     tenancy: Tenancy, primary: TestServer, directory: Path
 ) -> None:
