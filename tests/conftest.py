@@ -1,7 +1,8 @@
-"""One PostgreSQL server for the whole run, and a control database and a ``Tenancy`` for each test.
+"""A PostgreSQL server for the whole run, and a control database and a ``Tenancy`` for each test.
 
-The server is the one of ``TENANCY_TEST_DSN`` (a superuser's URL), or an embedded one that the first process of the run
-starts and the kernel's locks end with it. Without either the run fails: a suite that skips proves nothing.
+The server is the one of ``TENANCY_TEST_DSN`` (a superuser's URL), or an embedded one, which ends with the process that
+starts it. Each worker of pytest-xdist starts its own: tests look at all sessions and locks of a server, and end them.
+Without either the run fails: a suite that skips proves nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import os
 import secrets
 import signal
 from collections.abc import AsyncIterator, Generator, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -36,6 +36,8 @@ EMBEDDED_CONNECTIONS_VARIABLE = "TENANCY_TEST_CONNECTIONS"
 _server_key: pytest.StashKey[EmbeddedServer] = pytest.StashKey()
 _postgres_key = pytest.StashKey[Postgres]()
 _failed_key = pytest.StashKey[bool]()
+_run_key = pytest.StashKey[str]()
+_ended_key = pytest.StashKey[list[str]]()
 
 
 # --- the server of the run ------------------------------------------------------------------------------------------
@@ -56,39 +58,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the server in the first process; the workers of pytest-xdist are told where it is."""
+    """Start a server in the process that runs the tests, or in each of them."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # as a shell starts what runs in the background; so would the programs that tests interrupt
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    workerinput: dict[str, Any] | None = getattr(config, "workerinput", None)
-    if workerinput is None:
-        # read by the workers too, and by the programs that tests start
-        os.environ["PYTHONPATH"] = python_path()
-    if workerinput is not None:
-        described = workerinput["postgres"]
-        config.stash[_postgres_key] = Postgres(
-            admin_url=described["admin_url"],
-            version=described["version"],
-            run=described["run"],
-            worker=workerinput["workerid"],
-            bin_dir=Path(described["bin_dir"]) if described["bin_dir"] else None,
-            data_dir=Path(described["data_dir"]) if described["data_dir"] else None,
-        )
-    elif not (config.option.collectonly or config.option.help or config.option.version):
-        config.stash[_postgres_key] = _start(config)
-
-
-def _start(config: pytest.Config) -> Postgres:
-    run = secrets.token_hex(2)
     dsn = os.environ.get(DSN_VARIABLE)
+    workerinput: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if workerinput is not None:
+        run, worker = workerinput["run"], workerinput["workerid"]
+        given = Postgres(dsn, workerinput["version"], run, worker) if dsn else None
+        config.stash[_postgres_key] = given or _start(config, run, worker)
+        return
+    # read by the workers too, and by the programs that tests start
+    os.environ["PYTHONPATH"] = python_path()
+    if config.option.collectonly or config.option.help or config.option.version:
+        return
+    run = config.stash[_run_key] = secrets.token_hex(2)
     if dsn:
         try:
-            version = asyncio.run(_prepare(dsn))
+            config.stash[_postgres_key] = Postgres(dsn, asyncio.run(_prepare(dsn)), run, "main")
         except (OSError, asyncpg.PostgresError, TimeoutError) as exc:
             raise pytest.UsageError(f"{DSN_VARIABLE} names a server that does not answer: {exc}") from exc
-        return Postgres(dsn, version, run, "main")
+    elif getattr(config.option, "tx", None):
+        _wanted_version()  # before a worker fails
+    else:
+        config.stash[_postgres_key] = _start(config, run, "main")
 
-    from tenancy_orm.testing.embedded import EmbeddedServer
+
+def _wanted_version() -> int:
     from tests.support.installed_versions import add_installed_versions
 
     wanted, found = os.environ.get(EMBEDDED_VERSION_VARIABLE, "18"), add_installed_versions()
@@ -97,16 +94,22 @@ def _start(config: pytest.Config) -> Postgres:
             f"{EMBEDDED_VERSION_VARIABLE}={wanted}: there are PostgreSQL {', '.join(map(str, found))} here; "
             f"apt-get install postgresql-{wanted}, or name a server in {DSN_VARIABLE}"
         )
+    return int(wanted)
+
+
+def _start(config: pytest.Config, run: str, worker: str) -> Postgres:
+    from tenancy_orm.testing.embedded import EmbeddedServer
+
     connections = os.environ.get(EMBEDDED_CONNECTIONS_VARIABLE)
     settings = {"max_connections": connections} if connections else None
-    server = EmbeddedServer.for_tests(version=int(wanted), settings=settings)
+    server = EmbeddedServer.for_tests(version=_wanted_version(), settings=settings)
     server.ephemeral = not config.option.keep_databases
     server.start()
     # It has no TLS. To ask it for that takes a tenth of each connection; the programs that tests start do ask.
     os.environ.setdefault("PGSSLMODE", "disable")
     asyncio.run(_prepare(server.url()))
     config.stash[_server_key] = server
-    return Postgres(server.url(), server.server_version, run, "main", server.bin_dir, server.data_dir)
+    return Postgres(server.url(), server.server_version, run, worker, server.bin_dir, server.data_dir)
 
 
 async def _prepare(dsn: str) -> str:
@@ -124,34 +127,45 @@ async def _prepare(dsn: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Tell a worker of pytest-xdist where the server is."""
-    if (postgres := node.config.stash.get(_postgres_key, None)) is not None:
-        node.workerinput["postgres"] = {
-            "admin_url": postgres.admin_url,
-            "version": postgres.version,
-            "run": postgres.run,
-            "bin_dir": str(postgres.bin_dir or ""),
-            "data_dir": str(postgres.data_dir or ""),
-        }
+    """Tell a worker of pytest-xdist which run it is of."""
+    postgres = node.config.stash.get(_postgres_key, None)
+    node.workerinput.update(run=node.config.stash[_run_key], version=postgres and postgres.version)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Remember where the server of a worker was that has ended."""
+    if described := getattr(node, "workeroutput", {}).get("server"):
+        node.config.stash.setdefault(_ended_key, []).append(described)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell where the server of this worker is."""
+    server = session.config.stash.get(_server_key, None)
+    if server is not None and (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["server"] = _command_of(server)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say which PostgreSQL the tests run on."""
     postgres = config.stash.get(_postgres_key, None)
     if postgres is None:
-        return []
+        return [] if config.option.collectonly else [f"PostgreSQL {_wanted_version()} (embedded, one for each worker)"]
     where = f"embedded, {postgres.data_dir}" if postgres.data_dir else DSN_VARIABLE
     return [f"PostgreSQL {postgres.version} ({where})"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say how to look at what ``--keep-databases`` kept."""
+    if not config.option.keep_databases:
+        return
     server = config.stash.get(_server_key, None)
-    if server is not None and config.option.keep_databases:
-        terminalreporter.write_line(
-            f"databases kept; serve them by: python -m tenancy_orm.testing.embedded run "
-            f"--version {server.version} --dir {server.data_dir}"
-        )
+    for command in config.stash.get(_ended_key, []) if server is None else [_command_of(server)]:
+        terminalreporter.write_line(f"databases kept; serve them by: {command}")
+
+
+def _command_of(server: EmbeddedServer) -> str:
+    return f"python -m tenancy_orm.testing.embedded run --version {server.version} --dir {server.data_dir}"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -88,7 +88,8 @@ class TenancyCelery:
             (signals.worker_process_shutdown, self._close),
             (signals.worker_shutdown, self._close),
         ):
-            signal.connect(receiver, weak=False)
+            # with a name: Celery takes a method of two objects for one receiver, and would not connect the second
+            signal.connect(receiver, weak=False, dispatch_uid=(id(self), receiver.__name__))
 
     # --- sending ----------------------------------------------------------------------------------------------------
 

@@ -225,10 +225,14 @@ async def test_revisions_that_are_committed_count_however_the_migration_ends(
     newer = config.replace(migrations=following.migrations, compatible_revisions="0003:", migration={"attempts": 1})
     async with released(newer, "id") as new, old.fleet.connect("acme") as other:
         await other.execute("SELECT pg_advisory_lock(77)")
+        waiting = (
+            "FROM pg_locks l JOIN pg_database d ON d.oid = l.database "
+            "WHERE NOT l.granted AND d.datname = current_database()"
+        )
         run = asyncio.create_task(new.fleet.migrations.upgrade(tenants=["acme"]))
-        await until(lambda: other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"), 1)
+        await until(lambda: other.fetchval(f"SELECT count(*) {waiting}"), 1)
         if how == "lost":
-            await other.fetchval("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+            await other.fetchval(f"SELECT pg_terminate_backend(pid) {waiting}")
         else:
             run.cancel()
         await asyncio.gather(run, return_exceptions=True)

@@ -24,7 +24,10 @@ from tests.support.processes import opened
 from tests.support.proxy import proxied
 from tests.support.waiting import HANGS, until
 
-_LOCKS = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+_LOCKS = (
+    "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database "
+    "WHERE l.locktype = 'advisory' AND d.datname = $1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,8 @@ async def test_a_pooler_for_administration_is_refused_and_leaves_nothing(
     pid = await client.fetchval("SELECT pg_backend_pid() FROM pg_advisory_lock(77)")
     await client.close()
     async with postgres.connect() as observer:
-        assert await observer.fetchval("SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND objid = 77") == pid
+        locked = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 77 AND pid = $1"
+        assert await observer.fetchval(locked, pid) == 1
         await observer.execute("SELECT pg_terminate_backend($1)", pid)
     through = tenancy_config.replace(servers={"default": bouncer.url(postgres.admin_url)})
     for initialise in (False, True):
@@ -253,7 +257,7 @@ async def test_the_control_database_works_through_a_pooler_with_a_direct_address
     async with postgres.connect() as admin:
 
         async def no_locks() -> bool:
-            return bool(await admin.fetchval(_LOCKS) == 0)
+            return bool(await admin.fetchval(_LOCKS, postgres.database_of(control_url)) == 0)
 
         # a backend gives up its locks a moment after its client has closed the connection
         await until(no_locks)

@@ -214,3 +214,19 @@ async def test_eager_tasks_keep_tenants_apart(app: App) -> None:
         assert app.tasks.tasks.bound() is None
     finally:
         app.tasks.app.conf.task_always_eager = False
+
+
+async def test_a_second_application_of_the_process_binds_its_tasks_too(app: App) -> None:
+    """Each runs its own tasks for the tenant that sent them."""
+    second = Celery("second", broker="memory://", backend="cache+memory://", set_as_current=False)
+    TenancyCelery(second, app.plane.tenancy)
+
+    @second.task  # type: ignore[untyped-decorator]
+    def bound() -> str | None:
+        found: str | None = app.tasks.tasks.bound()
+        return found
+
+    for tenant in ("acme", "globex"):
+        async with app.plane.tenancy.scope(tenant):
+            assert bound.apply().get() == tenant
+            assert app.tasks.bound.apply().get() == tenant
