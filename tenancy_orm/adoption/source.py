@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -20,13 +21,14 @@ from ..postgres import connections, login
 from ..postgres.connections import Connection
 from ..postgres.dsn import Dsn
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.snapshots import LOCK_WAIT, begin_snapshot
 
 _OLDEST = 12  # the oldest server that these queries, and pg_dump of today, read
 _SETTINGS = {
     "default_transaction_read_only": "on",
     "statement_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
-    "lock_timeout": "10s",
+    "lock_timeout": LOCK_WAIT,
 }
 # what is read of the source, as far as this login may
 _TABLES = """
@@ -39,7 +41,6 @@ SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
    AND pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
  ORDER BY 1
 """
-_ATTEMPTS = 3  # how often they are locked, where some are dropped at that moment
 _FACTS = """
 SELECT pg_catalog.current_database()::text AS database, session_user::text AS role,
        pg_catalog.shobj_description(d.oid, 'pg_database') AS comment,
@@ -180,14 +181,11 @@ async def _begin(source: Source, connection: Connection) -> OpenSource:
         if version >= 17:
             await connection.execute("SET transaction_timeout = 0")
         await connection.execute("SET row_security = off; SET search_path = pg_catalog, pg_temp")
-        await _start(source, connection)
+        await begin_snapshot(connection, partial(_tables, source))
         facts = await connection.fetchrow(_FACTS)
         snapshot = await connection.fetchval("SELECT pg_catalog.pg_export_snapshot()")
     except asyncpg.LockNotAvailableError as exc:
-        waited = _SETTINGS["lock_timeout"]
-        raise AdoptionError(
-            f"a table of {source.dsn} is locked for more than {waited}, by a migration for example"
-        ) from exc
+        raise AdoptionError(f"the source {source.dsn} cannot be read: {exc}") from exc
     except SERVER_FAILURES as exc:
         raise AdoptionError(f"the source {source.dsn} cannot be read: {login.reason_of(exc)}") from exc
     assert facts is not None  # noqa: S101 - the database exists, we are connected to it
@@ -206,25 +204,9 @@ async def _begin(source: Source, connection: Connection) -> OpenSource:
     )
 
 
-async def _start(source: Source, connection: Connection) -> None:
-    """Start the transaction, which ends with the connection; its tables are locked before its snapshot is taken.
-
-    A table that somebody truncates or rewrites after the snapshot, and before it is read, would look empty.
-    """
-    for attempt in range(1, _ATTEMPTS + 1):
-        tables = await connection.fetch(_TABLES, source.schema, list(source.shared), list(source.without))
-        transaction = connection.transaction(isolation="repeatable_read", readonly=True)
-        await transaction.start()
-        try:
-            if tables:
-                names = ", ".join(row["name"] for row in tables)
-                await connection.execute(f"LOCK TABLE {names} IN ACCESS SHARE MODE")
-        except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
-            if attempt == _ATTEMPTS:
-                raise
-            await transaction.rollback()
-        else:
-            return
+async def _tables(source: Source, connection: Connection) -> list[str]:
+    rows = await connection.fetch(_TABLES, source.schema, list(source.shared), list(source.without))
+    return [row["name"] for row in rows]
 
 
 __all__ = ["OpenSource", "Source", "open_source"]

@@ -23,6 +23,7 @@ from ..errors import BackupError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import Programs, running
+from ..postgres.snapshots import LOCK_WAIT, begin_snapshot
 from .archive import Digest, pack
 from .encryption import encrypt
 from .manifest import BackupExtension, BackupFile
@@ -33,7 +34,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger("tenancy_orm.backups")
 
-_LOCK_WAIT = "10s"  # a migration that has a table locked is not queued behind for longer
 _POLL_SECONDS = 0.05
 _STOP_SECONDS = 120.0  # an object store gives up by itself before that
 _BATCH = 200  # tables that are counted in one statement
@@ -191,7 +191,7 @@ class Dump:
                 await holding.execute("SET transaction_timeout = 0")
             programs = await self._programs(connections.version(holding))
             # pg_dump and the counts see this snapshot, which is there as long as its transaction
-            await holding.transaction(isolation="repeatable_read", readonly=True).start()
+            await begin_snapshot(holding, self._lockable)
             facts, tables = await self._facts(holding)
             if facts["hides"]:
                 await self._source.see_all_rows()
@@ -202,11 +202,16 @@ class Dump:
         finally:
             await run_to_completion(connections.close(holding))
 
+    async def _lockable(self, holding: Connection) -> list[str]:
+        return [f"ONLY {name}" for name, _ in await self._tables(holding)]
+
     async def _facts(self, holding: Connection) -> tuple[Any, list[tuple[str, int]]]:
-        facts = await holding.fetchrow(_FACTS)
+        return await holding.fetchrow(_FACTS), await self._tables(holding)
+
+    async def _tables(self, holding: Connection) -> list[tuple[str, int]]:
         schemas = None if self._scope.schemas is None else list(self._scope.schemas)
         rows = await holding.fetch(_TABLES, list(self._scope.left_out), schemas)
-        return facts, [(row["name"], row["bytes"]) for row in rows if row["name"] not in self._scope.without_rows]
+        return [(row["name"], row["bytes"]) for row in rows if row["name"] not in self._scope.without_rows]
 
     async def _count(self, holding: Connection, facts: Any, tables: Sequence[tuple[str, int]]) -> tuple[Snapshot, Any]:
         counts: dict[str, int] = {}
@@ -244,7 +249,7 @@ class Dump:
             "--no-subscriptions",
             "--no-security-labels",
             f"--compress={_level(self._compression, programs.version)}",
-            f"--lock-wait-timeout={_LOCK_WAIT}",
+            f"--lock-wait-timeout={LOCK_WAIT}",
             f"--snapshot={snapshot}",
             *self._scope.to_arguments(),
         )

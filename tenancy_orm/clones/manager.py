@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import asyncpg
+
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
@@ -32,6 +34,7 @@ from ..operations import Operations
 from ..postgres import connections as postgres_connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
+from ..postgres.snapshots import begin_snapshot
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.filled_creation import Filling
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
@@ -42,10 +45,9 @@ from ..provisioning.tenant_rights import RECORD_SCHEMA
 from ..runs import FleetMigrator
 from ..tenant import Status, Tenant, TenantRef
 from ..tenants.manager import CreatedTenant, TenantManager
-from .plan import Table, plan_tables
+from .plan import Table, plan_tables, read_names
 from .records import Clone, CloneRecords
 from .rules import AnonymisationRules, RulesSource
-from .snapshot import begin_snapshot
 from .transfer import READING, CloneTransfer
 from .values import Replacing
 
@@ -328,7 +330,10 @@ class CloneManager:
                     await connection.execute("SET transaction_timeout = 0")
                 newest = max(version, postgres_connections.version(connection))
                 programs = await programs_for(self._config, newest)
-                await begin_snapshot(connection)
+                try:
+                    await begin_snapshot(connection, read_names)
+                except asyncpg.LockNotAvailableError as exc:
+                    raise OperationError(str(exc)) from exc
                 # as they are in this snapshot: a migration may have run since
                 tables = await self._plan(connection, rules, environment, require_rules)
                 made.columns = tuple(

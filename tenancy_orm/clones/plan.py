@@ -226,6 +226,14 @@ async def read_tables(connection: Connection) -> dict[int, Any]:
     return {row["oid"]: row for row in await connection.fetch(_TABLES, [GUARD_SCHEMA])}
 
 
+async def read_names(connection: Connection) -> list[str]:
+    """Return the tables' names for LOCK, quoted."""
+    return [
+        f"ONLY {quote_identifier(row['schema'])}.{quote_identifier(row['name'])}"
+        for row in (await read_tables(connection)).values()
+    ]
+
+
 async def _refuse_batches(connection: Connection) -> None:
     """Refuse a database with a data migration that is half done: it keeps keys of rows, which no rule replaces.
 
@@ -387,4 +395,4 @@ def _refused(what: str, problems: Sequence[str], *, columns: Sequence[str] | Non
     return AnonymisationError(f"{what}: {listed}", columns=tuple(named))
 
 
-__all__ = ["Column", "Table", "UniqueIndex", "hash_length", "plan_tables", "read_tables"]
+__all__ = ["Column", "Table", "UniqueIndex", "hash_length", "plan_tables", "read_names", "read_tables"]

@@ -23,12 +23,12 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import Programs, run_piped, run_program
 from ..postgres.quoting import quote_identifier
+from ..postgres.snapshots import LOCK_WAIT
 from ..provisioning import archives, event_trigger
 from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.readers import Reader
 from ..provisioning.restoring import check_rows, connected
 from .plan import Table
-from .snapshot import LOCK_WAIT
 from .values import Replacement, Replacing, replace_rows
 
 SETTINGS = {

@@ -6,7 +6,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +18,8 @@ from ..errors import ExportError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..postgres.quoting import quote_identifier, quote_literal
+from ..postgres.quoting import quote_literal
+from ..postgres.snapshots import begin_snapshot
 from ..tenant import Tenant
 from .archives import Archive, FileWriter, Write, Written
 from .catalogue import LARGE_OBJECTS, Catalogue, read_catalogue
@@ -27,18 +28,17 @@ from .journal import Journal
 from .plan import LeftOut, Plan, Table
 from .values import SETTINGS
 
-_LOCK_SECONDS = 10  # a migration that has a table of the tenant locked is not queued behind for longer
-_ATTEMPTS = 3  # how often the tables are locked, where some are dropped at that moment
 _PIECE = 4_194_304  # bytes of a large value that are read at once
 _ROWS = 100  # rows with large values that are read at once
 _SPOOLED = 1_048_576  # bytes of their list that are kept in memory
 
 _LOCKABLE = """
-SELECT n.nspname::text AS schema, c.relname::text AS name
+SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
   FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND NOT c.relispartition
    AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
    AND pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
+ ORDER BY 1
 """
 _SNAPSHOT = """
 SELECT pg_catalog.clock_timestamp() AS taken_at, pg_catalog.pg_current_snapshot()::pg_catalog.text AS transactions
@@ -95,7 +95,7 @@ class ExportReport:
 def failed(tenant: Tenant, exc: BaseException) -> ExportError:
     """Return the error for what PostgreSQL or the disk has answered."""
     if isinstance(exc, asyncpg.LockNotAvailableError):
-        reason = f"a table was locked for more than {_LOCK_SECONDS} s, by a migration for example; try again"
+        reason = str(exc)
     elif isinstance(exc, OSError) and exc.strerror and not isinstance(exc, ConnectionError):
         reason = exc.strerror
     else:
@@ -125,7 +125,7 @@ async def snapshot(connection: Connection, *, seconds: float = 0.0) -> AsyncIter
         connection: A connection without a transaction.
         seconds: How long the transaction may take, each of its statements before PostgreSQL 17; 0 is without a bound.
     """
-    transaction = await _start(connection, seconds)
+    transaction = await begin_snapshot(connection, _lockable, settings=_settings(connection, seconds))
     try:
         yield await read_catalogue(connection)
     finally:
@@ -133,39 +133,16 @@ async def snapshot(connection: Connection, *, seconds: float = 0.0) -> AsyncIter
         await connections.finish(connection, transaction.rollback)
 
 
-async def _start(connection: Connection, seconds: float) -> Any:
-    """Start a transaction with the tables locked; again, where one was dropped at that moment."""
-    attempts = _ATTEMPTS
-    while True:
-        tables = await connection.fetch(_LOCKABLE)
-        transaction = connection.transaction(isolation="repeatable_read", readonly=True)
-        await transaction.start()
-        try:
-            await _begin(connection, tables, seconds)
-        except BaseException as exc:
-            await connections.finish(connection, transaction.rollback)
-            attempts -= 1
-            if not attempts or not isinstance(exc, (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError)):
-                raise
-        else:
-            return transaction
-
-
-async def _begin(connection: Connection, tables: Iterable[Mapping[str, str]], seconds: float) -> None:
-    """Lock the tables before the snapshot is taken, which the first query does.
-
-    A table that is truncated or rewritten after the snapshot, and before it is locked, would look empty.
-    """
+def _settings(connection: Connection, seconds: float) -> dict[str, str]:
     bound = f"{round(seconds * 1_000)}"
     settings = {**SETTINGS, "statement_timeout": bound, "idle_in_transaction_session_timeout": bound}
     if connections.version(connection) >= 17:
         settings["transaction_timeout"] = bound
-    statements = [f"SET LOCAL {name} = {_setting(value)}" for name, value in settings.items()]
-    statements.append(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
-    names = [f"{quote_identifier(row['schema'])}.{quote_identifier(row['name'])}" for row in tables]
-    if names:
-        statements.append(f"LOCK TABLE {', '.join(names)} IN ACCESS SHARE MODE")
-    await connection.execute("; ".join(statements))
+    return {name: _setting(value) for name, value in settings.items()}
+
+
+async def _lockable(connection: Connection) -> list[str]:
+    return [row["name"] for row in await connection.fetch(_LOCKABLE)]
 
 
 def _setting(value: str) -> str:

@@ -9,8 +9,9 @@ import asyncpg
 import pytest
 import sqlalchemy as sa
 
-from tenancy_orm.adoption.source import _SETTINGS, Source, open_source
+from tenancy_orm.adoption.source import Source, open_source
 from tenancy_orm.errors import AdoptionError
+from tenancy_orm.postgres import snapshots
 from tests.support.fleet import Fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
@@ -94,8 +95,8 @@ async def test_a_table_cannot_look_empty_in_the_snapshot(
         assert await opened.connection.fetchval("SELECT count(*) FROM public.letters") == 4
     async with source.postgres.connect(source.name) as connection, connection.transaction():
         await connection.execute("LOCK TABLE letters")
-        monkeypatch.setitem(_SETTINGS, "lock_timeout", "200ms")
-        with pytest.raises(AdoptionError, match="is locked for more than 200ms"):
+        monkeypatch.setattr(snapshots, "LOCK_WAIT", "200ms")
+        with pytest.raises(AdoptionError, match="was locked for more than 200ms"):
             async with open_source(Source.parse(source.url), timeout=30):
                 pass
 

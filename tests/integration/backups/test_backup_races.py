@@ -10,11 +10,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.backups import Backup, DirectoryStore, manager, records, verification
+from tenancy_orm.backups import Backup, DirectoryStore, dump, manager, records, verification
 from tenancy_orm.errors import BackupError, BackupNotFoundError
 from tenancy_orm.postgres.programs import run_program
 from tenancy_orm.provisioning import archives, restoring
@@ -41,6 +42,46 @@ def first_then(method: Callable[..., Awaitable[Any]], then: Callable[[], Awaitab
         return found
 
     return both
+
+
+# --- writers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("locked", [True, False], ids=["locked", "unlocked"])
+async def test_a_table_that_is_emptied_and_filled_again_is_not_empty_in_the_backup(
+    tenancy: Tenancy, acme: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch, *, locked: bool
+) -> None:
+    """After the snapshot, and before pg_dump locks the table: no row would be in the dump, and none be counted."""
+    placement = (await tenancy.tenants.get(acme)).placement
+    assert placement is not None
+    refilled = []
+
+    async def refill() -> None:
+        async with postgres.connect(placement.database) as connection:
+            await connection.execute("SET lock_timeout = '200ms'")
+            try:
+                async with connection.transaction():
+                    await connection.execute("TRUNCATE notes CASCADE; INSERT INTO notes (body) VALUES ('new')")
+            except asyncpg.LockNotAvailableError:
+                return
+            refilled.append(True)
+
+    async def unlocked(connection: Any, *_: Any) -> None:
+        await connection.transaction(isolation="repeatable_read", readonly=True).start()
+
+    if not locked:
+        monkeypatch.setattr(dump, "begin_snapshot", unlocked)
+    facts = dump.Dump._facts
+
+    async def then_refilled(self: Any, holding: Any) -> Any:
+        found = await facts(self, holding)
+        await refill()
+        return found
+
+    monkeypatch.setattr(dump.Dump, "_facts", then_refilled)
+    (made,) = (await tenancy.backups.run([acme])).done
+    assert made.manifest is not None
+    assert (made.manifest.tables["public.notes"], refilled) == ((100, []) if locked else (0, [True]))
 
 
 # --- pruning ----------------------------------------------------------------------------------------------------------

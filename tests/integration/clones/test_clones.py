@@ -12,8 +12,8 @@ import asyncpg
 import pytest
 import sqlalchemy as sa
 
-from tenancy_orm.clones import AnonymisationRules, snapshot
-from tenancy_orm.clones.plan import read_tables
+from tenancy_orm.clones import AnonymisationRules, manager
+from tenancy_orm.clones.plan import read_names
 from tenancy_orm.clones.transfer import CloneTransfer
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import (
@@ -25,6 +25,7 @@ from tenancy_orm.errors import (
     TenantNotFoundError,
 )
 from tenancy_orm.events import TenantCloned
+from tenancy_orm.postgres import snapshots
 from tenancy_orm.provisioning.readers import Reader
 from tenancy_orm.tenant import Status
 from tests.support.fleet import Fleet, fleet_config, open_fleet
@@ -331,7 +332,7 @@ async def test_a_table_that_comes_to_be_meanwhile_is_locked_as_well(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The snapshot has no table that was not locked before; one that stays locked is named as the cause."""
-    read, calls = read_tables, 0
+    read, calls = read_names, 0
 
     async def changing(connection: Any) -> Any:
         nonlocal calls
@@ -343,7 +344,7 @@ async def test_a_table_that_comes_to_be_meanwhile_is_locked_as_well(
             await as_owner(fleet, "CREATE TABLE latest (a text)")
         return found
 
-    monkeypatch.setattr(snapshot, "read_tables", changing)
+    monkeypatch.setattr(manager, "read_names", changing)
     rules = {"tables": {"late*": {"a": "null"}}}
     await as_owner(fleet, "CREATE TABLE late (a text)")
     await fleet.tenancy.clones.create("acme", "clone", ttl=timedelta(1), rules=rules, accept=True)
@@ -351,7 +352,7 @@ async def test_a_table_that_comes_to_be_meanwhile_is_locked_as_well(
     recorded = await fleet.tenancy.clones.get("clone")
     assert recorded is not None
     assert recorded.columns == ("public.late.a", "public.later.a", "public.latest.a")
-    monkeypatch.setattr(snapshot, "LOCK_WAIT", "100ms")
+    monkeypatch.setattr(snapshots, "LOCK_WAIT", "100ms")
     async with fleet.connect("acme") as connection:
         await connection.execute("BEGIN; LOCK TABLE users")
         with pytest.raises(OperationError, match="a table was locked for more than 100ms"):
