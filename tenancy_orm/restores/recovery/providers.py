@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -25,7 +24,7 @@ from .base_backups import BackupDirectory, BaseBackup, check_space, connected
 from .keeper import Keeper, open_keeper
 from .scratch import RecoveredDatabase, ScratchServer
 from .verification import verify_files
-from .wal_files import Segment, last_time, list_histories, list_segments, read_header, stretches
+from .wal_files import Segment, copy_partial, last_time, list_histories, list_segments, read_header, stretches
 
 _RECEIVE_SECONDS = 30.0
 _RESERVE_BYTES = 1024**3  # what a server writes while it recovers
@@ -356,14 +355,7 @@ async def _copy(keeper: Keeper, directory: BackupDirectory, plan: _Plan) -> None
         await _run(keeper, "cp", "-p", *whole[begin : begin + _COPIED_AT_ONCE], str(wal))
     for segment in plan.segments:
         if segment.is_partial:
-            await asyncio.to_thread(_copy_partial, segment, wal)
-
-
-def _copy_partial(segment: Segment, wal: Path) -> None:
-    try:
-        shutil.copyfile(segment.path, wal / segment.name)
-    except FileNotFoundError:  # it is whole by now
-        shutil.copyfile(segment.path.with_name(segment.name), wal / segment.name)
+            await asyncio.to_thread(copy_partial, segment, wal / segment.name)
 
 
 async def _run(keeper: Keeper, *arguments: str) -> None:

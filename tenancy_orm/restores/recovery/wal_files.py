@@ -98,6 +98,14 @@ def list_segments(directories: Iterable[Path], segment_bytes: int) -> list[Segme
     return sorted(found.values())
 
 
+def copy_partial(segment: Segment, to: Path) -> None:
+    """Copy a segment that was still written when it was listed; it may be whole by now, and named so."""
+    try:
+        shutil.copyfile(segment.path, to)
+    except FileNotFoundError:
+        shutil.copyfile(segment.path.with_name(segment.name), to)
+
+
 def list_histories(directories: Iterable[Path]) -> list[Path]:
     """Return the files that say where timelines begin."""
     return [
@@ -127,7 +135,7 @@ async def times_in(programs: Programs, segment: Segment) -> tuple[datetime, date
         if segment.is_partial:
             # by its own name alone can it be read
             path = Path(directory) / segment.name
-            await asyncio.to_thread(shutil.copyfile, segment.path, path)
+            await asyncio.to_thread(copy_partial, segment, path)
         first = last = None
         async for line in _records(programs, "--rmgr=Transaction", str(path)):
             if match := _TIME.search(line):
@@ -207,6 +215,7 @@ async def last_time(programs: Programs, segments: Sequence[Segment]) -> datetime
 __all__ = [
     "Segment",
     "SegmentHeader",
+    "copy_partial",
     "find_new_tablespace",
     "last_time",
     "list_histories",

@@ -247,7 +247,7 @@ async def test_psql_opens_the_tenants_database_as_its_role(cli: Cli, postgres: P
 async def test_an_error_is_one_line_and_exit_status_1(cli: Cli, arguments: tuple[str, ...], message: str) -> None:
     """On standard error, without a traceback."""
     await cli("init")
-    outcome = await cli(*arguments, program=COMMAND)
+    outcome = await cli(*arguments)
     assert outcome.status == 1
     assert message in outcome.err
     assert "Traceback" not in outcome.err

@@ -16,7 +16,7 @@ from tenancy_orm.errors import ConfigurationError, CrossTenantError, NoTenantErr
 from tenancy_orm.integrations.arq import ARGUMENT, TenancyArqRedis
 from tests.support.models import Note
 from tests.support.postgres import Postgres
-from tests.support.queues.plane import QueuePlane, both, queue_plane, redis_server, worker_process
+from tests.support.queues.plane import QueuePlane, both, import_application, queue_plane, redis_server, worker_process
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -49,10 +49,7 @@ class App:
 async def app(postgres: Postgres) -> AsyncIterator[App]:
     """A queue whose ``Tenancy`` is the plane's, and a worker."""
     async with redis_server() as redis, queue_plane(postgres, QUEUE_REDIS=str(redis)) as plane:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in plane.env.items():
-                patch.setenv(name, value)
-            from tests.support.queues import arq_app
+        arq_app = import_application("arq_app", plane)
         arq_app.queue.gate.tenancy = plane.tenancy
         pool = await arq_app.queue.create_pool(arq_app.SETTINGS)
         with worker_process(COMMAND, plane, "arq.log"):

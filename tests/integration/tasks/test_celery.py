@@ -18,7 +18,7 @@ from tenancy_orm.integrations.celery import TenancyCelery
 from tenancy_orm.tasks.envelope import HEADER
 from tests.support.models import Note
 from tests.support.postgres import Postgres
-from tests.support.queues.plane import QueuePlane, both, queue_plane, redis_server, worker_process
+from tests.support.queues.plane import QueuePlane, both, import_application, queue_plane, redis_server, worker_process
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -52,10 +52,7 @@ class App:
 async def app(postgres: Postgres) -> AsyncIterator[App]:
     """An application whose ``Tenancy`` is the plane's, and a worker."""
     async with redis_server() as redis, queue_plane(postgres, QUEUE_REDIS=str(redis), C_FORCE_ROOT="1") as plane:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in plane.env.items():
-                patch.setenv(name, value)
-            from tests.support.queues import celery_app as module
+        module = import_application("celery_app", plane)
         module.queues.gate.tenancy = plane.tenancy
         with worker_process(COMMAND, plane, "celery.log"):
             yield App(module, plane)

@@ -17,7 +17,7 @@ from tenancy_orm.errors import ConfigurationError, CrossTenantError, NoTenantErr
 from tenancy_orm.integrations.procrastinate import ARGUMENT
 from tests.support.models import Note
 from tests.support.postgres import Postgres
-from tests.support.queues.plane import QueuePlane, both, queue_plane, worker_process
+from tests.support.queues.plane import QueuePlane, both, import_application, queue_plane, worker_process
 from tests.support.queues.tasks import bound
 from tests.support.waiting import until
 
@@ -67,10 +67,7 @@ async def app(postgres: Postgres) -> AsyncIterator[App]:
     name = postgres.new_name()
     url = (await postgres.create_database(name)).replace("postgresql+asyncpg:", "postgresql:", 1)
     async with queue_plane(postgres, QUEUE_DATABASE=url) as plane:
-        with pytest.MonkeyPatch.context() as patch:
-            for variable, value in plane.env.items():
-                patch.setenv(variable, value)
-            from tests.support.queues import procrastinate_app as module
+        module = import_application("procrastinate_app", plane)
         module.queues.gate.tenancy = plane.tenancy
         async with module.app.open_async():
             await module.app.schema_manager.apply_schema_async()

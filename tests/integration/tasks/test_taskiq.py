@@ -19,7 +19,7 @@ from tenancy_orm.integrations.taskiq import TenancyScheduleSource, TenancyTaskiq
 from tenancy_orm.tasks.envelope import HEADER
 from tests.support.models import Note
 from tests.support.postgres import Postgres
-from tests.support.queues.plane import QueuePlane, both, queue_plane, redis_server, worker_process
+from tests.support.queues.plane import QueuePlane, both, import_application, queue_plane, redis_server, worker_process
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -42,10 +42,7 @@ class App:
 async def app(postgres: Postgres) -> AsyncIterator[App]:
     """A broker whose ``Tenancy`` is the plane's, and a worker."""
     async with redis_server() as redis, queue_plane(postgres, QUEUE_REDIS=str(redis)) as plane:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in plane.env.items():
-                patch.setenv(name, value)
-            from tests.support.queues import taskiq_app as module
+        module = import_application("taskiq_app", plane)
         module.middleware.gate.tenancy = plane.tenancy
         command = ["taskiq", "worker", "tests.support.queues.taskiq_app:broker", "--workers", "1"]
         with worker_process(command, plane, "taskiq.log"):

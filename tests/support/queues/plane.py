@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import secrets
 import signal
@@ -15,6 +16,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tests.support import redis_server as redis_server_module
@@ -76,6 +80,16 @@ async def queue_plane(postgres: Postgres, **env: str) -> AsyncIterator[QueuePlan
         await tenancy.close()
         await postgres.drop_all(prefix)
         await postgres.drop_database(name)
+
+
+def import_application(name: str, plane: QueuePlane) -> Any:
+    """Import ``tests.support.queues.<name>`` for this plane: again, where the process has for an earlier one."""
+    path = f"tests.support.queues.{name}"
+    sys.modules.pop(path, None)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in plane.env.items():
+            patch.setenv(variable, value)
+        return importlib.import_module(path)
 
 
 @asynccontextmanager

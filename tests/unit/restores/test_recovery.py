@@ -17,7 +17,7 @@ from tenancy_orm.restores.recovery import BarmanRecovery, barman
 from tenancy_orm.restores.recovery.base_backups import BackupDirectory, BaseBackups
 from tenancy_orm.restores.recovery.history import check_target
 from tenancy_orm.restores.recovery.providers import ScratchOptions
-from tenancy_orm.restores.recovery.wal_files import list_segments, stretches
+from tenancy_orm.restores.recovery.wal_files import copy_partial, list_segments, stretches
 from tenancy_orm.servers import Server
 
 SEGMENT = 16 * 1024**2
@@ -150,3 +150,15 @@ def test_wal_is_divided_where_a_segment_is_missing_and_not_where_a_timeline_begi
     assert [[segment.number for segment in part] for part in found] == [[254, 255, 256, 256, 257], [260]]
     assert not any(segment.is_partial for segment in found[0])
     assert found[1][0].is_partial and found[1][0].name == "000000020000000100000004"
+
+
+def test_a_segment_that_was_listed_as_partial_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    """The receiver gives it its own name at any moment."""
+    name = "000000010000000000000001"
+    (tmp_path / f"{name}.partial").write_bytes(b"all of it")
+    (listed,) = list_segments([tmp_path], SEGMENT)
+    for _ in range(2):
+        copy_partial(listed, tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == b"all of it"
+        if listed.path.exists():
+            listed.path.rename(tmp_path / name)
