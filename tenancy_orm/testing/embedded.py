@@ -68,6 +68,9 @@ _TEST_SETTINGS: Mapping[str, str] = {
     "max_connections": "300",
     "shared_buffers": "128MB",
     "autovacuum": "on",
+    # it is deleted at the end: its files need not survive a crash of the machine, and do survive one of the server
+    "fsync": "off",
+    "full_page_writes": "off",
 }
 
 # A directory must contain this file before anything in it is changed or deleted.

@@ -83,9 +83,9 @@ def test_pre_commit_runs_the_same_checks() -> None:
     assert re.findall(r"^ +entry: (.*)$", hooks, re.MULTILINE) == [f"make {check}" for check in CHECKS]
 
 
-@pytest.mark.parametrize("check", ["formatting", "lint", "docs"])
+@pytest.mark.parametrize("check", ["formatting", "lint"])
 def test_a_copy_without_a_fault_passes(copy: Path, check: str) -> None:
-    """Else the tests below would pass for another reason."""
+    """Else the tests below would pass for another reason; that of the documentation counts what there is to find."""
     done = make(copy, check)
     assert done.returncode == 0, done.stdout
     assert "WARNING -" not in done.stdout
