@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from ..audit.actor import Actor
 from ..cancellation import run_to_completion
@@ -54,10 +55,14 @@ class BackupPruner:
         self._records = records
         self._stores = stores
         self._events = events
+        self._pruned: tuple[Any, ...] | None = None
 
     async def prune(self, *, dry_run: bool, actor: Actor) -> PruneReport:
         """Remove what is not kept. It can be repeated, and interrupted, and runs beside others."""
-        planned, errors = await self.to_prune(), list[str]()
+        # every minute in housekeeping, and nothing is to be pruned unless this has changed
+        fingerprint = await self._records.fingerprint()
+        planned, errors = [] if fingerprint == self._pruned else await self.to_prune(), list[str]()
+        self._pruned = None if planned else fingerprint
         if not dry_run:
             planned = [one for one in planned if await self._records.begin_pruning(one, actor)]
         found = [await self._records.get(one.id) for one in planned]  # with their manifests, which are not kept

@@ -401,6 +401,11 @@ class BackupRecords:
             row = (await connection.execute(_STATUS, {"overdue": overdue_after, "listed": listed})).one()
         return BackupStatus(**row._mapping, overdue_after=overdue_after)
 
+    async def fingerprint(self) -> tuple[Any, ...]:
+        """Return what differs once other backups are done, or something else is known of them."""
+        async with self._control.connect() as connection:
+            return tuple((await connection.execute(_FINGERPRINT)).one())
+
     async def destroyed_keys(self) -> frozenset[str]:
         """Return the ids of the keys that were destroyed."""
         async with self._control.connect() as connection:
@@ -591,6 +596,12 @@ SELECT count(*) AS tenants, count(done) AS backed_up, count(verified) AS verifie
          secs => CAST(:overdue AS float8)) IS TRUE AS control_is_overdue
   FROM newest, (SELECT min(created_at) AS first FROM tenancy.tenants) t
 """  # noqa: S608 - constants
+)
+_FINGERPRINT = text(
+    "SELECT count(*), sum(uuid_hash_extended(b.id, 0)), max(b.verified_at), "
+    "count(*) FILTER (WHERE b.kept_until > clock_timestamp()), "
+    "(SELECT count(*) FROM tenancy.backup_keys WHERE destroyed_at IS NOT NULL) "
+    "FROM tenancy.backups b WHERE b.state = 'done'"
 )
 _DESTROYED = text("SELECT id FROM tenancy.backup_keys WHERE destroyed_at IS NOT NULL")
 

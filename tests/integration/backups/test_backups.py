@@ -334,6 +334,30 @@ async def test_a_destroyed_key_ends_all_backups(tenancy: Tenancy, backup: Backup
     assert not any(str(again.id) in path for path in stored(tmp_path))
 
 
+async def test_backups_are_not_listed_for_a_prune_while_there_are_no_others(
+    tenancy: Tenancy, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Housekeeping prunes every minute, a fleet's tens of thousands."""
+    pruner, listed = tenancy.backups._pruner, []
+    to_prune = pruner.to_prune
+
+    async def listing() -> list[Backup]:
+        listed.append(await to_prune())
+        return listed[-1]
+
+    monkeypatch.setattr(pruner, "to_prune", listing)
+    for _ in range(3):
+        assert (await tenancy.backups.prune()).pruned == ()
+    assert listed == [[]]
+    assert backup.tenant_id is not None
+    await tenancy.backups.keys.destroy(backup.tenant_id)
+    assert [one.id for one in (await tenancy.backups.prune(dry_run=True)).pruned] == [backup.id]
+    assert [one.id for one in (await tenancy.backups.prune()).pruned] == [backup.id]
+    await tenancy.backups.run(["acme"])
+    assert (await tenancy.backups.prune()).pruned == ()
+    assert len(listed) == 4
+
+
 async def test_a_key_that_is_destroyed_while_it_is_written_is_not_left_in_the_store(
     tenancy: Tenancy, backup: Backup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
