@@ -19,7 +19,7 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_literal
-from ..postgres.snapshots import begin_snapshot
+from ..postgres.snapshots import begin_snapshot, readable_tables
 from ..tenant import Tenant
 from .archives import Archive, FileWriter, Write, Written
 from .catalogue import LARGE_OBJECTS, Catalogue, read_catalogue
@@ -32,14 +32,6 @@ _PIECE = 4_194_304  # bytes of a large value that are read at once
 _ROWS = 100  # rows with large values that are read at once
 _SPOOLED = 1_048_576  # bytes of their list that are kept in memory
 
-_LOCKABLE = """
-SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
-  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND NOT c.relispartition
-   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
-   AND pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
- ORDER BY 1
-"""
 _SNAPSHOT = """
 SELECT pg_catalog.clock_timestamp() AS taken_at, pg_catalog.pg_current_snapshot()::pg_catalog.text AS transactions
 """
@@ -125,7 +117,7 @@ async def snapshot(connection: Connection, *, seconds: float = 0.0) -> AsyncIter
         connection: A connection without a transaction.
         seconds: How long the transaction may take, each of its statements before PostgreSQL 17; 0 is without a bound.
     """
-    transaction = await begin_snapshot(connection, _lockable, settings=_settings(connection, seconds))
+    transaction = await begin_snapshot(connection, readable_tables, settings=_settings(connection, seconds))
     try:
         yield await read_catalogue(connection)
     finally:
@@ -139,10 +131,6 @@ def _settings(connection: Connection, seconds: float) -> dict[str, str]:
     if connections.version(connection) >= 17:
         settings["transaction_timeout"] = bound
     return {name: _setting(value) for name, value in settings.items()}
-
-
-async def _lockable(connection: Connection) -> list[str]:
-    return [row["name"] for row in await connection.fetch(_LOCKABLE)]
 
 
 def _setting(value: str) -> str:

@@ -246,11 +246,15 @@ def _guarded(call: Callable[..., Any] | None) -> Callable[..., Any]:
 def _tenant_task(tenancy: TenancyCelery, base: type) -> type:
     """A class of tasks, guarded."""
     found = {"__tenancy__": tenancy, "abstract": True, "__module__": base.__module__}
-    return type("TenantTask", (_TenantTask, base), found)
+    bases = (base,) if issubclass(base, _TenantTask) else (_TenantTask, base)
+    return type("TenantTask", bases, found)
 
 
 class _Tasks(TaskRegistry):  # type: ignore[misc]
-    """An application's tasks. One that has another base class than ``app.Task`` is guarded as well."""
+    """An application's tasks. One that has another base class than ``app.Task`` is guarded as well.
+
+    So is one of another application: Celery makes a task in each application of the process, with its own base class.
+    """
 
     def __init__(self, tenancy: TenancyCelery, tasks: Mapping[str, Any]) -> None:
         super().__init__()
@@ -259,7 +263,7 @@ class _Tasks(TaskRegistry):  # type: ignore[misc]
             self[name] = task
 
     def __setitem__(self, name: str, task: Any) -> None:
-        if not isinstance(task, _TenantTask):
+        if getattr(task, "__tenancy__", None) is not self._tenancy:
             task.__class__ = _tenant_task(self._tenancy, type(task))
         super().__setitem__(name, task)
 

@@ -18,6 +18,16 @@ LOCK_WAIT = "10s"
 
 _ATTEMPTS = 5
 
+# a lock on a partitioned table is one on its partitions
+_READABLE = """
+SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'p') AND c.relpersistence <> 't' AND NOT c.relispartition
+   AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   AND pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_table_privilege(c.oid, 'SELECT')
+ ORDER BY 1
+"""
+
 
 async def begin_snapshot(
     connection: Connection,
@@ -65,4 +75,9 @@ async def begin_snapshot(
     raise asyncpg.LockNotAvailableError("tables are made and dropped all the time; try again")
 
 
-__all__ = ["LOCK_WAIT", "begin_snapshot"]
+async def readable_tables(connection: Connection) -> list[str]:
+    """Return the names of all tables that this login may read, quoted, for ``begin_snapshot``."""
+    return [row["name"] for row in await connection.fetch(_READABLE)]
+
+
+__all__ = ["LOCK_WAIT", "begin_snapshot", "readable_tables"]

@@ -30,6 +30,7 @@ from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import Programs, find_programs, run_piped, run_program
+from ..postgres.snapshots import LOCK_WAIT, begin_snapshot, readable_tables
 from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
 from . import archives, databases, event_trigger, removal
@@ -41,7 +42,6 @@ from .empty_databases import InstalledExtension, create_for_login, read_extensio
 Content = Literal["data", "schema", "nothing"]
 """What a copy has: everything; or the schema alone, with statistics from PostgreSQL 18 on; or only ``extensions``."""
 
-_LOCK_WAIT = "10s"  # a migration that has a table of the tenant locked is not queued behind for longer
 _COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
 _SCHEMA = ("--schema-only", "--no-publications", "--no-subscriptions")
 _STATISTICS_VERSION = 18
@@ -297,14 +297,14 @@ class _Copying:
         try:
             if connections.version(holding) >= 17:
                 await holding.execute("SET transaction_timeout = 0")
-            await holding.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            await begin_snapshot(holding, readable_tables)
             snapshot = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
             filled = {row["name"] for row in await holding.fetch(_MATERIALIZED, True)}
             dump = (
                 programs.path("pg_dump"),
                 *_COMMON,
                 f"--exclude-schema={_pattern(event_trigger.NAME)}",
-                f"--lock-wait-timeout={_LOCK_WAIT}",
+                f"--lock-wait-timeout={LOCK_WAIT}",
                 f"--snapshot={snapshot}",
             )
             exact = ("--exit-on-error",) if programs.version == connections.version(self._connection) else ()

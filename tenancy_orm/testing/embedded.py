@@ -139,7 +139,7 @@ class EmbeddedServer:
     def for_tests(
         cls, data_dir: Path | None = None, *, version: int = 18, settings: Mapping[str, str] | None = None
     ) -> EmbeddedServer:
-        """Return a server for one test run: 300 connections, in memory if there is room, deleted at the end.
+        """Return a server for one test run: 300 connections, no fsync, in memory if there is room, deleted at the end.
 
         Args:
             data_dir: By default a new directory in /dev/shm if that has 2 GB free, else in the temporary directory.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import ConfigurationError, ProvisioningError
+from tenancy_orm.postgres import snapshots
 from tenancy_orm.postgres.programs import find_programs
 from tenancy_orm.postgres.quoting import quote_identifier
 from tenancy_orm.provisioning.copies import Copies, DatabaseCopy
@@ -238,9 +240,34 @@ async def test_the_program_that_failed_is_the_one_in_the_message(fleet: Fleet, c
             pass
 
 
+@pytest.mark.parametrize("locked", [True, False], ids=["locked", "unlocked"])
+async def test_a_table_that_is_emptied_and_filled_again_is_not_empty_in_the_copy(
+    fleet: Fleet, copies: Copies, monkeypatch: pytest.MonkeyPatch, *, locked: bool
+) -> None:
+    """As it would be where that happens between the snapshot and the dump of the rows."""
+    begin = snapshots.begin_snapshot
+
+    async def beginning(connection: Any, read_names: Any) -> None:
+        if locked:
+            await begin(connection, read_names)
+        else:
+            await connection.transaction(isolation="repeatable_read", readonly=True).start()
+            await connection.fetchval("SELECT 1")
+        async with fleet.connect("acme") as other:
+            await other.execute("SET lock_timeout = '200ms'")
+            with contextlib.suppress(asyncpg.LockNotAvailableError):
+                await other.execute("BEGIN; TRUNCATE notes CASCADE; INSERT INTO notes (body) VALUES ('new'); COMMIT")
+
+    await fleet.execute("acme", "INSERT INTO notes (body) VALUES ('old')")
+    monkeypatch.setattr("tenancy_orm.provisioning.copies.begin_snapshot", beginning)
+    async with copies.open(fleet.tenants["acme"], timeout=60, valid_for=60) as copy:
+        found = await fetch(copy, "SELECT body FROM notes WHERE body IN ('old', 'new')")
+    assert found == ([("old",)] if locked else [])
+
+
 async def test_a_copy_ends_by_its_deadline(fleet: Fleet, copies: Copies, postgres: Postgres) -> None:
     async with fleet.connect("acme") as connection:
-        # pg_dump waits for this lock
+        # it is waited for before the snapshot is taken
         await connection.execute("BEGIN; LOCK TABLE notes IN ACCESS EXCLUSIVE MODE")
         with pytest.raises(ProvisioningError, match=r"not done within 2 s; raise rehearsal\.timeout"):
             async with copies.open(fleet.tenants["acme"], timeout=2, valid_for=60):

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from celery import Celery, chain, chord, group
+from celery import Celery, _state, chain, chord, group
 
 from tenancy_orm import Tenancy
 from tenancy_orm.correlation import RequestLabels, reset_labels, set_labels
-from tenancy_orm.errors import ConfigurationError, CrossTenantError, NoTenantError, TaskRefusedError
+from tenancy_orm.errors import ConfigurationError, CrossTenantError, NoTenantError, NotOpenError, TaskRefusedError
 from tenancy_orm.integrations.celery import TenancyCelery
 from tenancy_orm.tasks.envelope import HEADER
 from tests.support.models import Note
@@ -227,3 +227,29 @@ async def test_a_second_application_of_the_process_binds_its_tasks_too(app: App)
         async with app.plane.tenancy.scope(tenant):
             assert bound.apply().get() == tenant
             assert app.tasks.bound.apply().get() == tenant
+
+
+async def test_a_task_that_another_application_shares_is_this_ones(
+    app: App, tenancy_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery makes it in both, with the base class of the one that it was written for."""
+    monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))
+    first, second = (Celery(name, broker="memory://", set_as_current=False) for name in ("first", "second"))
+    TenancyCelery(first, Tenancy(tenancy_config))
+
+    class Base(first.Task):  # type: ignore[misc, name-defined]
+        """Of the first one."""
+
+        abstract = True
+
+    @first.task(name="shared", base=Base)  # type: ignore[untyped-decorator]
+    def shared() -> str | None:
+        found: str | None = app.tasks.tasks.bound()
+        return found
+
+    TenancyCelery(second, app.plane.tenancy)
+    async with app.plane.tenancy.scope("acme"):
+        assert second.tasks["shared"].apply().get() == "acme"
+        # the first one's Tenancy is not open
+        with pytest.raises(NotOpenError):
+            first.tasks["shared"].apply()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from typing import Any
@@ -35,9 +36,11 @@ app.conf.update(
     result_chord_join_timeout=30,
     beat_schedule={"tick": {"task": "tick", "schedule": 1.0}},
 )
+# not made in other applications of the process too: this module may be imported again
+task = functools.partial(app.task, shared=False)
 
 
-@app.task(name="write")
+@task(name="write")
 @needs_tenant
 def write(body: str) -> str:
     with tenancy.sync.transaction() as session:
@@ -45,14 +48,14 @@ def write(body: str) -> str:
     return str(tasks.bound())
 
 
-@app.task(name="write_second_time", bind=True, max_retries=1)
+@task(name="write_second_time", bind=True, max_retries=1)
 def write_second_time(self: Any, body: str) -> str:
     if tasks.first_time(f"fail-{tasks.bound()}-{body}"):
         raise self.retry(countdown=0.05)
     return str(write(body))
 
 
-@app.task(name="write_after_death")
+@task(name="write_after_death")
 def write_after_death(body: str) -> str:
     if tasks.first_time(f"kill-{tasks.bound()}-{body}"):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -77,21 +80,21 @@ class Derived(Calling, app.Task):  # type: ignore[misc, name-defined]
     """Has it."""
 
 
-@app.task(name="write_foreign", base=Foreign, bind=True)
+@task(name="write_foreign", base=Foreign, bind=True)
 @needs_tenant
 def write_foreign(self: Any, body: str) -> int:
     write(body)
     return int(self.called)
 
 
-@app.task(name="write_derived", base=Derived, bind=True)
+@task(name="write_derived", base=Derived, bind=True)
 @needs_tenant
 def write_derived(self: Any, body: str) -> int:
     write(body)
     return int(self.called)
 
 
-@app.task(name="escape")
+@task(name="escape")
 def escape(other: str) -> str:
     try:
         with tenancy.sync.session(other):
@@ -100,48 +103,48 @@ def escape(other: str) -> str:
         return "refused"
 
 
-@app.task(name="bound")
+@task(name="bound")
 def bound(*_: object) -> str | None:
     return tasks.bound()
 
 
-@app.task(name="all_bound")
+@task(name="all_bound")
 def all_bound(earlier: list[str]) -> list[str | None]:
     return [*earlier, tasks.bound()]
 
 
-@app.task(name="start_chord")
+@task(name="start_chord")
 def start_chord() -> str:
     return str(chord([bound.s(), bound.s()])(all_bound.s()).id)
 
 
-@app.task(name="fail")
+@task(name="fail")
 def fail() -> None:
     raise RuntimeError
 
 
-@app.task(name="on_error")
+@task(name="on_error")
 def on_error(*_: object) -> None:
     with tenancy.sync.transaction() as session:
         session.add(Note(body="on_error"))
 
 
-@app.task(name="request_id")
+@task(name="request_id")
 def request_id() -> str | None:
     return current_request_id()
 
 
-@app.task(name="operate")
+@task(name="operate")
 @needs_no_tenant
 def operate() -> str | None:
     return tasks.bound()
 
 
-@app.task(name="read", serializer="pickle")
+@task(name="read", serializer="pickle")
 def read(note: object) -> str:
     return tasks.body_of(note)
 
 
-@app.task(name="tick")
+@task(name="tick")
 def tick() -> None:
     tasks.first_time(f"tick-{tasks.bound()}")
