@@ -17,6 +17,7 @@ from ..errors import AdoptionError, ProvisioningError
 from ..postgres import connections
 from ..postgres.programs import Programs, run_piped, run_program
 from ..postgres.quoting import quote_identifier
+from ..postgres.snapshots import LOCK_WAIT
 from ..provisioning import archives, event_trigger
 from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
@@ -26,7 +27,6 @@ from .source import OpenSource
 
 _COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
 _SCHEMA_ONLY = ("--schema-only", "--no-publications", "--no-subscriptions")
-_LOCK_WAIT = "10s"
 _UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 _OWN_SCHEMAS = (event_trigger.NAME, CHECKPOINTS_SCHEMA, RECORD_SCHEMA)
 _VIEWS = """
@@ -124,7 +124,7 @@ class Transfer:
         return [
             self.programs.path("pg_dump"),
             *_COMMON,
-            f"--lock-wait-timeout={_LOCK_WAIT}",
+            f"--lock-wait-timeout={LOCK_WAIT}",
             f"--snapshot={self.opened.snapshot}",
             *(f"--exclude-table={_pattern(schema)}.{_pattern(name)}" for schema, name in self.contents.without),
         ]

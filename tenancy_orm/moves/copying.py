@@ -17,10 +17,10 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import Programs, run_piped, run_program
 from ..postgres.quoting import quote_identifier
+from ..postgres.snapshots import LOCK_WAIT
 from ..provisioning import archives, event_trigger, roles
 from ..provisioning.copy_logins import CopyLogin
 
-_LOCK_WAIT = "10s"
 _COMMON = (
     "--format=custom",
     "--no-owner",
@@ -103,7 +103,7 @@ class Copying:
             self.programs.path("pg_dump"),
             *_COMMON,
             f'--exclude-schema="{event_trigger.NAME}"',
-            f"--lock-wait-timeout={_LOCK_WAIT}",
+            f"--lock-wait-timeout={LOCK_WAIT}",
             *([] if self.snapshot is None else [f"--snapshot={self.snapshot}"]),
         ]
         restore = [

@@ -142,8 +142,8 @@ class Creation(TenantTable):
             raise (placement_error(exc, draft.server) or exc) from exc
         return tenant_from_row(row)
 
-    async def register_again(self, draft: TenantDraft, *, reason: str, actor: Actor = SYSTEM) -> bool:
-        """Insert the row of a tenant that has its database already, in maintenance; False where it has a row.
+    async def register_again(self, draft: TenantDraft, *, reason: str, actor: Actor = SYSTEM) -> None:
+        """Insert the row of a tenant that has its database already, in maintenance, unless it has one.
 
         Its step is ``REBUILDING``. Reconcile leaves such a tenant alone: it is not being created.
 
@@ -173,7 +173,7 @@ class Creation(TenantTable):
             async with self._control.transaction() as connection:
                 inserted = insert(tenants).values(values).on_conflict_do_nothing(index_elements=["id"])
                 if (await connection.execute(inserted.returning(tenants.c.id))).first() is None:
-                    return False
+                    return
                 # the lifecycle admits no other way there
                 await self._set(connection, draft.id, status=Status.ACTIVE)
                 maintenance = {"status": Status.MAINTENANCE, "former_status": Status.ACTIVE, "reason": reason}
@@ -185,15 +185,13 @@ class Creation(TenantTable):
         except DBAPIError as exc:
             error = constraint_error(exc, values)
             raise (placement_error(exc, draft.server) or error) from exc
-        return True
 
-    async def rebuilding(self) -> dict[UUID, str]:
-        """Return the slugs of the tenants that ``register_again`` has registered and nothing has proved, by id."""
+    async def rebuilding(self) -> frozenset[UUID]:
+        """Return the tenants that ``register_again`` has registered and nothing has proved."""
         refuse_while_bound("listing tenants")
         unproved = and_(tenants.c.step == REBUILDING, tenants.c.status.not_in((Status.DELETED, Status.PURGED)))
         async with self._control.connect() as connection:
-            found = await connection.execute(select(tenants.c.id, tenants.c.slug).where(unproved))
-            return {row.id: row.slug for row in found}
+            return frozenset(await connection.scalars(select(tenants.c.id).where(unproved)))
 
     async def end_rebuilding(self, tenant_id: UUID, *, revision: str | None, actor: Actor = SYSTEM) -> Tenant:
         """Record that a tenant is proved, and end its maintenance; repeating it changes nothing.

@@ -221,7 +221,7 @@ class RegistryRebuilding:
             others={which: number for which, number in counted.items() if which != of},
             unknown=dict(sorted(unknown.items())),
         )
-        return _Found(report, lost, frozenset(unproved))
+        return _Found(report, lost, unproved)
 
     def _cluster(self, server: str) -> str:
         row = self._servers[server].row
