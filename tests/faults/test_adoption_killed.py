@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 from typing import Any
 
 import pytest
@@ -14,14 +11,11 @@ from tests.integration.adoption.conftest import config, fleet, project
 from tests.integration.adoption.test_databases import OLD, state_of
 from tests.integration.adoption.test_in_place import RIGHTS
 from tests.support.fleet import Fleet
+from tests.support.killed import run_killed
 from tests.support.postgres import Postgres
-from tests.support.shell import ROOT, environment
 from tests.support.sources import foreign_database
-from tests.support.warm import start_module
 
 __all__ = ["config", "fleet", "project"]
-
-SECONDS = 120.0
 
 
 async def killed(fleet: Fleet, url: str, at: str, **options: Any) -> None:
@@ -39,15 +33,7 @@ async def killed(fleet: Fleet, url: str, at: str, **options: Any) -> None:
         "options": options,
         "at": at,
     }
-    child = await start_module("tests.support.adoption_process", cwd=ROOT, env=environment())
-    try:
-        child.stdin.write(json.dumps(task).encode())
-        child.stdin.close()
-        async with asyncio.timeout(SECONDS):
-            assert await child.wait() == -signal.SIGKILL
-    finally:
-        child.kill()
-        await child.wait()
+    await run_killed("adoption_process", task)
 
 
 @pytest.mark.parametrize("at", ["compare its schema", "copy", "verify", "upgrade", "hand over", "proved", "end"])

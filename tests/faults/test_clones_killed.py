@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,12 +14,11 @@ from tenancy_orm.errors import TenantNotFoundError
 from tenancy_orm.tenant import Status
 from tests.support.clones_process import ENDED, KEPT, REMOVED
 from tests.support.fleet import Fleet, open_fleet
+from tests.support.killed import run_killed
 from tests.support.postgres import Postgres
 from tests.support.projects import NOTES, Project
 from tests.support.runs_process import config_of
-from tests.support.shell import ROOT, environment
 from tests.support.waiting import until
-from tests.support.warm import start_module
 
 # what is left on the server is compared as a whole
 pytestmark = [pytest.mark.new_installation, pytest.mark.timeout(600)]
@@ -70,16 +66,7 @@ async def present(fleet: Fleet) -> set[str]:
 
 async def killed(task: Task, at: str, what: str = "clone") -> None:
     """Run another process that dies at a given point."""
-    child = await start_module("tests.support.clones_process", cwd=ROOT, env=environment())
-    try:
-        child.stdin.write(json.dumps({**task, "at": at, "what": what}).encode())
-        child.stdin.close()
-        async with asyncio.timeout(SECONDS):
-            assert await child.wait() == -signal.SIGKILL, at
-    finally:
-        if child.returncode is None:
-            child.kill()
-        await child.wait()
+    await run_killed("clones_process", {**task, "at": at, "what": what})
 
 
 async def settle(fleet: Fleet) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,8 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import Backup
 from tests.integration.backups.conftest import acme, backup, tenancy_config
 from tests.support.drills_process import POINTS
-from tests.support.shell import ROOT, environment
+from tests.support.killed import run_killed
 from tests.support.waiting import until
-from tests.support.warm import start_module
 
 __all__ = ["acme", "backup", "tenancy_config"]
 
@@ -42,16 +38,7 @@ async def present(tenancy: Tenancy) -> set[str]:
 
 async def killed(task: dict[str, Any], at: str) -> None:
     """Run another process that dies at a given point."""
-    child = await start_module("tests.support.drills_process", cwd=ROOT, env=environment())
-    try:
-        child.stdin.write(json.dumps({**task, "at": at}).encode())
-        child.stdin.close()
-        async with asyncio.timeout(SECONDS):
-            assert await child.wait() == -signal.SIGKILL, at
-    finally:
-        if child.returncode is None:
-            child.kill()
-        await child.wait()
+    await run_killed("drills_process", {**task, "at": at})
 
 
 async def test_what_a_killed_drill_leaves_is_cleared_away(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -13,11 +10,10 @@ from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.provisioning import ReconcileReport
+from tests.support.killed import run_killed
 from tests.support.move_process import POINTS
 from tests.support.moving import Pair, moving_config, pair_of_servers, writing
-from tests.support.shell import ROOT, environment
 from tests.support.waiting import until
-from tests.support.warm import start_module
 
 pytestmark = pytest.mark.new_installation
 
@@ -54,15 +50,7 @@ async def killed(moving: TenancyConfig, point: str, **task: Any) -> None:
     names = ("control_url", "default_server", "name_prefix")
     config: dict[str, Any] = {name: getattr(moving, name) for name in names}
     config |= {"servers": dict(moving.servers or {}), "encryption_keys": KEYS}
-    child = await start_module("tests.support.move_process", cwd=ROOT, env=environment())
-    try:
-        child.stdin.write(json.dumps({"point": point, "config": config, **task}).encode())
-        child.stdin.close()
-        async with asyncio.timeout(SECONDS):
-            assert await child.wait() == -signal.SIGKILL
-    finally:
-        child.kill()
-        await child.wait()
+    await run_killed("move_process", {"at": point, "config": config, **task})
 
 
 async def take_over(plane: Tenancy) -> None:

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from tenancy_orm import Tenancy
+from tests.support.killed import run_killed
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 from tests.support.projects import NOTES, Project
 from tests.support.rebuild_process import POINTS
 from tests.support.runs_process import config_of
-from tests.support.shell import ROOT, environment
-from tests.support.warm import start_module
 
 pytestmark = [pytest.mark.new_installation, pytest.mark.timeout(600)]
-
-SECONDS = 120.0
 
 
 async def killed(task: dict[str, Any], at: str) -> None:
     """Run another process that dies at a given point."""
-    child = await start_module("tests.support.rebuild_process", cwd=ROOT, env=environment())
-    try:
-        child.stdin.write(json.dumps({**task, "at": at}).encode())
-        child.stdin.close()
-        async with asyncio.timeout(SECONDS):
-            assert await child.wait() == -signal.SIGKILL
-    finally:
-        if child.returncode is None:
-            child.kill()
-        await child.wait()
+    await run_killed("rebuild_process", {**task, "at": at})
 
 
 async def bodies(tenancy: Tenancy, slug: str) -> list[str]:

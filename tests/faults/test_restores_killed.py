@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +12,12 @@ import sqlalchemy as sa
 from tenancy_orm.errors import OperationStateError, TenantNotFoundError
 from tests.support.dumps import dump
 from tests.support.fleet import Fleet, open_fleet
+from tests.support.killed import run_killed
 from tests.support.postgres import Postgres
 from tests.support.projects import NOTES, Project
 from tests.support.restores_process import FINISHED, UNDONE
 from tests.support.runs_process import config_of
-from tests.support.shell import ROOT, environment
 from tests.support.waiting import until
-from tests.support.warm import start_module
 
 # what is left on the server is compared as a whole
 pytestmark = [pytest.mark.new_installation, pytest.mark.timeout(600)]
@@ -94,16 +90,7 @@ async def present(fleet: Fleet) -> set[str]:
 
 async def killed(task: Task, at: str, what: str = "restore") -> None:
     """Run another process that dies at a given point."""
-    child = await start_module("tests.support.restores_process", cwd=ROOT, env=environment())
-    try:
-        child.stdin.write(json.dumps({**task, "at": at, "what": what}).encode())
-        child.stdin.close()
-        async with asyncio.timeout(SECONDS):
-            assert await child.wait() == -signal.SIGKILL
-    finally:
-        if child.returncode is None:
-            child.kill()
-        await child.wait()
+    await run_killed("restores_process", {**task, "at": at, "what": what})
 
 
 async def expire(fleet: Fleet) -> None:

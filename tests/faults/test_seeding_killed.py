@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,11 +10,10 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy
+from tests.support.killed import run_killed
 from tests.support.postgres import Postgres
 from tests.support.seeding_process import config_of, seeds_of
-from tests.support.shell import ROOT, environment
 from tests.support.waiting import until
-from tests.support.warm import start_module
 
 pytestmark = pytest.mark.new_installation
 
@@ -46,15 +42,7 @@ async def opened(task: Task, *, seeded: bool = True) -> AsyncIterator[Tenancy]:
 
 async def killed(task: Task, what: str, *, at: str) -> None:
     """Run another process that dies at a given point."""
-    child = await start_module("tests.support.seeding_process", cwd=ROOT, env=environment())
-    try:
-        child.stdin.write(json.dumps({**task, "what": what, "at": at}).encode())
-        child.stdin.close()
-        async with asyncio.timeout(SECONDS):
-            assert await child.wait() == -signal.SIGKILL
-    finally:
-        child.kill()
-        await child.wait()
+    await run_killed("seeding_process", {**task, "what": what, "at": at}, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("at", ["before seeds", "in acme", "after seeds", "before complete"])

@@ -5,13 +5,8 @@ It reads what to do as JSON from stdin. At the point that is named there, it kil
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
 from datetime import timedelta
 from typing import Any
-
-import pytest
 
 from tenancy_orm import Tenancy
 from tenancy_orm.clones import manager
@@ -22,7 +17,7 @@ from tenancy_orm.provisioning import databases, grants, new_databases, removal
 from tenancy_orm.provisioning.new_databases import NewDatabase
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.tenants.manager import TenantManager
-from tests.support.killed import kill_at
+from tests.support.killed import run_until_killed
 from tests.support.runs_process import config_of
 
 RULES = {"tables": {"notes": {"body": "hash"}}}
@@ -56,12 +51,6 @@ ENDED: dict[str, tuple[Any, str, int, bool]] = {
 POINTS = {**REMOVED, **KEPT, **ENDED}
 
 
-def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
-    """Have this process kill itself when it comes to the point."""
-    owner, name, which, after = POINTS[point]
-    kill_at(patch, owner, name, after=after, which=which)
-
-
 async def main(task: dict[str, Any]) -> None:
     """Make a clone, or end those that have expired."""
     async with Tenancy(config_of(task)) as tenancy:
@@ -72,7 +61,4 @@ async def main(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.stdin.read())
-    with pytest.MonkeyPatch.context() as patching:
-        arrange(patching, given["at"])
-        asyncio.run(main(given))
+    run_until_killed(main, POINTS)

@@ -5,33 +5,22 @@ It reads what to do as JSON from stdin. At the point that is named there, it kil
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
 from typing import Any
-
-import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import opening, verification
 from tenancy_orm.backups.records import BackupRecords
 from tenancy_orm.provisioning import scratch
-from tests.support.killed import kill_at
+from tests.support.killed import run_until_killed
 from tests.support.models import Base
 
-# by the name of a point: what is wrapped, and whether it dies after it
-POINTS: dict[str, tuple[Any, str, bool]] = {
-    "once it is decrypted": (opening, "fetch", True),
-    "in the empty database": (scratch, "create_for_login", True),
-    "in the restored database": (verification, "restore_archive", True),
-    "before the result is recorded": (BackupRecords, "note_verified", False),
+# by the name of a point: what is wrapped, at which call, and whether it dies after it
+POINTS: dict[str, tuple[Any, str, int, bool]] = {
+    "once it is decrypted": (opening, "fetch", 1, True),
+    "in the empty database": (scratch, "create_for_login", 1, True),
+    "in the restored database": (verification, "restore_archive", 1, True),
+    "before the result is recorded": (BackupRecords, "note_verified", 1, False),
 }
-
-
-def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
-    """Have this process kill itself when it comes to the point."""
-    owner, name, after = POINTS[point]
-    kill_at(patch, owner, name, after=after)
 
 
 async def main(given: dict[str, Any]) -> None:
@@ -49,7 +38,4 @@ async def main(given: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    task = json.load(sys.stdin)
-    with pytest.MonkeyPatch.context() as patching:
-        arrange(patching, task["at"])
-        asyncio.run(main(task))
+    run_until_killed(main, POINTS)

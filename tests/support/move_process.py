@@ -5,12 +5,7 @@ It reads what to do as JSON from stdin. It kills itself, by SIGKILL, at the poin
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
 from typing import Any
-
-import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.moves.steps import Move
@@ -18,7 +13,7 @@ from tenancy_orm.moves.streams import Stream
 from tenancy_orm.operations import Switch
 from tenancy_orm.provisioning.new_databases import NewDatabase
 from tenancy_orm.registry.registry import Registry
-from tests.support.killed import kill_at
+from tests.support.killed import run_until_killed
 from tests.support.models import Base
 
 # by the name of a point: what is wrapped, at which call, and whether the signal comes after it
@@ -40,12 +35,6 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
 }
 
 
-def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
-    """Have this process kill itself when it comes to the point."""
-    owner, name, which, after = POINTS[point]
-    kill_at(patch, owner, name, after=after, which=which)
-
-
 def config_of(task: dict[str, Any]) -> TenancyConfig:
     """The configuration of the test."""
     return TenancyConfig(metadata=Base.metadata, **task["config"])
@@ -54,16 +43,13 @@ def config_of(task: dict[str, Any]) -> TenancyConfig:
 async def main(task: dict[str, Any]) -> None:
     """Move the tenant, or go back, or confirm."""
     async with Tenancy(config_of(task)) as tenancy:
-        if task["point"].startswith("back"):
+        if task["at"].startswith("back"):
             await tenancy.moves.rollback("acme")
-        elif task["point"].startswith("confirm"):
+        elif task["at"].startswith("confirm"):
             await tenancy.moves.confirm("acme")
         else:
             await tenancy.moves.move("acme", to="two", offline=task.get("offline", False))
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.stdin.read())
-    with pytest.MonkeyPatch.context() as patching:
-        arrange(patching, given["point"])
-        asyncio.run(main(given))
+    run_until_killed(main, POINTS)

@@ -5,13 +5,8 @@ It reads what to do as JSON from stdin. At the point that is named there, it kil
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
 from typing import Any
 from uuid import UUID
-
-import pytest
 
 from tenancy_orm import Tenancy
 from tenancy_orm.control import installation
@@ -20,29 +15,23 @@ from tenancy_orm.provisioning import marked_databases, roles
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.restores import RegistryRebuilding
 from tenancy_orm.secrets.sealed import SealedPasswords
-from tests.support.killed import kill_at
+from tests.support.killed import run_until_killed
 from tests.support.runs_process import config_of
 
-# by the name of a point: what is wrapped, and whether it dies after it
-POINTS: dict[str, tuple[Any, str, bool]] = {
-    "before the id is committed": (installation, "take", True),
-    "after the id": (RegistryRebuilding, "take_installation", True),
-    "before the viewer": (ControlDatabase, "upgrade", False),
-    "before the row": (Registry, "register_again", False),
-    "after the row": (Registry, "register_again", True),
-    "before the role has the password": (roles, "set_password", False),
-    "after the role has the password": (roles, "set_password", True),
-    "after the rotation": (SealedPasswords, "finish_rotation", True),
-    "before the proof": (marked_databases, "prove", False),
-    "before the end": (Registry, "end_rebuilding", False),
-    "after the end": (Registry, "end_rebuilding", True),
+# by the name of a point: what is wrapped, at which call, and whether it dies after it
+POINTS: dict[str, tuple[Any, str, int, bool]] = {
+    "before the id is committed": (installation, "take", 1, True),
+    "after the id": (RegistryRebuilding, "take_installation", 1, True),
+    "before the viewer": (ControlDatabase, "upgrade", 1, False),
+    "before the row": (Registry, "register_again", 1, False),
+    "after the row": (Registry, "register_again", 1, True),
+    "before the role has the password": (roles, "set_password", 1, False),
+    "after the role has the password": (roles, "set_password", 1, True),
+    "after the rotation": (SealedPasswords, "finish_rotation", 1, True),
+    "before the proof": (marked_databases, "prove", 1, False),
+    "before the end": (Registry, "end_rebuilding", 1, False),
+    "after the end": (Registry, "end_rebuilding", 1, True),
 }
-
-
-def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
-    """Have this process kill itself when it comes to the point."""
-    owner, name, after = POINTS[point]
-    kill_at(patch, owner, name, after=after)
 
 
 async def main(task: dict[str, Any]) -> None:
@@ -58,7 +47,4 @@ async def main(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.stdin.read())
-    with pytest.MonkeyPatch.context() as patching:
-        arrange(patching, given["at"])
-        asyncio.run(main(given))
+    run_until_killed(main, POINTS)

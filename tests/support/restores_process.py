@@ -5,13 +5,8 @@ It reads what to do as JSON from stdin. At the point that is named there, it kil
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tenancy_orm import Tenancy
 from tenancy_orm.operations import Operations
@@ -19,7 +14,7 @@ from tenancy_orm.provisioning import access, grants, new_databases
 from tenancy_orm.provisioning.new_databases import NewDatabase, NewDatabases
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.restores import DumpSource, making
-from tests.support.killed import kill_at
+from tests.support.killed import run_until_killed
 from tests.support.runs_process import config_of
 
 # by the name of a point: what is wrapped, at which call, and whether it dies after it
@@ -43,12 +38,6 @@ UNDONE = tuple(POINTS)[: tuple(POINTS).index("before the swap")]
 FINISHED = tuple(POINTS)[len(UNDONE) :]
 
 
-def arrange(patch: pytest.MonkeyPatch, point: str) -> None:
-    """Have this process kill itself when it comes to the point."""
-    owner, name, which, after = POINTS[point]
-    kill_at(patch, owner, name, after=after, which=which)
-
-
 async def main(task: dict[str, Any]) -> None:
     """Restore, or undo a restore."""
     async with Tenancy(config_of(task)) as tenancy:
@@ -62,7 +51,4 @@ async def main(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.stdin.read())
-    with pytest.MonkeyPatch.context() as patching:
-        arrange(patching, given["at"])
-        asyncio.run(main(given))
+    run_until_killed(main, POINTS)
