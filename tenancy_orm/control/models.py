@@ -399,6 +399,12 @@ usage = Table(
     Column("soft_limit", BigInteger, nullable=True),
     Column("soft_at", DateTime(timezone=True), nullable=True),
     Column("closed_at", DateTime(timezone=True), nullable=True),
+    Column("headroom_below", BigInteger, nullable=True),
+    Column("headroom_limit", BigInteger, nullable=True),
+    Column("headroom_tier", JSONB, nullable=True),
+    Column("headroom_override", JSONB, nullable=True),
+    Column("headroom_reached", Double, nullable=True),
+    Column("headroom_soft_limit", BigInteger, nullable=True),
 )
 
 usage_keys = Table(

@@ -41,44 +41,24 @@ _CONSUME = (
     "SELECT outcome, slug, amount_limit, period, used, nullif(ends_at, 'infinity') AS resets_at, crossed, in_blocks "
     "FROM tenancy.quota_consume($1::uuid, $2::text, $3::bigint, $4::text, $5::timestamptz)"
 )
-# The same for the usual case: a use without a key, now, in a period that has begun, which passes neither the limit nor
-# a soft limit. It counts in one UPDATE, and calls the function only where that has found no row. A period that could
-# have begun before the bound below is left to the function too: without it, every ended period would be read.
-_CONSUME_NOW = """
-    WITH counted AS (
-        UPDATE tenancy.usage AS u SET used = u.used + $3::bigint
-        FROM (
-            SELECT m.merged, (m.merged ->> 'amount')::bigint AS amount_limit,
-                coalesce(m.merged ->> 'period', 'lifetime') AS period
-            FROM tenancy.tenants AS t
-            JOIN tenancy.tiers AS i ON i.name = t.tier
-            CROSS JOIN LATERAL (
-                SELECT tenancy.quota_merge(i.limits -> $2::text, t.quotas -> $2::text) AS merged OFFSET 0
-            ) AS m
-            WHERE t.id = $1::uuid AND t.status <> 'purged' AND m.merged IS NOT NULL AND $2 <> 'requests_per_second'
-        ) AS q
-        WHERE u.tenant_id = $1 AND u.resource = $2 AND u.period = q.period AND q.period <> 'concurrent'
-            AND u.period_start <= statement_timestamp()
-            AND u.period_start > statement_timestamp() - CASE q.period
-                WHEN 'day' THEN interval '3 days' WHEN 'month' THEN interval '70 days' ELSE interval '1000 years' END
-            AND u.period_end > statement_timestamp()
-            AND u.closed_at IS NULL
-            AND (q.amount_limit IS NULL OR u.used + $3 <= q.amount_limit AND (
-                -- below the lowest default of ``quota_soft``, which PostgreSQL does not inline
-                q.merged -> 'soft' IS NULL AND u.used + $3 < 0.8::double precision * q.amount_limit
-                OR NOT EXISTS (
-                    SELECT FROM unnest(tenancy.quota_soft(q.merged)) AS f
-                    WHERE u.used + $3 >= f * q.amount_limit
-                        AND (u.soft_limit IS DISTINCT FROM q.amount_limit OR f > u.soft_reached))))
-        RETURNING q.amount_limit, u.period, u.used, u.period_end
-    )
-    SELECT 'counted' AS outcome, NULL::text AS slug, amount_limit, period, used,
-        nullif(period_end, 'infinity') AS resets_at, NULL::double precision[] AS crossed, NULL::bigint AS in_blocks
-    FROM counted
-    UNION ALL
-    SELECT outcome, slug, amount_limit, period, used, nullif(ends_at, 'infinity'), crossed, in_blocks
-    FROM tenancy.quota_consume($1, $2, $3) WHERE NOT EXISTS (SELECT FROM counted)
+# The usual case: a use without a key, now, in a period that has begun, which reaches neither the limit nor a soft
+# limit. An earlier use has noted how far that is (below), and the limits that it follows from, which must not have
+# changed since.
+_CONSUME_HEADROOM = """
+    UPDATE tenancy.usage AS u SET used = u.used + $3::bigint
+    FROM tenancy.tenants AS t JOIN tenancy.tiers AS i ON i.name = t.tier
+    WHERE t.id = $1::uuid AND t.status <> 'purged' AND u.tenant_id = $1 AND u.resource = $2::text
+        AND u.period_start <= statement_timestamp() AND u.period_end > statement_timestamp() AND u.closed_at IS NULL
+        AND u.used + $3 < u.headroom_below
+        AND u.headroom_tier IS NOT DISTINCT FROM i.limits -> $2
+        AND u.headroom_override IS NOT DISTINCT FROM t.quotas -> $2
+        AND u.headroom_reached = u.soft_reached AND u.headroom_soft_limit IS NOT DISTINCT FROM u.soft_limit
+    RETURNING u.headroom_limit AS amount_limit, u.period, u.used, nullif(u.period_end, 'infinity') AS resets_at
     """
+_CONSUME_NOW = (
+    "SELECT outcome, slug, amount_limit, period, used, nullif(ends_at, 'infinity') AS resets_at, crossed, in_blocks "
+    "FROM tenancy.quota_consume_and_look_ahead($1::uuid, $2::text, $3::bigint)"
+)
 _RELEASE = text(
     "SELECT *, nullif(ends_at, 'infinity') AS resets_at FROM tenancy.quota_release("
     "CAST(:tenant_id AS uuid), :resource, CAST(:amount AS bigint), CAST(:at AS timestamptz))"
@@ -270,9 +250,12 @@ class QuotaManager:
         _check_key(key)
         _check_time(at)
         tenant_id = await resolve_tenant_id(self._control, tenant)
-        usual = key is None and at is None
-        rest = () if usual else (key, at)
-        statement = _CONSUME_NOW if usual else _CONSUME
+        statement = _CONSUME
+        rest: tuple[object, ...] = (key, at)
+        if key is None and at is None:
+            for counted in await self._control.fetch(_CONSUME_HEADROOM, tenant_id, resource, amount):
+                return Usage(resource, counted.used, counted.amount_limit, counted.period, counted.resets_at)
+            statement, rest = _CONSUME_NOW, ()
         (row,) = await self._control.fetch(statement, tenant_id, resource, amount, *rest)
         deadline = time.monotonic() + RECLAIM_SECONDS
         while row.outcome == "exceeded" and row.in_blocks and time.monotonic() < deadline:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
 from tenancy_orm.config import Limit, Tier
 from tenancy_orm.errors import QuotaError, QuotaExceededError
@@ -31,6 +32,20 @@ async def rows(plane: QuotaPlane, tenant_id: Any) -> list[Any]:
             "WHERE tenant_id = :id ORDER BY 1, 2, 3"
         )
         return [tuple(row) for row in await connection.execute(text(statement), {"id": tenant_id})]
+
+
+async def count(plane: QuotaPlane, tenant_id: Any, resource: str, amount: int) -> tuple[bool, Any]:
+    """Count as ``consume`` does; returns whether there was headroom, and what the answer tells."""
+    for row in await plane.control.fetch(manager._CONSUME_HEADROOM, tenant_id, resource, amount):
+        return True, ("counted", row.amount_limit, row.period, row.used, row.resets_at, None)
+    (row,) = await plane.control.fetch(manager._CONSUME_NOW, tenant_id, resource, amount)
+    return False, (row.outcome, row.amount_limit, row.period, row.used, row.resets_at, row.crossed)
+
+
+async def count_by_function(plane: QuotaPlane, tenant_id: Any, resource: str, amount: int) -> tuple[bool, Any]:
+    """Count by the function that decides every case."""
+    (row,) = await plane.control.fetch(manager._CONSUME, tenant_id, resource, amount, None, None)
+    return False, (row.outcome, row.amount_limit, row.period, row.used, row.resets_at, row.crossed)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -61,18 +76,23 @@ async def test_the_usual_case_counts_as_the_function_does(control_url: str, seed
                     "UPDATE tenancy.tenants SET timezone = :zone WHERE id = :id",
                     {"zone": chance.choice(["UTC", "Asia/Tokyo", "America/New_York"])},
                 )
-            for tenant, statement in ((one, manager._CONSUME_NOW), (other, manager._CONSUME)):
+            elif kind < 0.14:
+                change, arguments = (
+                    "UPDATE tenancy.tiers SET limits = jsonb_set(limits, '{mails}', CAST(:limit AS jsonb))",
+                    {"limit": chance.choice(['{"amount": 50, "period": "month", "soft": [0.5, 0.9]}', "{}"])},
+                )
+            for tenant, counting in ((one, count), (other, count_by_function)):
                 if change:
                     async with plane.control.transaction() as connection:
                         await connection.execute(text(change), {"id": tenant.id, **arguments})
-                    continue
-                if 0.12 <= kind < 0.2 and resource in ("users", "mails"):
+                elif kind < 0.2 and resource in ("users", "mails"):
                     await plane.quotas.release(tenant, resource, amount)
-                    continue
-                rest = () if statement is manager._CONSUME_NOW else (None, None)
-                (row,) = await plane.control.fetch(statement, tenant.id, resource, amount, *rest)
-                outcomes.append((row.outcome, row.amount_limit, row.period, row.used, row.resets_at, row.crossed))
-                usual += statement is manager._CONSUME_NOW and row.outcome == "counted"
+                elif kind < 0.24 and resource in ("users", "quiet"):
+                    await plane.quotas.measure(tenant, resource, amount)
+                else:
+                    quick, outcome = await counting(plane, tenant.id, resource, amount)
+                    outcomes.append(outcome)
+                    usual += quick
             assert len(set(map(str, outcomes))) <= 1, (resource, amount, outcomes)
             assert await rows(plane, one.id) == await rows(plane, other.id)
         assert usual > 20
@@ -109,3 +129,34 @@ async def test_a_period_that_is_closed_is_not_counted_in(control_url: str) -> No
         with pytest.raises(QuotaError, match="closed") as caught:
             await plane.quotas.consume(tenant, "users")
         assert not isinstance(caught.value, QuotaExceededError)
+
+
+async def test_headroom_ends_with_the_limit_it_follows_from(control_url: str) -> None:
+    """A limit that is lowered holds with its commit, whoever has looked at the former one."""
+    async with quota_plane(control_url, tiers={"free": Tier("free", {"users": Limit(100)})}) as plane:
+        tenant, neighbour = await plane.tenant(), await plane.tenant("globex")
+        for one in (tenant, neighbour):
+            await plane.quotas.consume(one, "users")
+        await plane.quotas.set(tenant, {"users": 1})
+        with pytest.raises(QuotaExceededError):
+            await plane.quotas.consume(tenant, "users")
+        assert (await plane.quotas.consume(neighbour, "users")).limit == 100
+        await plane.sql("UPDATE tenancy.tiers SET limits = jsonb_set(limits, '{users,amount}', '1')")
+        with pytest.raises(QuotaExceededError):
+            await plane.quotas.consume(neighbour, "users")
+
+
+@pytest.mark.parametrize(
+    ("changed", "value"), [("resource", "'No Name'"), ("period", "'week'"), ("period_end", "period_start")]
+)
+async def test_no_usage_is_inserted_that_cannot_be(control_url: str, changed: str, value: str) -> None:
+    """The database checks it, not only what calls it."""
+    async with quota_plane(control_url, tiers={"free": Tier("free", {"users": Limit(3)})}) as plane:
+        await plane.quotas.consume(await plane.tenant(), "users")
+        columns = {"resource": "'other'", "period": "period", "period_end": "period_end"} | {changed: value}
+        with pytest.raises(IntegrityError, match="no usage can be counted"):
+            await plane.sql(
+                "INSERT INTO tenancy.usage (tenant_id, resource, period, period_start, period_end) "
+                f"SELECT tenant_id, {columns['resource']}, {columns['period']}, period_start, {columns['period_end']} "
+                "FROM tenancy.usage"
+            )
