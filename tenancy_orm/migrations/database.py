@@ -59,7 +59,8 @@ class DatabaseMigration:
     next revision.
 
     ``asks`` says of a revision with a ``preflight()`` whether that is asked right before it runs; all are where it is
-    None, as without a preflight of the fleet.
+    None, as without a preflight of the fleet. ``origin`` are the heads that the way is counted from where it must
+    not begin anywhere else (``Plan.is_counted``); an earlier attempt may have moved the database since.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DatabaseMigration:
         asks: Callable[[str], bool] | None = None,
         observe_data: DataObserver | None = None,
         reached: Callable[[str | None], Awaitable[None]] | None = None,
+        origin: Heads | None = None,
     ) -> None:
         self.plan = plan
         self.target = target
@@ -88,6 +90,7 @@ class DatabaseMigration:
         self._asks = asks
         self._observe_data = observe_data
         self._reached = reached
+        self._origin = origin
         self._deadline = asyncio.timeout(None)
         self._path = MigrationPath((), (frozenset(),))  # none yet; known once ``before`` is
         self._step: MigrationStep | None = None
@@ -149,7 +152,8 @@ class DatabaseMigration:
         state = await self._read(connection)
         if self.before is None:
             self.before = state.heads
-            self._path = self.plan.path_from(state.heads)
+            start = self._origin if self.plan.is_counted else None
+            self._path = self.plan.path_from(state.heads if start is None else start)
         if not (
             self._remaining(state.heads) or self._missing(state) or self._must_repair(state) or self._has_data(state)
         ):
@@ -205,8 +209,13 @@ class DatabaseMigration:
         return state.has_invalid_indexes and self.plan.command != "stamp"
 
     def _has_data(self, state: State) -> bool:
-        """Whether an earlier upgrade has left data migrations unfinished, which this migration finishes."""
-        return state.has_data and self.plan.command == "upgrade"
+        """Whether earlier upgrades have left data migrations unfinished, which this migration finishes.
+
+        That is every migration on whose way up they are; one that goes down reverses what they have done.
+        """
+        if not state.has_data or self.plan.command in ("stamp", "downgrade"):
+            return False
+        return not any(map(is_downgrade, self._remaining(state.heads)))
 
     async def _install(self, names: tuple[str, ...]) -> None:
         if self.target.extensions is not None and names:
@@ -220,11 +229,11 @@ class DatabaseMigration:
             return self._path.steps
         remaining = self._path.remaining(heads)
         if remaining is None:
-            if self.plan.is_relative:
-                raise MigrationError(
-                    f"another run has moved it to {format_revision(heads) or 'base'}; "
-                    f"give a revision instead of {self.plan.target!r}"
+            if self.plan.is_counted:
+                what = (
+                    f"give a revision instead of {self.plan.target!r}" if self.plan.is_relative else "undo that first"
                 )
+                raise MigrationError(f"another run has moved it to {format_revision(heads) or 'base'}; {what}")
             self._path = self.plan.path_from(heads)
             remaining = self._path.steps
         return remaining
@@ -238,6 +247,10 @@ class DatabaseMigration:
             found = await self._apply_parts(connection, adapted, state, steps)
         except Exception:
             await self._read_after_failure(connection)
+            raise
+        except BaseException:
+            # it may be interrupted after a revision is committed; that is read on a new connection, by ``read_again``
+            self.after = None
             raise
         finally:
             self.changed = self.changed or self.after not in (state.heads, None)

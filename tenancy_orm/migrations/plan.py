@@ -110,6 +110,11 @@ class Plan:
         return any(_RELATIVE.search(symbol) for symbol in symbols)
 
     @property
+    def is_counted(self) -> bool:
+        """Whether the way is counted from where a database was first: one that was moved off it is left alone."""
+        return self.is_relative
+
+    @property
     def purges(self) -> bool:
         """Whether the version table is emptied first (``stamp --purge``)."""
         return bool(self.options.get("purge"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -125,6 +126,7 @@ class Preflight:
         connections: Connects to the databases.
         selection: Looks up tenants.
         concurrency: How many tenants at once.
+        per_server: How many at once on one server; as many where None.
         health: Which servers are down.
         events: Where the end is announced.
     """
@@ -136,6 +138,7 @@ class Preflight:
         selection: Selection,
         *,
         concurrency: int,
+        per_server: int | None = None,
         health: Health,
         events: EventBus,
     ) -> None:
@@ -144,6 +147,9 @@ class Preflight:
         self._connections = connections
         self._selection = selection
         self._concurrency = concurrency
+        self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(concurrency if per_server is None else per_server)
+        )
         self._health = health
 
     async def before_run(self, tenants: Sequence[Tenant]) -> Mapping[UUID, frozenset[str]]:
@@ -195,6 +201,10 @@ class Preflight:
         return [(number, script) for number, script in scripts if script is not None]
 
     async def _outcome(self, tenant: Tenant) -> PreflightOutcome | None:
+        async with self._slots[placement_of(tenant).server]:
+            return await self._ask_one(tenant)
+
+    async def _ask_one(self, tenant: Tenant) -> PreflightOutcome | None:
         started = time.monotonic()
         question = _Question(self, tenant)
         error: str | None = None

@@ -309,9 +309,19 @@ class WarmPool:
         # no server is connected to where there is nothing to do
         if not any(self._due(records, None, 0, replace=False)):
             return
-        async with self._alone(self._services.servers[name]) as connection:
-            for one in self._due(records, None, 0, replace=False) if connection is not None else ():
-                await self._drop(self._services.servers[name], one, found)
+        server, settings = (
+            await self._prepared(name) if self._config.warm_pool else (self._services.servers[name], None)
+        )
+        async with self._alone(server) as connection:
+            if connection is None:
+                return
+            if settings is not None:
+                # other processes of these settings use it, and ask again only when they create a tenant
+                template = await self._services.templates.ensure(server)
+                await self._records.want(name, recipe(self._services, template, settings, version(connection)))
+                records = await self._records.of_server(name)
+            for one in self._due(records, None, 0, replace=False):
+                await self._drop(server, one, found)
 
     async def _drain(self, name: str, found: _Findings) -> None:
         server = self._services.servers[name]

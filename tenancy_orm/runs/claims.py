@@ -23,11 +23,13 @@ from ..control.models import migration_run_tenants, tenants
 from ..control.notifications import CHANNEL, SCHEMA_CHANGED
 from ..errors import JobLostError
 from ..jobs import CLAIM_SECONDS, Claimant
+from ..migrations.plan import Heads
 from ..registry.revisions import RECORD_FINISHED
 from ..registry.rows import TENANT_COLUMNS, tenant_from_row
 from ..tenant import Tenant
 from .beginnings import Beginning, Beginnings
 from .records import RELEASE_LOST, RunState, lock_run, set_state
+from .reversal import heads_of
 from .starts import LIVE
 
 GIVEN_UP = 3
@@ -38,13 +40,15 @@ GIVEN_UP = 3
 class Claimed:
     """A tenant that this process migrates next, as its row is now.
 
-    ``target`` is the revision that it is brought to, where each tenant has its own.
+    ``target`` is the revision that it is brought to, where each tenant has its own. ``origin`` are the heads that it
+    had before the run first began to change it, or from which its way was planned; None where that is not known.
     """
 
     tenant: Tenant
     target: str | None
     server: str
     losses: int
+    origin: Heads | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,8 @@ class Finished:
     """The end of a tenant's migration, or of the claim of one that was not begun.
 
     ``state`` is "done", "failed" or "skipped", and "waiting" for one that others may claim; that is skipped where the
-    run has ended. Where ``has_read`` is not set, its revision was not read.
+    run has ended. Where ``has_read`` is not set, its revision was not read. Where ``is_granted`` is not set, the rights
+    on what was committed are not: the registry keeps the former revision, so that whoever comes next sees to it.
     """
 
     tenant_id: UUID
@@ -61,6 +66,7 @@ class Finished:
     after: str | None = None
     has_read: bool = False
     is_announced: bool = False
+    is_granted: bool = True
     changed: bool = False
     seconds: float | None = None
     sqlstate: str | None = None
@@ -106,8 +112,8 @@ _MARK_STARTED = text(
 # The registry's revision with the outcome, and the notification that every process waits for: all or nothing.
 _FINISH = text(
     "WITH given AS (SELECT * FROM jsonb_to_recordset(CAST(:finished AS jsonb)) AS g (tenant_id uuid, state text, "  # noqa: S608 - a constant
-    "before text, after text, has_read boolean, is_announced boolean, changed boolean, seconds double precision, "
-    "sqlstate text, error text, detail jsonb, counts boolean)), "
+    "before text, after text, has_read boolean, is_announced boolean, is_granted boolean, changed boolean, "
+    "seconds double precision, sqlstate text, error text, detail jsonb, counts boolean)), "
     "finished AS (UPDATE tenancy.migration_run_tenants t SET state = g.state, claim = NULL, "
     "attempts = t.attempts - (NOT g.counts)::integer, "
     "started_at = coalesce(t.started_at, clock_timestamp() - make_interval(secs => g.seconds)), "
@@ -117,7 +123,7 @@ _FINISH = text(
     "changed = t.changed OR g.changed OR (t.is_read AND g.has_read AND t.revision_before IS DISTINCT FROM g.after), "
     "sqlstate = g.sqlstate, error = g.error, detail = t.detail || g.detail "
     "FROM given g WHERE t.run = :run AND t.tenant_id = g.tenant_id AND t.claim = :me "
-    "RETURNING t.tenant_id, g.after, g.has_read, g.is_announced), " + RECORD_FINISHED + " "
+    "RETURNING t.tenant_id, g.after, g.has_read AND g.is_granted AS has_read, g.is_announced), " + RECORD_FINISHED + " "
     "SELECT f.tenant_id, CASE WHEN f.is_announced OR EXISTS (SELECT FROM recorded r WHERE r.id = f.tenant_id) THEN "
     "pg_notify(:channel, json_build_object('t', f.tenant_id, 'k', NULL, 'c', CAST(:kind AS text))::text) END "
     "FROM finished f"
@@ -130,7 +136,8 @@ _CLAIM = text(
     "AND t.state = 'waiting' AND t.claim IS NULL AND t.server = s.name AND t.wave <= :wave "
     "ORDER BY t.wave, t.position LIMIT s.n FOR UPDATE SKIP LOCKED) c) "
     "UPDATE tenancy.migration_run_tenants t SET claim = :me, host = :host, attempts = t.attempts + 1 FROM chosen c "
-    "WHERE t.run = :run AND t.tenant_id = c.tenant_id RETURNING t.tenant_id, t.position, t.target, t.server, t.losses"
+    "WHERE t.run = :run AND t.tenant_id = c.tenant_id RETURNING t.tenant_id, t.position, t.target, t.server, t.losses, "
+    "CASE WHEN t.is_read THEN coalesce(t.revision_before, 'base') ELSE t.detail ->> 'origin' END AS origin"
 )
 # claimed by a transaction whose end this process did not learn
 _FORGET_UNKNOWN = text(
@@ -332,7 +339,8 @@ class RunClaims:
         if max_failures is None:
             return None
         failed = int(await connection.scalar(_FAILED, {"run": self.run}) or 0)
-        return f"stopped after {failed} failures" if failed >= max_failures else None
+        # those that are under way may fail as well
+        return f"stopped after {max_failures} failures" if failed >= max_failures else None
 
     async def _others(self, connection: AsyncConnection) -> list[Mapping[str, int]]:
         """Return what the other processes hold, once the claims of lost ones are released."""
@@ -383,7 +391,13 @@ class RunClaims:
         query = select(*TENANT_COLUMNS).where(tenants.c.id.in_(bindparam("ids", expanding=True)))
         current = {row.id: tenant_from_row(row) for row in await connection.execute(query, {"ids": list(found)})}
         return tuple(
-            Claimed(current[row.tenant_id], row.target, row.server, row.losses)
+            Claimed(
+                current[row.tenant_id],
+                row.target,
+                row.server,
+                row.losses,
+                None if row.origin is None else heads_of(row.origin),
+            )
             for row in sorted(rows, key=lambda row: row.position)
         )
 
@@ -411,6 +425,12 @@ class RunClaims:
         async with self._control.transaction() as connection:
             await lock_run(connection, self.run)
             return len((await connection.execute(_ADD_MISSING, {"run": self.run, "wave": wave})).all())
+
+    async def is_complete(self) -> bool:
+        """Whether every tenant is done that has not been purged since."""
+        async with self._control.connect() as connection:
+            counts = (await connection.execute(_OUTCOMES, {"run": self.run})).one()
+        return not counts.failed and not counts.skipped
 
     async def end(
         self, state: RunState | None = None, reason: str | None = None, *, actor: Actor = SYSTEM

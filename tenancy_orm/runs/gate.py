@@ -13,7 +13,7 @@ from ..migrations.logs import logger
 from ..secrets.keyring import Keyring
 from .checks import WaveReport, is_sealed, over_budget, run_checks
 from .claims import RunClaims
-from .participation import is_temporary
+from .patience import is_temporary
 from .records import RunRecord, RunState
 from .waves import Wave, Waves
 

@@ -7,20 +7,17 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
-from typing import Final
 from uuid import UUID
 
 from ..cancellation import run_to_completion
 from ..errors import ControlUnavailableError, JobLostError
 from ..migrations.failures import describe
-from ..postgres.errors import DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, QUERY_CANCELED, sqlstate_of
+from . import patience
 from .claims import Claimed, Finished, RunClaims, Turn
+from .patience import is_temporary
 from .records import RunState
 
 logger = logging.getLogger("tenancy_orm.migrations")
-
-PATIENCE_SECONDS = 120.0
-"""How long a control database that does not answer is waited for, once nothing is being migrated any more."""
 
 _HEARTBEAT = 1.0  # within this time a process learns that a run was cancelled
 _FLUSH = 0.25  # how long an outcome waits for others that are written with it
@@ -30,13 +27,6 @@ _AHEAD = 0.5  # for how many seconds tenants are claimed ahead
 _MOST_AHEAD = 400  # or so many of them
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # between attempts to reach the control database
 _LEAVE_SECONDS = 10.0
-
-_BUSY: Final = frozenset({DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, QUERY_CANCELED})
-
-
-def is_temporary(error: BaseException) -> bool:
-    """Whether the control database may do later what it has not done now."""
-    return isinstance(error, (ControlUnavailableError, TimeoutError)) or sqlstate_of(error) in _BUSY
 
 
 class Participation:
@@ -75,6 +65,7 @@ class Participation:
         self._per_server = per_server
         self._stop_on_failure = stop_on_failure
         self._max_failures = max_failures
+        self._is_limited = stop_on_failure or max_failures is not None
         self._failures = 0  # here; others may have more
         self._queue: dict[str, deque[Claimed]] = {}  # claimed, and not begun, by server
         self._slots: dict[str, int] = {}
@@ -141,7 +132,7 @@ class Participation:
         self._wake.set()
 
     async def _patiently(self, wave: int) -> RunState | None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + patience.PATIENCE_SECONDS
         while True:
             try:
                 return await self._gate(wave)
@@ -248,7 +239,7 @@ class Participation:
         if self._failing_since is None:
             self._failing_since = now
             logger.warning("run %d: the control database cannot be used now: %s", self._claims.run, describe(error))
-        if self._tasks or now - self._failing_since < PATIENCE_SECONDS:
+        if self._tasks or now - self._failing_since < patience.PATIENCE_SECONDS:
             return False
         run = self._claims.run
         self._failure = ControlUnavailableError(
@@ -273,6 +264,9 @@ class Participation:
 
     def _is_due(self) -> bool:
         if len(self._finished) >= _BATCH or (self._stopped and self._finished):
+            return True
+        if self._is_limited and any(one.state == "failed" for one in self._finished):
+            # others must know before they begin more
             return True
         if self._is_ready and self._at_gate is None and self._has_more:
             lacking = (s for s, number in self._wanted().items() if number > 0)

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
 from ..config import TenancyConfig
-from ..errors import RunMismatchError
+from ..errors import ConfigurationError, RunMismatchError
 from ..jobs import Claimant
 from ..migrations.connections import placement_of
 from ..migrations.logs import logger
@@ -22,7 +22,7 @@ from ..migrations.services import FleetServices
 from ..tenant import TenantRef
 from .busy import Order, busiest_first, check_order
 from .checks import require_checks, seal_checks
-from .records import NewRun, NewTenant, RunRecord, RunRecords
+from .records import NewRun, NewTenant, RunRecord, RunRecords, Way
 from .report import FleetReport, Progress
 from .run import Run, RunWork
 from .waves import Waves
@@ -33,7 +33,11 @@ _CODE_VERSIONS: Final = ("GITHUB_SHA", "CI_COMMIT_SHA", "GIT_COMMIT", "BUILD_SOU
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How a run proceeds, in every process that takes part."""
+    """How a run proceeds, in every process that takes part.
+
+    Raises:
+        ConfigurationError: a number is below 1.
+    """
 
     concurrency: int
     server_concurrency: int | None = None
@@ -43,6 +47,12 @@ class RunOptions:
     x: Sequence[str] = ()
     order: Order = "created"
     more: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers with which a run would never end."""
+        for name in ("concurrency", "server_concurrency", "max_failures"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ConfigurationError(f"{name} must be at least 1, not {number}")
 
     def as_plan(self, *, everyone: bool) -> dict[str, Any]:
         """Return what is recorded. Values of ``-x`` arguments may be secrets, and are not."""
@@ -82,7 +92,7 @@ class RecordedRuns:
         join: bool = False,
         beside: bool = False,
         undoes: int | None = None,
-        targets: Mapping[UUID, str] | None = None,
+        targets: Mapping[UUID, Way] | None = None,
         progress: Progress | None = None,
         actor: Actor = SYSTEM,
     ) -> FleetReport:
@@ -97,7 +107,7 @@ class RecordedRuns:
             join: Take part in a run of the same that is running, if there is one.
             beside: Go past runs that are paused.
             undoes: The run that this one undoes.
-            targets: The revision that each tenant is brought to, where each has its own.
+            targets: The way of each tenant, where each has its own.
             progress: Called as it proceeds.
             actor: Who starts it.
 
@@ -130,7 +140,8 @@ class RecordedRuns:
                 tenant_id=tenant.id,
                 server=placement_of(tenant).server,
                 wave=wave,
-                target=None if targets is None else targets[tenant.id],
+                target=None if targets is None else targets[tenant.id].target,
+                origin=None if targets is None else targets[tenant.id].origin,
             )
             for tenant, wave in zip(chosen, numbers, strict=True)
         ]

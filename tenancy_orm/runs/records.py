@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Row, text
@@ -126,14 +126,26 @@ class NewRun:
     seal: Callable[[int], str | None] | None = field(default=None, repr=False)
 
 
+class Way(NamedTuple):
+    """The revision that a tenant of an undo is to leave, and the one that it is brought to; ``base`` for none."""
+
+    origin: str
+    target: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewTenant:
-    """A tenant that a run is for."""
+    """A tenant that a run is for.
+
+    Where each has a ``target`` of its own, ``origin`` is the revision from which the way there was planned: no tenant
+    that is elsewhere is brought there.
+    """
 
     tenant_id: UUID
     server: str
     wave: int = 0
     target: str | None = None
+    origin: str | None = None
 
 
 _MOVES: Final = ("upgrade", "downgrade", "undo")  # commands that do not go past a run that is paused
@@ -175,10 +187,11 @@ _SEAL = text(
     "UPDATE tenancy.migration_runs SET plan = plan || jsonb_build_object('seal', CAST(:seal AS text)) WHERE id = :run"
 )
 _ADD_TENANTS = text(
-    "INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, wave, target, position) "
-    "SELECT :run, g.tenant_id, g.server, g.wave, g.target, g.position FROM unnest("
-    "CAST(:ids AS uuid[]), CAST(:servers AS text[]), CAST(:waves AS integer[]), CAST(:targets AS text[])"
-    ") WITH ORDINALITY AS g (tenant_id, server, wave, target, position)"
+    "INSERT INTO tenancy.migration_run_tenants (run, tenant_id, server, wave, target, position, detail) "
+    "SELECT :run, g.tenant_id, g.server, g.wave, g.target, g.position, "
+    "jsonb_strip_nulls(jsonb_build_object('origin', g.origin)) FROM unnest("
+    "CAST(:ids AS uuid[]), CAST(:servers AS text[]), CAST(:waves AS integer[]), CAST(:targets AS text[]), "
+    "CAST(:origins AS text[])) WITH ORDINALITY AS g (tenant_id, server, wave, target, origin, position)"
 )
 _ADD_PROCESS = text(
     "INSERT INTO tenancy.migration_run_processes (run, id, host, pid, claimed_until) "
@@ -190,7 +203,11 @@ _PAUSED = text(
     "SELECT count(*) AS number FROM tenancy.migration_run_tenants t WHERE t.run = r.id "
     "AND t.state IN ('waiting', 'running') AND t.tenant_id = ANY(CAST(:tenants AS uuid[]))) w "
     "WHERE r.state = 'paused' AND r.command = ANY(CAST(:moves AS text[])) "
-    "AND r.id IS DISTINCT FROM CAST(:undoes AS bigint) AND w.number > 0 ORDER BY r.id LIMIT 1"
+    "AND r.id IS DISTINCT FROM CAST(:undoes AS bigint) AND r.id IS DISTINCT FROM CAST(:run AS bigint) "
+    "AND w.number > 0 ORDER BY r.id LIMIT 1"
+)
+_STARTING = text(
+    "SELECT tenant_id FROM tenancy.migration_run_tenants WHERE run = :run AND state IN ('waiting', 'running')"
 )
 LOCK_RUN = text("SELECT * FROM tenancy.migration_runs WHERE id = :run FOR NO KEY UPDATE")
 _SET_STATE = text(
@@ -284,7 +301,8 @@ class RunRecords:
                     return found
             if not beside:
                 await _refuse_to_pass(connection, new.command, [one.tenant_id for one in tenants], new.undoes)
-            run = int(await connection.scalar(_INSERT, {**_new_values(new), "gate": claimant.id}) or 0)
+            values = {**_new_values(new, beside=beside), "gate": claimant.id}
+            run = int(await connection.scalar(_INSERT, values) or 0)
             if new.seal is not None and (seal := new.seal(run)) is not None:
                 await connection.execute(_SEAL, {"run": run, "seal": seal})
             await add_tenants(connection, run, tenants)
@@ -428,6 +446,7 @@ class RunRecords:
             RunNotFoundError: there is none of that number.
             RunStateError: to retry, it has not ended.
             RunConflictError: another run that is under way moves some of its tenants elsewhere.
+            RunStateError: another run that is paused has some of its tenants left.
         """
         async with self.control.transaction() as connection:
             await lock_starts(connection)
@@ -445,6 +464,9 @@ class RunRecords:
             if found.state != "running":
                 await set_state(connection, run, "running", None)
                 await connection.execute(_FORGET_SKIP_CHECKS, {"run": run})
+            starting = (await connection.scalars(_STARTING, {"run": run})).all()
+            if not found.plan.get("beside"):
+                await _refuse_to_pass(connection, found.command, starting, found.undoes, run=run)
             await _refuse_conflicts(connection, run, actor)
             if skip_checks:
                 await connection.execute(_SKIP_CHECKS, {"run": run})
@@ -496,20 +518,24 @@ async def lock_run(connection: AsyncConnection, run: int) -> Row[*tuple[Any, ...
 
 
 async def _refuse_to_pass(
-    connection: AsyncConnection, command: str, tenants: Iterable[UUID], undoes: int | None
+    connection: AsyncConnection, command: str, tenants: Iterable[UUID], undoes: int | None, *, run: int | None = None
 ) -> None:
-    """Refuse a run that goes past a paused one. Call it after ``lock_starts``."""
+    """Refuse a run that goes past a paused one, where it starts or, as ``run``, goes on; after ``lock_starts``."""
     if command not in _MOVES:
         return
-    values = {"tenants": list(tenants), "undoes": undoes, "moves": list(_MOVES)}
+    values = {"tenants": list(tenants), "undoes": undoes, "moves": list(_MOVES), "run": run}
     other = (await connection.execute(_PAUSED, values)).one_or_none()
     if other is None:
         return
+    end = f"end it (tenancy migrate cancel {other.id})"
+    choice = (
+        f"{end}, or start another run all the same with --beside (beside=True in Python, -x beside=true for alembic)"
+        if run is None
+        else f"or {end}, before run {run} goes on"
+    )
     message = (
         f"run {other.id} ({other.command} {other.target}) is paused: {other.reason}. {counted(other.number)} would not "
-        f"wait for it; nothing was started. Go on with it (tenancy migrate resume {other.id}), end it (tenancy migrate "
-        f"cancel {other.id}), or start another run all the same with --beside (beside=True in Python, -x beside=true "
-        "for alembic)"
+        f"wait for it; nothing was started. Go on with it (tenancy migrate resume {other.id}), {choice}"
     )
     raise RunStateError(other.id, "paused", "passed by", message=message)
 
@@ -544,6 +570,7 @@ async def add_tenants(connection: AsyncConnection, run: int, tenants: Sequence[N
         "servers": [one.server for one in tenants],
         "waves": [one.wave for one in tenants],
         "targets": [one.target for one in tenants],
+        "origins": [one.origin for one in tenants],
     }
     await connection.execute(_ADD_TENANTS, values)
 
@@ -554,7 +581,7 @@ async def add_process(connection: AsyncConnection, run: int, claimant: Claimant)
     await connection.execute(_ADD_PROCESS, values)
 
 
-def _new_values(new: NewRun) -> dict[str, Any]:
+def _new_values(new: NewRun, *, beside: bool) -> dict[str, Any]:
     return {
         "command": new.command,
         "target": new.target,
@@ -565,7 +592,7 @@ def _new_values(new: NewRun) -> dict[str, Any]:
         "package_version": version("tenancy-orm"),
         "code_version": clean_text(new.code_version),
         "fingerprint": new.fingerprint,
-        "plan": json.dumps(dict(new.plan)),
+        "plan": json.dumps({**new.plan, "beside": True} if beside else dict(new.plan)),
     }
 
 

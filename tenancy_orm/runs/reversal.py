@@ -26,6 +26,11 @@ class Return(Plan):
     It also upgrades, where an earlier run had downgraded. ``return_to`` makes one.
     """
 
+    @property
+    def is_counted(self) -> bool:
+        """The way was planned, and agreed to, from where each database was: later runs are not taken back with it."""
+        return True
+
     def _find_path(self, heads: Heads) -> MigrationPath:
         wanted = frozenset(() if self.revision == "base" else self.revision)
         try:
@@ -87,10 +92,9 @@ def steps_between(
 
 def _step(revision_map: Any, found: Script, is_upgrade: bool, stamp_irreversible: bool) -> RevisionStep:
     if not is_upgrade and (reason := missing_downgrade(found)):
-        if stamp_irreversible:
-            return _Forgotten(revision_map, found)
-        if not hasattr(found.module, "downgrade"):
+        if not stamp_irreversible:
             raise CommandError(f"revision {found.revision}: {reason}")
+        return _Forgotten(revision_map, found)
     return RevisionStep(revision_map, found, is_upgrade)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -18,14 +17,14 @@ from ..secrets.keyring import Keyring
 from ..tenant import Tenant
 from .claims import GIVEN_UP, Claimed, Finished, RunClaims
 from .gate import PLANNED, WaveGate
-from .participation import PATIENCE_SECONDS, Participation, is_temporary
+from .participation import Participation
+from .patience import is_temporary, repeat
 from .records import RunRecord, RunRecords, RunState, TenantRecord
 from .report import FleetReport, Progress, TenantOutcome
 from .tenant_migration import Begin, MigrationResult
 
 _PASSES = 10  # how often a run looks for tenants that were created during it
 _OBSERVED_SECONDS = 1.0  # between two notes of how far a data migration has come
-_PAUSE = 0.5  # between attempts to record the beginning of a change
 
 
 class RunWork(Protocol):
@@ -198,7 +197,7 @@ class Run:
             return None
         if reason is not None:
             return await self._claims.end("paused", reason, actor=self._actor)
-        if not record.tenants["failed"] and not record.tenants["skipped"]:
+        if await self._claims.is_complete():
             await self._work.close(record, lambda: self._records.tenants(self._run))
         return await self._claims.end(actor=self._actor)
 
@@ -230,6 +229,7 @@ class Run:
                 after=result.revision,
                 has_read=result.has_read,
                 is_announced=result.is_announced,
+                is_granted=result.is_granted,
                 detail=detail,
             )
         self._work.emit(outcome)
@@ -242,6 +242,7 @@ class Run:
             after=outcome.after,
             has_read=result.has_read,
             is_announced=result.is_announced,
+            is_granted=result.is_granted,
             changed=outcome.changed,
             seconds=outcome.seconds,
             sqlstate=outcome.sqlstate,
@@ -251,15 +252,9 @@ class Run:
 
     async def _begin(self, claimed: Claimed, before: str | None, target: str | None, *, again: bool) -> None:
         """Record what a tenant has before its first change. Without that it is not changed."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                await self._claims.begin(claimed.tenant.id, before, target=target, seconds=self._limit, again=again)
-                return
-            except Exception as exc:
-                if not is_temporary(exc) or time.monotonic() >= deadline:
-                    raise
-            await asyncio.sleep(_PAUSE)
+        await repeat(
+            lambda: self._claims.begin(claimed.tenant.id, before, target=target, seconds=self._limit, again=again)
+        )
 
     def _observer(self, claimed: Claimed) -> DataObserver:
         """Record how far the data migrations of a tenant have come, once a second."""

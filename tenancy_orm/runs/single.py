@@ -70,11 +70,12 @@ async def _bring(work: MigrationWork, tenant: Tenant) -> TenantOutcome | None:
     held = work.plan.command != "upgrade"
     result = await work.migrate_tenant(tenant, announce)
     if result.is_interrupted:
-        if result.has_read:
+        if result.has_read and result.is_granted:
             await run_to_completion(end())
         raise asyncio.CancelledError
     outcome = result.outcome
-    if outcome is None or not result.has_read or (outcome.after == tenant.schema_revision and not result.is_announced):
+    has_read = result.has_read and result.is_granted
+    if outcome is None or not has_read or (outcome.after == tenant.schema_revision and not result.is_announced):
         return outcome
     try:
         await registry.set_revision(tenant.id, outcome.after, held=held)

@@ -20,6 +20,7 @@ from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..postgres.errors import sqlstate_of
 from ..tenant import Tenant
+from .patience import repeat
 from .report import TenantOutcome
 
 Begin = Callable[[str | None, str | None], Awaitable[None]]
@@ -33,13 +34,15 @@ class MigrationResult:
 
     ``outcome`` is None where the tenant has been purged, or ``is_interrupted``: it was cancelled, and is whole, at
     ``revision``. ``has_read`` is whether its revision could be read, ``is_announced`` whether every process was told of
-    a change.
+    a change, and ``is_granted`` whether the rights on what was committed are set: before that the registry does not
+    learn of it.
     """
 
     outcome: TenantOutcome | None
     revision: str | None = None
     has_read: bool = False
     is_announced: bool = False
+    is_granted: bool = True
     is_interrupted: bool = False
 
 
@@ -70,16 +73,18 @@ class TenantMigration:
         *,
         asks: Callable[[str], bool] | None = None,
         observe_data: DataObserver | None = None,
+        origin: Heads | None = None,
     ) -> MigrationResult:
         """Apply ``plan`` to ``tenant``; an error is its outcome, and a cancellation is in the result.
 
         A tenant that got another database while this waited for its lock, by a move or a restore, is migrated there.
         ``asks`` says of a revision with checks whether they are asked right before it runs; all are where it is None.
-        ``observe_data`` is called after each batch of a data migration.
+        ``observe_data`` is called after each batch of a data migration. ``origin`` are the heads that it had when this
+        was tried first: a relative target is counted from there.
         """
         while True:
             try:
-                return await self._run(plan, tenant, begin, asks, observe_data)
+                return await self._run(plan, tenant, begin, asks, observe_data, origin)
             except _ElsewhereError:
                 tenant = await self._services.registry.get(tenant.id)
 
@@ -90,6 +95,7 @@ class TenantMigration:
         begin: Begin,
         asks: Callable[[str], bool] | None,
         observe_data: DataObserver | None,
+        origin: Heads | None,
     ) -> MigrationResult:
         started = time.monotonic()
         if tenant.placement is None:
@@ -97,20 +103,23 @@ class TenantMigration:
 
         async def announce() -> None:
             # under the database's migration lock, which a move and a restore hold until the tenant has another one
-            if not await self._services.registry.is_placed_as(tenant):
+            if not await repeat(lambda: self._services.registry.is_placed_as(tenant)):
                 raise _ElsewhereError
             await begin(_revision(migration.after), migration.target_revision)
 
         error: Exception | None = None
         migration: DatabaseMigration
+        is_granted = has_ended = False
         try:
-            migration = self._migration(plan, tenant, announce, asks, observe_data)
+            migration = self._migration(plan, tenant, announce, asks, observe_data, origin)
         except Exception as exc:  # noqa: BLE001 - its server may not be configured
             return MigrationResult(outcome=self._failure(tenant, exc, started))
         try:
             await migration.run()
-            if migration.changed:
+            has_ended = True
+            if _lacks_grants(tenant, migration):
                 await self._services.provisioner.apply_grants(tenant)
+            is_granted = True
         except JobLostError:
             # others may be migrating it
             return MigrationResult(outcome=None, is_announced=migration.announced, is_interrupted=True)
@@ -122,6 +131,7 @@ class TenantMigration:
                 revision=_revision(migration.after),
                 has_read=has_read,
                 is_announced=migration.announced,
+                is_granted=has_read and await run_to_completion(self._try_grants(tenant, migration)),
                 is_interrupted=True,
             )
         except _ElsewhereError:
@@ -133,11 +143,25 @@ class TenantMigration:
             error = exc
             if migration.announced and migration.after is None:
                 await run_to_completion(migration.read_again())
+            if not has_ended:
+                is_granted = await run_to_completion(self._try_grants(tenant, migration))
         return MigrationResult(
             outcome=_outcome(tenant, migration, error, time.monotonic() - started),
             has_read=migration.after is not None,
             is_announced=migration.announced,
+            is_granted=is_granted,
         )
+
+    async def _try_grants(self, tenant: Tenant, migration: DatabaseMigration) -> bool:
+        """Set the rights on what a migration has committed before it failed, or was interrupted."""
+        if not _lacks_grants(tenant, migration):
+            return True
+        try:
+            await self._services.provisioner.apply_grants(tenant)
+        except Exception as exc:  # noqa: BLE001 - how the migration has ended is what counts
+            logger.warning("tenant %s: the rights on what was migrated are not set: %s", tenant.slug, describe(exc))
+            return False
+        return True
 
     def _migration(
         self,
@@ -146,6 +170,7 @@ class TenantMigration:
         announce: Callable[[], Awaitable[None]],
         asks: Callable[[str], bool] | None,
         observe_data: DataObserver | None,
+        origin: Heads | None,
     ) -> DatabaseMigration:
         async def reached(revision: str | None) -> None:
             """Record the revision before its data migrations: requests are served at it, for as long as they take.
@@ -167,6 +192,7 @@ class TenantMigration:
             asks=asks,
             observe_data=observe_data,
             reached=reached,
+            origin=origin,
         )
 
     def _failure(self, tenant: Tenant, error: Exception, started: float) -> TenantOutcome:
@@ -195,6 +221,14 @@ class TenantMigration:
         else:
             logger.error(TENANT_FAILED, outcome.slug, outcome.error)
             self._services.events.emit(TenantMigrationFailed(**names, error=outcome.error))  # type: ignore[arg-type]
+
+
+def _lacks_grants(tenant: Tenant, migration: DatabaseMigration) -> bool:
+    """Whether something was committed here, or by an attempt that was ended before it could set the rights on it.
+
+    The registry has a revision only once they are set.
+    """
+    return migration.changed or (migration.after is not None and _revision(migration.after) != tenant.schema_revision)
 
 
 def _revision(heads: Heads | None) -> str | None:

@@ -22,7 +22,7 @@ from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..tenant import Tenant, TenantRef
 from .preview import WavePreview
-from .records import RunRecord, TenantRecord
+from .records import RunRecord, TenantRecord, Way
 from .reversal import heads_of, return_to, taken_back
 from .status import TenantRevision
 
@@ -142,8 +142,8 @@ class Undo:
 
     async def plan(
         self, tenants: Iterable[TenantRef] | None, *, include_new: bool, new_target: str | None
-    ) -> tuple[UndoPlan, dict[UUID, str]]:
-        """Return what is to be done, and by tenant the revision to go back to.
+    ) -> tuple[UndoPlan, dict[UUID, Way]]:
+        """Return what is to be done, and by tenant the way back.
 
         Raises:
             MigrationError: a given tenant was not in the run; or new tenants are to go back, and it is not known where.
@@ -223,13 +223,14 @@ class Undo:
             found.untouched.add(tenant.slug)
             return
         try:
-            states = self._states(before, row)
-            if heads_of(now) not in [heads_of(state) for state in states]:
+            is_brought = row is not None and row.changed and heads_of(now) == heads_of(row.revision_after)
+            if not is_brought and tenant.id in later:
                 raise MigrationError(
                     f"run {later[tenant.id]} has moved it to {now or 'base'} since; undo that run first"
-                    if tenant.id in later
-                    else f"it is at {now or 'base'}, where this run has not brought it"
                 )
+            states = self._states(before, row)
+            if heads_of(now) not in [heads_of(state) for state in states]:
+                raise MigrationError(f"it is at {now or 'base'}, where this run has not brought it")
             found.add(tenant, now, before, is_new=row is None, error=status.error)
         except (MigrationError, CommandError) as exc:
             found.moved[tenant.slug] = describe(exc)
@@ -239,7 +240,7 @@ class Undo:
         ends = {row.revision_after} if row is not None and row.state == "done" else self._ends
         found: list[str | None] = []
         # not to where this code leads: there may be revisions that the run did not have
-        for plan in [return_to(self._environment, end, stamp=self.stamps) for end in ends] or [self._plan(row)]:
+        for plan in [self._return_to(end) for end in ends] or [self._plan(row)]:
             key = (before, plan.target)
             if key not in self._paths:
                 path = plan.path_from(heads_of(before))
@@ -247,10 +248,14 @@ class Undo:
             found += self._paths[key]
         return found
 
+    def _return_to(self, revision: str | None) -> Plan:
+        # what is irreversible on the way is named by the plan
+        return return_to(self._environment, revision, stamp=self.stamps, stamp_irreversible=True)
+
     def _plan(self, row: TenantRecord | None) -> Plan:
         """Return the run's own plan, with this code: no tenant has come to its end."""
         if self._record.command == "undo":
-            return return_to(self._environment, row.target if row else None, stamp=self.stamps)
+            return self._return_to(row.target if row else None)
         given: Mapping[str, Any] = self._record.plan
         return Plan.of(self._environment, self._record.command, given["revision"], purge=bool(given.get("purge")))
 
@@ -262,7 +267,7 @@ class _Found:
         self._environment = environment
         self.untouched = set(untouched)
         self.tenants: list[UndoneTenant] = []
-        self.targets: dict[UUID, str] = {}
+        self.targets: dict[UUID, Way] = {}
         self.moved: dict[str, str] = {}
 
     def add(self, tenant: Tenant, now: str | None, before: str | None, *, is_new: bool, error: str | None) -> None:
@@ -273,7 +278,7 @@ class _Found:
         """
         return_to(self._environment, before, stamp_irreversible=True).path_from(heads_of(now))
         target = format_revision(heads_of(before))
-        self.targets[tenant.id] = target or "base"
+        self.targets[tenant.id] = Way(format_revision(heads_of(now)) or "base", target or "base")
         self.tenants.append(
             UndoneTenant(
                 slug=tenant.slug,

@@ -10,7 +10,7 @@ from ..migrations.connections import Connections, Health, prepare_servers
 from ..migrations.data_batches import DataObserver
 from ..migrations.database import close
 from ..migrations.logs import logger
-from ..migrations.plan import Plan, format_revision
+from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.preflight import ChecksAsked, Preflight
 from ..migrations.scripts import Environment
 from ..migrations.selection import Selection
@@ -85,6 +85,7 @@ class MigrationWork:
                 self._connections,
                 selection,
                 concurrency=self._concurrency,
+                per_server=int(record.plan["server_concurrency"]),
                 health=self._health,
                 events=self.services.events,
             )
@@ -95,12 +96,24 @@ class MigrationWork:
 
     async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
         """Migrate one tenant."""
-        return await self.migrate_tenant(claimed.tenant, begin, observe_data)
+        return await self.migrate_tenant(claimed.tenant, begin, observe_data, origin=claimed.origin)
 
     async def migrate_tenant(
-        self, tenant: Tenant, begin: Begin, observe_data: DataObserver | None = None
+        self,
+        tenant: Tenant,
+        begin: Begin,
+        observe_data: DataObserver | None = None,
+        *,
+        origin: Heads | None = None,
     ) -> MigrationResult:
-        """Migrate a tenant that no run has claimed."""
+        """Migrate a tenant, also one that no run has claimed.
+
+        Args:
+            tenant: The tenant.
+            begin: Is called before its first change.
+            observe_data: Is called after each batch of a data migration.
+            origin: The heads that it had when the run first began to change it.
+        """
         # Asked right before their revision: what the preflight could not ask, or did not; that is so for all in a
         # process that did not ask ahead, and where the tenant is at another revision than it was then.
         answered = self._answered.get(tenant.id, frozenset())
@@ -108,7 +121,7 @@ class MigrationWork:
         def asks(revision: str) -> bool:
             return self._checks != "never" and revision not in answered
 
-        return await self._migration.run(self.plan, tenant, begin, asks=asks, observe_data=observe_data)
+        return await self._migration.run(self.plan, tenant, begin, asks=asks, observe_data=observe_data, origin=origin)
 
     def emit(self, outcome: TenantOutcome) -> None:
         """Log a failure, and emit the event of a migration."""
@@ -195,7 +208,9 @@ class UndoWork:
             self._plans[target] = return_to(
                 self._environment, target, stamp=self._stamps, stamp_irreversible=self._stamp_irreversible
             )
-        return await self._migration.run(self._plans[target], claimed.tenant, begin, observe_data=observe_data)
+        return await self._migration.run(
+            self._plans[target], claimed.tenant, begin, observe_data=observe_data, origin=claimed.origin
+        )
 
     def emit(self, outcome: TenantOutcome) -> None:
         """Log a failure, and emit the event of a migration."""

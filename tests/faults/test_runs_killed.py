@@ -98,6 +98,43 @@ async def test_a_run_that_is_killed_is_resumed(fleet: Fleet, task: Task, at: str
     assert sum(lost) in ((1, 2) if "change" in at else (0,))
 
 
+async def test_a_relative_target_is_counted_from_where_each_tenant_was(fleet: Fleet, task: Task) -> None:
+    """What was committed before the process was killed is not downgraded again by whoever resumes the run."""
+    project = Project(Path(task["root"]))
+    project.add("0003", "pass", "pass", down="0002")
+    project.add("0004", "pass", "pass", down="0003")
+    assert (await fleet.migrations.upgrade()).ok
+    async with another(task, down="-1", at="after the change", signal="SIGKILL") as child, asyncio.timeout(SECONDS):
+        assert await child.wait() == -signal.SIGKILL
+    revisions = [await fleet.revision(slug) for slug in TENANTS]
+    assert revisions[1:] == ["0003", "0004"]
+    await expire(fleet)
+    report = await fleet.migrations.resume(2)
+    assert report.ok
+    assert [await fleet.revision(slug) for slug in TENANTS] == ["0003"] * 3
+    assert [(one.before, one.after, one.changed) for one in report.outcomes] == [("0004", "0003", True)] * 3
+
+
+async def test_the_rights_are_set_on_what_a_killed_process_has_committed(fleet: Fleet, task: Task) -> None:
+    """The grant hook comes after the commit; whoever resumes the run finds nothing to migrate there."""
+    create = 'op.execute("CREATE TABLE ledger (n integer)")'
+    Project(Path(task["root"])).add("0003", create, down="0002")
+    async with another(task, at="after the change", signal="SIGKILL") as child, asyncio.timeout(SECONDS):
+        assert await child.wait() == -signal.SIGKILL
+    await expire(fleet)
+    assert (await fleet.migrations.resume(1)).ok
+    for slug in TENANTS:
+        assert await may_update(fleet, slug) is False, slug
+
+
+async def may_update(fleet: Fleet, slug: str) -> bool:
+    """Whether a tenant's role may update its ledger."""
+    placement = fleet.tenants[slug].placement
+    assert placement is not None
+    ((may,),) = await fleet.fetch(slug, f"SELECT has_table_privilege('{placement.role}', 'ledger', 'UPDATE')")
+    return bool(may)
+
+
 @pytest.mark.parametrize("at", ["in the check", "before the second wave", "after the second wave is open"])
 async def test_a_process_is_killed_between_waves(fleet: Fleet, task: Task, tmp_path: Path, at: str) -> None:
     """Who goes on checks again, and begins no wave without; a wave that is open was checked."""

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.config import ProvisioningConfig
+from tenancy_orm.protocols import GrantTarget
 from tenancy_orm.provisioning import Provisioner
 from tenancy_orm.runs.claims import RunClaims
 from tenancy_orm.runs.wave_texts import parse_waves
@@ -30,6 +32,12 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
 }
 
 
+def keep_ledger(target: GrantTarget) -> list[str]:
+    """A grant hook: a tenant only adds to its ledger."""
+    revoke = f"REVOKE UPDATE, DELETE ON ledger FROM {target.role}"
+    return [f"DO $$ BEGIN IF to_regclass('public.ledger') IS NOT NULL THEN {revoke}; END IF; END $$"]
+
+
 def config_of(task: dict[str, Any]) -> TenancyConfig:
     """The application's configuration."""
     return TenancyConfig(
@@ -38,6 +46,7 @@ def config_of(task: dict[str, Any]) -> TenancyConfig:
         migrations=task["migrations"],
         encryption_keys={"1": "a2V5" * 10 + "a2U="},
         name_prefix=task["name_prefix"],
+        provisioning=ProvisioningConfig(grants=keep_ledger),
     )
 
 
@@ -59,10 +68,13 @@ def arrange(patch: pytest.MonkeyPatch, point: str, name: str) -> None:
 
 
 async def main(task: dict[str, Any]) -> None:
-    """Upgrade all tenants."""
+    """Upgrade all tenants, or downgrade them."""
     async with Tenancy(config_of(task)) as tenancy:
         waves = parse_waves(task["waves"]) if "waves" in task else None
-        report = await tenancy.migrations.upgrade(concurrency=task.get("concurrency", 1), waves=waves)
+        if "down" in task:
+            report = await tenancy.migrations.downgrade(task["down"], concurrency=1)
+        else:
+            report = await tenancy.migrations.upgrade(concurrency=task.get("concurrency", 1), waves=waves)
     print(json.dumps({"ok": report.ok, "run": report.run, "changed": len(report.changed)}))
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from tenancy_orm import TenancyConfig
 from tenancy_orm.errors import ControlUnavailableError
-from tenancy_orm.runs import participation
+from tenancy_orm.runs import patience
 from tests.support.fleet import Fleet, activity, open_fleet, until
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
@@ -94,12 +94,12 @@ async def test_a_server_that_refuses_connections_is_its_own_tenants_failure(
     assert status["initech"].at_head is True
 
 
-@pytest.mark.parametrize("patience", [0.0, 60.0])
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
 async def test_what_is_migrated_while_the_control_database_is_away_is_recorded_once_it_is_back(
-    fleet: Fleet, project: Project, postgres: Postgres, monkeypatch: pytest.MonkeyPatch, patience: float
+    fleet: Fleet, project: Project, postgres: Postgres, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     """Whoever does not wait for it is told how to go on; the run finds what is true then."""
-    monkeypatch.setattr(participation, "PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", seconds)
     project.add("0002", RATING, down="0001")
     control = fleet.tenancy.internals.control.database
     async with postgres.connect() as admin, fleet.connect("acme") as holder:
@@ -113,12 +113,12 @@ async def test_what_is_migrated_while_the_control_database_is_away_is_recorded_o
         await transaction.commit()
         try:
             await until(lambda: holder.fetchval("SELECT version_num FROM alembic_version"), "0002")
-            if not patience:
+            if not seconds:
                 with pytest.raises(ControlUnavailableError, match="tenancy migrate resume 1"):
                     await run
         finally:
             await admin.execute(f'ALTER DATABASE "{control}" ALLOW_CONNECTIONS true')
-    report = await run if patience else await fleet.migrations.resume(1)
+    report = await run if seconds else await fleet.migrations.resume(1)
     assert report.ok
     assert [(one.before, one.after, one.changed) for one in report.outcomes] == [("0001", "0002", True)]
     assert await fleet.recorded("acme") == "0002"

@@ -273,6 +273,15 @@ async def test_releases_and_settings_have_pools_of_their_own(workshop: Workshop)
     assert (len(report.made), len(report.dropped)) == (1, 3)
 
 
+async def test_housekeeping_leaves_the_pool_of_its_own_settings(workshop: Workshop) -> None:
+    """An application asks for it only when it creates a tenant, which may be seldom."""
+    made = await fill(workshop)
+    async with workshop.control.transaction() as connection:
+        await connection.execute(text("UPDATE tenancy.warm_databases SET wanted_at = now() - interval '16 minutes'"))
+    assert (await workshop.provisioner.warm_pool.prune()).dropped == ()
+    assert set(await ready(workshop)) == set(made)
+
+
 async def test_a_failed_filling_leaves_nothing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is reported, and the next one does it."""
     await workshop.provisioner.template("default")

@@ -341,3 +341,51 @@ async def test_a_run_that_changed_nothing_is_not_undone(fleet: Fleet, project: P
     with pytest.raises(MigrationError, match=r"than before it; created since it: 1 tenant, which --include-new"):
         await fleet.migrations.undo(paused.run)
     assert await fleet.migrations.runs() == before
+
+
+@pytest.mark.parametrize("how", ["retry", "resume"])
+async def test_an_undo_that_goes_on_does_not_take_back_what_came_after_it(
+    fleet: Fleet, project: Project, tmp_path: Path, how: str
+) -> None:
+    """It was planned, and agreed to, from where each tenant was then."""
+    mended = tmp_path / "mended"
+    project.add(
+        "0002",
+        'op.add_column("notes", sa.Column("c0002", sa.Text))',
+        f'''if not __import__("pathlib").Path("{mended}").exists(): raise RuntimeError("broken")
+op.drop_column("notes", "c0002")''',
+        down="0001",
+    )
+    add_column(project, "0003", "0002", back=False)
+    upgraded = await fleet.migrations.upgrade("0002")
+    assert upgraded.run is not None
+    undo = await fleet.migrations.undo(upgraded.run, max_failures=1, concurrency=1)
+    assert undo.run is not None
+    assert (undo.state, len(undo.failures), len(undo.skipped)) == ("failed", 1, 2)
+    mended.touch()
+    assert (await fleet.migrations.upgrade()).ok
+    again = await (fleet.migrations.retry if how == "retry" else fleet.migrations.resume)(undo.run)
+    assert again.state == "failed"
+    assert "another run has moved it to 0003; undo that first" in set(again.reasons.values())
+    assert set((await revisions(fleet)).values()) == {"0003"}
+
+
+async def test_what_a_later_run_has_done_in_its_place_is_named(fleet: Fleet, project: Project, tmp_path: Path) -> None:
+    """It failed for a tenant, which another run has upgraded since: that is not taken back with it."""
+    mended = tmp_path / "mended"
+    acme = 't is not None and t.slug == "acme"'
+    broken = f'if {acme} and not __import__("pathlib").Path("{mended}").exists(): raise RuntimeError("broken")'
+    up = f't = op.get_context().opts["tenant"]\n{broken}\nop.add_column("notes", sa.Column("c0002", sa.Text))'
+    project.add("0002", up, 'op.drop_column("notes", "c0002")', down="0001")
+    first = await fleet.migrations.upgrade()
+    assert first.run is not None
+    mended.touch()
+    second = await fleet.migrations.upgrade(tenants=["acme"])
+    assert second.ok
+    plan = await fleet.migrations.plan_undo(first.run)
+    assert dict(plan.moved) == {"acme": f"run {second.run} has moved it to 0002 since; undo that run first"}
+    assert sorted(one.slug for one in plan.tenants) == ["globex", "initech"]
+    # what was moved and came back is where this run has brought it
+    await fleet.migrations.downgrade("0001", tenants=["globex"])
+    await fleet.migrations.upgrade(tenants=["globex"])
+    assert "globex" not in (await fleet.migrations.plan_undo(first.run)).moved

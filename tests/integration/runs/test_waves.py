@@ -362,3 +362,33 @@ async def fleet_at(fleet: Fleet, slugs: list[str]) -> None:
         return await migrated(fleet) == slugs
 
     await until(there)
+
+
+async def test_a_run_that_is_resumed_does_not_go_past_a_paused_one(
+    fleet: Fleet, project: Project, tmp_path: Path
+) -> None:
+    """As little as one that is started, unless it was started beside it."""
+    project.add("0002", BROKEN.format(slugs=("acme",), mended=str(tmp_path / "mended")), COLUMN[1], down="0001")
+    failed = await fleet.migrations.upgrade(concurrency=1, max_failures=1)
+    assert failed.run is not None
+    assert (failed.state, failed.reason) == ("failed", "stopped after 1 failures")
+    (tmp_path / "mended").touch()
+    paused = await fleet.migrations.upgrade(waves=canary(pause=True))
+    assert paused.run is not None
+    assert await migrated(fleet) == ["acme"]
+    with pytest.raises(RunStateError, match=f"run {paused.run} .*, before run {failed.run} goes on"):
+        await fleet.migrations.resume(failed.run)
+    assert await migrated(fleet) == ["acme"]
+    assert (await fleet.migrations.resume(paused.run)).ok
+    assert (await fleet.migrations.resume(failed.run)).skipped == ()
+
+
+@pytest.mark.parametrize("name", ["server_concurrency", "max_failures"])
+async def test_a_run_with_a_number_with_which_it_would_not_end_is_refused(
+    fleet: Fleet, project: Project, name: str
+) -> None:
+    project.add("0002", *COLUMN, down="0001")
+    arguments: dict[str, Any] = {name: 0}
+    with pytest.raises(ConfigurationError, match=f"{name} must be at least 1"):
+        await fleet.migrations.upgrade(**arguments)
+    assert await fleet.migrations.runs() == []
