@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from sqlalchemy.engine import URL
@@ -29,6 +31,7 @@ from .services import FleetServices
 from .timeouts import milliseconds
 
 _FAILURES = 2  # failed connects in a row after which a server's other tenants are not tried
+_PAUSE = 5.0  # for so many seconds; one of them is tried then
 
 
 class Health:
@@ -36,6 +39,12 @@ class Health:
 
     def __init__(self) -> None:
         self._failures: dict[str, int] = {}
+        self._tried: dict[str, float] = {}  # when a server that is down was tried last
+
+    @property
+    def unreached(self) -> frozenset[str]:
+        """The servers that are down, as far as this process knows."""
+        return frozenset(server for server, number in self._failures.items() if number >= _FAILURES)
 
     def check(self, server: str, tenant: str | None) -> None:
         """Refuse to connect to a server that is down.
@@ -43,12 +52,16 @@ class Health:
         Raises:
             ServerUnavailableError: the server is down.
         """
-        if self._failures.get(server, 0) >= _FAILURES:
+        if self._failures.get(server, 0) < _FAILURES:
+            return
+        if time.monotonic() - self._tried.get(server, -math.inf) < _PAUSE:
             raise ServerUnavailableError(server=server, tenant=tenant)
+        self._tried[server] = time.monotonic()
 
     def failed(self, server: str) -> None:
         """Count a failed connect; after the second one in a row the server is down."""
         self._failures[server] = self._failures.get(server, 0) + 1
+        self._tried[server] = time.monotonic()
 
     def answered(self, server: str) -> None:
         """Record that a connect succeeded."""
@@ -57,6 +70,7 @@ class Health:
     def down(self, server: str) -> None:
         """Record that the server is down."""
         self._failures[server] = _FAILURES
+        self._tried[server] = time.monotonic()
 
 
 class Connections:

@@ -8,9 +8,9 @@ it, nothing that it says counts any more.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import bindparam, select, text
@@ -80,7 +80,8 @@ class Turn:
     """What a process learns when it has written what it knows, and claimed more.
 
     ``has_gate`` is whether it is this process that opens the next wave or ends the run. ``pending`` is how many tenants
-    up to this wave wait or are being migrated, where that was counted.
+    up to this wave wait or are being migrated, where that was counted. ``unreached`` are the servers that no process
+    reaches which takes part.
     """
 
     state: RunState
@@ -91,7 +92,11 @@ class Turn:
     has_gate: bool = False
     pending: int | None = None
     lost: frozenset[UUID] = frozenset()
+    unreached: frozenset[str] = frozenset()
 
+
+UNREACHED: Final = -1
+"""What stands for a process's slots of a server that it does not reach."""
 
 _LIVE_OTHERS = text(
     "SELECT p.id, p.slots, p.claimed_until < clock_timestamp() AS is_expired FROM tenancy.migration_run_processes p "
@@ -273,6 +278,7 @@ class RunClaims:
         max_failures: int | None = None,
         count: bool = False,
         known: Sequence[UUID] | None = None,
+        unreached: Collection[str] = (),
     ) -> Turn:
         """Write what has ended and begun, renew the claim, and claim further tenants: one transaction.
 
@@ -287,6 +293,8 @@ class RunClaims:
             max_failures: End the run where so many of its tenants have failed, one of ``finished`` among them.
             count: Count what is pending if nothing can be claimed, and take the gate where nothing is.
             known: All that this process has claimed, where it did not learn how its last turn ended.
+            unreached: The servers that this process does not reach: their tenants are left to others, if any of these
+                may reach them.
 
         Raises:
             JobLostError: others have released this process's claim; nothing was written.
@@ -314,7 +322,10 @@ class RunClaims:
             slots = _share(wanted, others, concurrency, per_server)
             going = state == "running" and run.wave >= 0
             held = {server: max(number, holding.get(server, 0)) for server, number in slots.items()}
-            claimed = await self._claim(connection, held, slots, wanted if going else {}, run.wave)
+            held |= dict.fromkeys(unreached, UNREACHED)
+            of_nobody = frozenset(s for s in unreached if all(one.get(s) == UNREACHED for one in others))
+            mine = {s: number for s, number in wanted.items() if s not in unreached or s in of_nobody}
+            claimed = await self._claim(connection, held, slots, mine if going else {}, run.wave)
             pending, has_gate = None, False
             if count and not claimed and state == "running":
                 pending = int(await connection.scalar(_PENDING, {"run": self.run, "wave": run.wave}) or 0)
@@ -329,6 +340,7 @@ class RunClaims:
             has_gate=has_gate,
             pending=pending,
             lost=lost,
+            unreached=of_nobody,
         )
 
     async def _reason_to_stop(
@@ -477,6 +489,9 @@ def _share(
     That is an equal part of what a server takes. Whoever holds more gives it back as its tenants are done; until then
     who has come later has less.
     """
-    part = -(-per_server // (len(others) + 1))
-    free = {server: max(0, per_server - sum(held.get(server, 0) for held in others)) for server in servers}
-    return {server: min(concurrency, part, left) for server, left in free.items()}
+    slots = {}
+    for server in servers:
+        reaching = [number for held in others if (number := held.get(server, 0)) != UNREACHED]
+        part = -(-per_server // (len(reaching) + 1))
+        slots[server] = min(concurrency, part, max(0, per_server - sum(reaching)))
+    return slots

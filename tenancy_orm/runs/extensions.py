@@ -37,6 +37,11 @@ class ExtensionWork:
 
     holds = False
 
+    @property
+    def unreached(self) -> frozenset[str]:
+        """The servers that this process does not reach."""
+        return self._health.unreached
+
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check that the servers have the extensions, and build the template on each."""
         names = dict.fromkeys(servers) or dict.fromkeys(self._services.servers)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from uuid import UUID
 
 from ..cancellation import run_to_completion
@@ -42,6 +42,7 @@ class Participation:
         stop_on_failure: Whether the run ends at the first failure.
         max_failures: The run ends at so many failures.
         at_gate: The wave at the end of which this process has the gate already.
+        unreached: Returns the servers that this process does not reach.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Participation:
         stop_on_failure: bool,
         max_failures: int | None = None,
         at_gate: int | None = None,
+        unreached: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._claims = claims
         self._prepare = prepare
@@ -75,6 +77,8 @@ class Participation:
         self._finished: list[Finished] = []
         self._oldest = 0.0  # when the first of them has ended
         self._state: RunState = "running"
+        self._unreached = unreached
+        self._of_nobody: frozenset[str] = frozenset()  # the servers that no other process reaches either
         self._at_gate = at_gate  # the wave at the end of which this process has the gate
         self._failure: Exception | None = None
         self._failing_since: float | None = None  # since when the control database does not answer
@@ -300,6 +304,8 @@ class Participation:
                 self._rates[server] = 0.5 * self._rates.get(server, now) + 0.5 * now
             self._done.clear()
             self._give_back_excess()
+        unreached = self._unreached()
+        self._give_back(unreached - self._of_nobody)
         finished = list(self._finished)
         idle = not self._tasks and not any(self._queue.values())
         claiming = self._is_ready and self._state == "running" and self._at_gate is None and not self._stopped
@@ -317,6 +323,7 @@ class Participation:
             max_failures=self._max_failures,
             count=idle and claiming,
             known=self._known() if self._failing_since is not None else None,
+            unreached=unreached,
         )
         del self._finished[: len(finished)]
         self._oldest = now
@@ -329,6 +336,7 @@ class Participation:
     async def _learn(self, turn: Turn, *, claiming: bool) -> None:
         self._slots = dict(turn.slots)
         self._state = turn.state
+        self._of_nobody = turn.unreached
         for claimed in turn.claimed:
             self._queue[claimed.server].append(claimed)
         if turn.has_gate:
@@ -338,11 +346,11 @@ class Participation:
             for server in await self._claims.servers():
                 self._queue.setdefault(server, deque())
         if turn.state != "running" or self._stopped:
-            self._give_back()
+            self._give_back(self._queue)
 
-    def _give_back(self) -> None:
-        """Let go of what is claimed and was not begun."""
-        for waiting in self._queue.values():
+    def _give_back(self, servers: Iterable[str]) -> None:
+        """Let go of what is claimed on servers and was not begun."""
+        for waiting in [self._queue[server] for server in servers if server in self._queue]:
             self._finished += [Finished(tenant_id=one.tenant.id, state="waiting", counts=False) for one in waiting]
             waiting.clear()
 

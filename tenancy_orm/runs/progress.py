@@ -155,7 +155,7 @@ SELECT r.id, r.command, r.target, r.state, r.reason, r.wave, r.plan,
     t.server, t.total, t.done, t.failed, t.skipped,
     -- what is above has ended, and is not recorded yet; or its process is lost
     least(t.running, (
-        SELECT coalesce(sum((p.slots ->> t.server)::integer), 0) FROM tenancy.migration_run_processes p
+        SELECT coalesce(sum(greatest((p.slots ->> t.server)::integer, 0)), 0) FROM tenancy.migration_run_processes p
         WHERE p.run = r.id AND {LIVE}
     )) AS running, t.recent, t.data_rows, t.data_estimate,
     extract(epoch FROM clock_timestamp() - t.first) AS since

@@ -98,8 +98,8 @@ class TenantRecord:
 class ProcessRecord:
     """A process that takes part in a run, or did.
 
-    ``slots``: how many tenants at once it may migrate, by server. ``is_alive``: it takes part, and its claim has not
-    run out.
+    ``slots``: how many tenants at once it may migrate, by server; -1 where it does not reach the server. ``is_alive``:
+    it takes part, and its claim has not run out.
     """
 
     id: UUID

@@ -30,11 +30,16 @@ _OBSERVED_SECONDS = 1.0  # between two notes of how far a data migration has com
 class RunWork(Protocol):
     """What a run does: each process has its own.
 
-    ``holds`` is whether it brings tenants to a revision that they are not upgraded from by themselves.
+    ``holds`` is whether it brings tenants to a revision that they are not upgraded from by themselves. ``unreached``
+    are the servers that this process does not reach.
     """
 
     @property
     def holds(self) -> bool:
+        """As in the class."""
+
+    @property
+    def unreached(self) -> frozenset[str]:
         """As in the class."""
 
     async def prepare(self, servers: Iterable[str]) -> None:
@@ -140,6 +145,7 @@ class Run:
             stop_on_failure=bool(plan["stop_on_failure"]),
             max_failures=plan.get("max_failures"),
             at_gate=record.wave if record.gate == self._claims.claimant.id else None,
+            unreached=lambda: self._work.unreached,
         )
         try:
             await part.run()

@@ -59,6 +59,11 @@ class MigrationWork:
         """Whether tenants stay where they are brought: an upgrade before their use must not undo what was wanted."""
         return self.plan.command != "upgrade"
 
+    @property
+    def unreached(self) -> frozenset[str]:
+        """The servers that this process does not reach."""
+        return self._health.unreached
+
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check which servers answer, and build the template on each."""
         names = dict.fromkeys(servers) or dict.fromkeys(self.services.servers)
@@ -185,6 +190,11 @@ class UndoWork:
     def holds(self) -> bool:
         """Whether it moves tenants back."""
         return self._holds
+
+    @property
+    def unreached(self) -> frozenset[str]:
+        """The servers that this process does not reach."""
+        return self._health.unreached
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check which servers answer."""

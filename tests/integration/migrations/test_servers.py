@@ -94,6 +94,28 @@ async def test_a_server_that_refuses_connections_is_its_own_tenants_failure(
     assert status["initech"].at_head is True
 
 
+async def test_a_machine_that_does_not_reach_a_server_leaves_its_tenants_to_others(
+    fleet: Fleet, config: TenancyConfig, project: Project, closed: int
+) -> None:
+    """It would fail each at once, and so be given the most."""
+    project.add("0002", RATING, down="0001")
+    astray = config.replace(servers={"default": f"postgresql://postgres:secret@127.0.0.1:{closed}/postgres"})
+    async with fleet.connect("acme") as holder, open_fleet(astray) as other:
+        async with holder.transaction():
+            await holder.execute("LOCK TABLE notes")
+            run = asyncio.create_task(fleet.migrations.upgrade(concurrency=1))
+            await until(lambda: activity(holder, "wait_event_type = 'Lock'"), 1)
+            joined = asyncio.create_task(other.migrations.join(1))
+
+            async def is_known() -> list[dict[str, int]]:
+                return [dict(one.slots) for one in (await fleet.migrations.run_processes(1))[1:]]
+
+            await until(is_known, [{"default": -1}])
+        for report in (await run, await joined):
+            assert report.ok, report.reasons
+    assert {await fleet.revision(slug) for slug in fleet.tenants} == {"0002"}
+
+
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
 async def test_what_is_migrated_while_the_control_database_is_away_is_recorded_once_it_is_back(
     fleet: Fleet, project: Project, postgres: Postgres, monkeypatch: pytest.MonkeyPatch, seconds: float
