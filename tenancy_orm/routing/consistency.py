@@ -47,12 +47,15 @@ class Consistency:
         tenant_id: The tenant.
         written_at: When it last committed something, as ``time.monotonic()``.
         token: As the client sent it.
+        is_request: Whether it is a request, of which nobody else sees anything; and not a block of a program, of which
+            the program sees afterwards what it has written.
     """
 
-    __slots__ = ("tenant_id", "token", "written_at")
+    __slots__ = ("is_request", "tenant_id", "token", "written_at")
 
-    def __init__(self, tenant_id: UUID, token: str | None = None) -> None:
+    def __init__(self, tenant_id: UUID, token: str | None = None, *, is_request: bool = True) -> None:
         self.tenant_id = tenant_id
+        self.is_request = is_request
         self.token = token
         self.written_at = -math.inf
 
@@ -65,7 +68,7 @@ class Consistency:
 class WriteNotes:
     """When something of each tenant was last committed, for a whole process: a server may be replaced in between.
 
-    What a request or a scope has committed is noted there, and the rest here.
+    What a request has committed is noted there alone, and the rest here.
     """
 
     def __init__(self) -> None:
@@ -79,7 +82,8 @@ class WriteNotes:
         found = current_consistency(tenant_id)
         if found is not None:
             found.written_at = now
-            return
+            if found.is_request:
+                return
         with self._noting:
             self._written[tenant_id] = now
             if len(self._written) > self._most:
@@ -117,7 +121,7 @@ def noting_writes(tenant_id: UUID) -> Iterator[None]:
     if current_consistency(tenant_id) is not None:
         yield
         return
-    token = _current.set(Consistency(tenant_id))
+    token = _current.set(Consistency(tenant_id, is_request=False))
     try:
         yield
     finally:

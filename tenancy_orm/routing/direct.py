@@ -24,7 +24,7 @@ from ..tenant import Tenant
 from .connection import TenantConnection, TenantEngine
 from .engines import Entry
 from .reading import is_plain
-from .replicas import ELSEWHERE, ReplicaDemand
+from .replicas import ELSEWHERE, ReplicaDemand, refuse_text
 from .sessions import Router, acquire, release, replica_reads
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ async def run_alone(
     try:
         if reads is None:
             return await _run_on(entry, sql, parameters, writing=writing, first_row=first_row)
+        refuse_text(tenant.slug, sql)
         while True:
             chosen = await reads.choose()
             try:

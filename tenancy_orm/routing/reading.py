@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 from ..errors import ReadOnlyError
@@ -28,6 +29,35 @@ _CONTROL = re.compile(
     rf"|ROLLBACK\b(?!(?:{_SKIP}+(?:WORK|TRANSACTION))?{_SKIP}+TO\b))",
     re.IGNORECASE | re.ASCII,
 )
+
+
+# what is no code: strings, quoted names and comments
+_OPAQUE = re.compile(
+    r"""[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'|"(?:[^"]|"")*"|\$((?:[A-Za-z_]\w*)?)\$.*?\$\1\$"""
+    r"""|--[^\n\r]*|/\*.*?\*/""",
+    re.DOTALL,
+)
+_FIRST = re.compile(r"[\s(]*([A-Z]+)", re.IGNORECASE)
+_WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "TRUNCATE"})
+_CHANGES = frozenset({"ALTER", "COMMENT", "CREATE", "DROP", "GRANT", "REVOKE"})
+_WRITES_WITHIN = re.compile(r"[()]\s*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE)
+_LOCKS = re.compile(r"\bFOR\s+(?:(?:NO\s+KEY\s+)?UPDATE|(?:KEY\s+)?SHARE)\b", re.IGNORECASE)
+
+
+@lru_cache(maxsize=1_000)
+def what_it_does(statement: str) -> str | None:
+    """Return what a text does that no replica does: it "writes", "locks rows" or "changes the schema".
+
+    None where that is not seen: a function may do it.
+    """
+    code = _OPAQUE.sub(" ", statement)
+    found = _FIRST.match(code)
+    first = "" if found is None else found[1].upper()
+    if first in _CHANGES:
+        return "changes the schema"
+    if first in _WRITES or (first == "WITH" and _WRITES_WITHIN.search(code)):
+        return "writes"
+    return "locks rows" if _LOCKS.search(code) else None
 
 
 def is_plain(statement: str) -> bool:
@@ -59,4 +89,13 @@ def mode_not_kept() -> ReadOnlyError:
     )
 
 
-__all__ = ["FIX_SNAPSHOT", "MODE", "SET_MODE", "control_refused", "controls_transaction", "is_plain", "mode_not_kept"]
+__all__ = [
+    "FIX_SNAPSHOT",
+    "MODE",
+    "SET_MODE",
+    "control_refused",
+    "controls_transaction",
+    "is_plain",
+    "mode_not_kept",
+    "what_it_does",
+]

@@ -36,6 +36,7 @@ from .connection import TenantEngine, VariantConnection
 from .connector import Connector
 from .consistency import ConsistencyTokens, WriteNotes, current_consistency
 from .engines import EngineCache, Entry
+from .reading import what_it_does
 
 logger = logging.getLogger("tenancy_orm.routing")
 
@@ -431,21 +432,35 @@ def _refuse_writes(
 ) -> None:
     """Refuse what can be seen to write or lock, before it is sent; PostgreSQL refuses the rest."""
     compiled: Any = getattr(context, "compiled", None)
-    if compiled is None:
-        return
     what = None
     if getattr(context, "isddl", False):
         what = "changes the schema"
-    elif compiled.isinsert or compiled.isupdate or compiled.isdelete:
+    elif compiled is not None and (compiled.isinsert or compiled.isupdate or compiled.isdelete):
         what = "writes"
-    elif getattr(compiled.statement, "_for_update_arg", None) is not None:
+    elif getattr(getattr(compiled, "statement", None), "_for_update_arg", None) is not None:
         what = "locks rows (with_for_update)"
+    else:
+        what = what_it_does(statement)
     if what is not None:
         pool: Any = connection.engine.pool
-        raise ReadOnlyError(
-            f"tenant {pool.slug!r}: the statement {what}, and the session reads on replicas; use tenancy.session() or "
-            "tenancy.transaction() for it"
-        )
+        raise _refused(pool.slug, what)
+
+
+def refuse_text(slug: str, statement: str) -> None:
+    """Refuse a text that writes or locks, as far as is seen, before it is sent to a replica.
+
+    Raises:
+        ReadOnlyError: it does.
+    """
+    if (what := what_it_does(statement)) is not None:
+        raise _refused(slug, what)
+
+
+def _refused(slug: str, what: str) -> ReadOnlyError:
+    return ReadOnlyError(
+        f"tenant {slug!r}: the statement {what}, and it would be read on a replica; use tenancy.session() or "
+        "tenancy.transaction() for it"
+    )
 
 
 event.listen(ReplicaEngine, "before_cursor_execute", _refuse_writes)
@@ -460,4 +475,5 @@ __all__ = [
     "ServerReplicas",
     "can_repeat",
     "check_demand",
+    "refuse_text",
 ]

@@ -103,7 +103,7 @@ class Router:
         self._tokens = tokens
         self._notes = WriteNotes()
         self._replicas: dict[str, ServerReplicas] = {}
-        self._retired_replicas: list[ServerReplicas] = []
+        self._retired_replicas: WeakSet[ServerReplicas] = WeakSet()
         self._max_engines = config.pool.max_engines
         self._max_staleness = config.replicas.max_staleness
         self.reads_replicas = any(server.replicas for server in servers.values())
@@ -344,7 +344,7 @@ class Router:
         if connector is not None and connector.server is not self._servers.get(name):
             if (replicas := self._replicas.pop(name, None)) is not None:
                 replicas.close()
-                self._retired_replicas.append(replicas)
+                self._retired_replicas.add(replicas)
             del self._connectors[name]
             self._retired.add(connector)
             self._cache.retire_server(connector)

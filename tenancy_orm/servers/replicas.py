@@ -204,7 +204,8 @@ class ReplicaMonitor:
         """Ask the primary, then the replicas, which can have replayed its position by then."""
         primary = self._primary.start(self._learn_primary, self._patience)
         await asyncio.wait([primary], timeout=self._interval / 2)
-        await asyncio.wait([self._start(replica) for replica in self.replicas], timeout=self._interval / 2)
+        if self.replicas:
+            await asyncio.wait([self._start(replica) for replica in self.replicas], timeout=self._interval / 2)
 
     def _start(self, replica: Replica) -> asyncio.Task[None]:
         def learn(asked_at: float, answer: Reading | BaseException) -> None:

@@ -500,12 +500,14 @@ class Server:
     # --- errors -----------------------------------------------------------------------------------------------------
 
     async def _ping(self) -> None:
-        """Ask whether the server answers, at each of its addresses.
+        """Ask whether the server answers where tenants connect to; where that is a pooler, also beside it.
 
         Raises:
             OSError: it does not.
         """
-        addresses = {self.traffic.dsn.hosts: self.traffic.dsn, self.dsn.hosts: self.dsn}
+        addresses = {self.traffic.dsn.hosts: self.traffic.dsn}
+        if self.traffic.is_pooled:
+            addresses[self.dsn.hosts] = self.dsn
         for dsn in addresses.values():
             await ping(dsn, timeout=self.breaker.config.timeout)
 

@@ -32,13 +32,16 @@ class Answer(Generic[T]):
 
     Args:
         undo: Called with an answer that comes when nobody waits any more: the thread was interrupted.
+        unbegun: Called where a coroutine was cancelled before it began, so that it could not clean up itself.
     """
 
-    __slots__ = ("_abandoned", "_answered", "_box", "_task", "_undo")
+    __slots__ = ("_abandoned", "_answered", "_begun", "_box", "_task", "_unbegun", "_undo")
 
-    def __init__(self, undo: Callable[[T], object] | None = None) -> None:
+    def __init__(self, undo: Callable[[T], object] | None = None, unbegun: Callable[[], object] | None = None) -> None:
         self._box: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
         self._undo = undo
+        self._unbegun = unbegun
+        self._begun = False
         self._answered = False
         self._abandoned = False
         self._task: asyncio.Task[T] | None = None
@@ -82,11 +85,18 @@ class Answer(Generic[T]):
 
     def start(self, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
         """Answer with what a coroutine returns."""
-        self._task = asyncio.get_running_loop().create_task(work())
+
+        async def begin() -> T:
+            self._begun = True
+            return await work()
+
+        self._task = asyncio.get_running_loop().create_task(begin())
         self._task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
+            if not self._begun and self._unbegun is not None:
+                self._unbegun()
             self.set_error(NotOpenError("this Tenancy was closed while a thread waited for it"))
         elif (error := task.exception()) is not None:
             self.set_error(error)
@@ -142,6 +152,7 @@ class Hops:
         call: Callable[..., Coroutine[Any, Any, T]],
         *args: Any,
         undo: Callable[[T], object] | None = None,
+        unbegun: Callable[[], object] | None = None,
         unbound: bool = False,
     ) -> T:
         """Return what a coroutine function returns in the loop, in this thread's context.
@@ -152,12 +163,13 @@ class Hops:
             call: The coroutine function.
             args: Its arguments.
             undo: Called with what it returns if this thread was interrupted.
+            unbegun: Called if this thread was interrupted before it began.
             unbound: Whether it runs with no tenant bound: what administers connections does.
 
         Raises:
             TenancyError: as ``run``; and whatever ``call`` raises.
         """
-        answer: Answer[T] = Answer(undo)
+        answer: Answer[T] = Answer(undo, unbegun)
         self._put(_start_with, answer, call, args, context=Context() if unbound else None)
         return self.wait(answer)
 

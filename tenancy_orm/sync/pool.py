@@ -160,7 +160,12 @@ class ThreadPool(RoutedPool):
             record = self._hops.wait(answer, deadline - since)
         except TimeoutError:
             end = partial(self._end_wait_here, answer, timeout)
-            return self._hops.run_async(end, undo=self._give_back_here, unbound=True)
+            try:
+                return self._hops.run_async(end, undo=self._give_back_here, unbound=True)
+            except BaseException:
+                # the loop may not have come to it: nobody waits for the answer any more
+                self._hops.post(answer.abandon)
+                raise
         except WaitRefusedError as exc:
             error = partial(self._refused_error_here, exc, timeout)
             raise self._hops.run_async(error, unbound=True) from None
@@ -268,7 +273,13 @@ class ThreadPool(RoutedPool):
         return connection
 
     def _probe(self) -> None:
-        self._hops.run_async(self.connector.probe, self.route, undo=lambda _: self._failed_here(), unbound=True)
+        self._hops.run_async(
+            self.connector.probe,
+            self.route,
+            undo=lambda _: self._failed_here(),
+            unbegun=self._failed_here,
+            unbound=True,
+        )
         self._server.prepare()
 
     def _log_in(self) -> ThreadConnection:

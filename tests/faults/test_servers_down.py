@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 from alembic import command
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.asgi import TenancyMiddleware
 from tenancy_orm.asgi.problems import problem_for
+from tenancy_orm.config import ServerAddresses
 from tenancy_orm.control.database import _alembic_config
 from tenancy_orm.errors import LoginRefusedError, ServerUnavailableError, TenancyError
 from tenancy_orm.events import Event, ServerDown, ServerUp
@@ -30,6 +31,8 @@ from tests.support.asgi import request
 from tests.support.models import Base
 from tests.support.outages import Writers, frozen, go_on, running
 from tests.support.postgres import Postgres
+from tests.support.processes import opened
+from tests.support.proxy import proxied
 from tests.support.replication import TestServer, primary_server
 from tests.support.shell import ROOT, environment, python_path
 from tests.support.waiting import until
@@ -215,6 +218,36 @@ async def test_writes_go_on_after_a_restart_and_none_is_made_twice(house: Tenanc
         await writer.check()
     assert not neighbour.failures
     assert breaker(house).state is BreakerState.CLOSED
+
+
+@pytest.mark.parametrize("how", ["refuse", "swallow"])
+async def test_the_administrators_address_is_no_reason_to_refuse_tenants(
+    tenancy_config: TenancyConfig, postgres: Postgres, how: str
+) -> None:
+    """It is another one than tenants connect to: a slow statement of one tenant would cost all of them their server."""
+    url = make_url(postgres.admin_url)
+    async with proxied(postgres.admin_url) as proxy:
+        config = tenancy_config.replace(
+            servers={
+                "default": ServerAddresses(
+                    admin=proxy.url(postgres.admin_url), tenants=f"postgresql://{url.host}:{url.port}"
+                )
+            },
+            breaker={"timeout": 0.2, "end_after": 0.2},
+        )
+        async with opened(config, initialise=True) as tenancy:
+            for slug in ("acme", "globex"):
+                await tenancy.tenants.create(slug)
+                await tenancy.fetch_value("SELECT 1", tenant=slug)
+            getattr(proxy, how)()
+            try:
+                slow = asyncio.create_task(tenancy.fetch_value("SELECT 'whole' FROM pg_sleep(2)", tenant="acme"))
+                while not slow.done():
+                    assert await tenancy.fetch_value("SELECT 1", tenant="globex") == 1
+                    await asyncio.wait([slow], timeout=0.05)
+                assert await slow == "whole"
+            finally:
+                proxy.restore()
 
 
 async def test_no_tenant_can_open_the_breaker_of_its_server(

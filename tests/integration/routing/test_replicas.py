@@ -258,6 +258,8 @@ async def test_what_was_written_is_read(app: Application) -> None:
         # why: somebody else's read with this bound does not see it
         assert await app.notes(**options) == ["kept"]
         assert await app.notes(**options, after=token) == ["kept", "mine", "at once"]
+    # the program sees what its blocks have written
+    assert await app.notes(max_staleness=60.0) == ["kept", "mine", "at once"]
     await app.write("unbound")
     assert await app.notes(max_staleness=60.0) == ["kept", "mine", "at once", "unbound"]
     assert set(app.reasons) == {"written"}
@@ -363,7 +365,7 @@ async def test_a_token_is_its_tenants_alone(app: Application, standby: Standby) 
 
 
 async def test_what_writes_or_locks_is_not_sent_to_a_replica(app: Application) -> None:
-    """What can be seen is refused with what to do; the rest, text, is refused by PostgreSQL. On the primary as well."""
+    """What can be seen is refused with what to do; what a function does, by PostgreSQL. On the primary as well."""
 
     def add(session: Session) -> None:
         session.add(Note(body="x"))
@@ -379,16 +381,27 @@ async def test_what_writes_or_locks_is_not_sent_to_a_replica(app: Application) -
         ("locks rows", lambda session: session.connection().execute(select(Note.id).with_for_update(read=True))),
         ("read-only", add),
         ("read-only", add_and_read),
+        ("locks rows", lambda session: session.execute(text("SELECT 1 FROM notes FOR NO KEY UPDATE"))),
+        ("locks rows", lambda session: session.scalars(select(select(Note.id).with_for_update().subquery()))),
+        ("writes", lambda session: session.execute(text("/* a */ INSERT INTO notes (body) VALUES ('x')"))),
+        ("schema", lambda session: session.execute(text("CREATE TABLE x (n integer)"))),
     ]
     places: list[dict[str, Any]] = [{}, {"after": "forged"}]
     for options in places:
         for what, body in seen:
             with pytest.raises(ReadOnlyError, match=what):
                 await app.use(body, **options)
-        for statement in ("INSERT INTO notes (body) VALUES ('x')", "SELECT 1 FROM notes FOR UPDATE"):
-            with pytest.raises(DBAPIError) as caught:
-                await app.use(partial(Session.execute, statement=text(statement)), **options)
-            assert getattr(caught.value.orig, "sqlstate", None) == "25006"
+        with pytest.raises(DBAPIError) as caught:
+            await app.use(partial(Session.execute, statement=text("SELECT nextval('notes_id_seq')")), **options)
+        assert getattr(caught.value.orig, "sqlstate", None) == "25006"
+        for what, statement in (
+            ("writes", "DELETE FROM notes RETURNING id"),
+            ("locks", "SELECT 1 FROM notes FOR SHARE"),
+        ):
+            reads = app.tenancy.internals.router.statistics().replicas["default/1"].reads
+            with pytest.raises(ReadOnlyError, match=what):
+                await app.tenancy.fetch_all(statement, tenant="acme", replica=True, **options)
+            assert app.tenancy.internals.router.statistics().replicas["default/1"].reads == reads
     assert await app.notes(replica=False) == ["kept"]
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("read_only=True", {"read_only": False}),
@@ -622,3 +635,17 @@ async def is_false(outcome: Any) -> bool:
 async def is_lost(app: Application) -> bool:
     await app.on_replica()
     return any(isinstance(event, ReplicaLost) for event in app.emitted)
+
+
+async def test_a_token_needs_no_replica(tenancy: Tenancy) -> None:
+    """Other processes may have one. The connection that asks the primary stays, for the next token."""
+    await tenancy.tenants.create("acme")
+    token = await tenancy.consistency_token("acme")
+    monitor = tenancy.internals.router._replicas["default"].monitor
+    following = monitor._following
+    assert following is not None
+    await asyncio.wait([following], timeout=0.2)
+    assert not following.done()
+    assert await tenancy.consistency_token("acme") != token
+    assert monitor._following is following
+    assert await tenancy.fetch_value("SELECT 1", tenant="acme", replica=True, after=token) == 1

@@ -225,6 +225,44 @@ async def test_a_loop_that_waits_for_a_thread_is_not_waited_for_for_ever(
     assert statistics().leased == 0
 
 
+async def test_a_blocked_loop_costs_no_slot_of_a_thread_that_gives_up(
+    tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First its time is up, and then nobody takes back what it has asked for."""
+    async with _opened(tenancy_config.replace(pool={"checkout_timeout": 0.2})) as tenancy:
+        await tenancy.tenants.create("acme")
+        await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme")
+        monkeypatch.setattr(hops, "_LOOK_SECONDS", 0.05)
+        monkeypatch.setattr(hops, "_BLOCKED_LOOKS", 4)
+        statistics = tenancy.internals.router.statistics
+        with ThreadPoolExecutor(3) as pool:
+            opened = [await asyncio.wrap_future(pool.submit(tenancy.sync.session, "acme")) for _ in range(3)]
+            sessions = [await asyncio.wrap_future(pool.submit(one.__enter__)) for one in opened]
+            futures = [pool.submit(session.scalar, text("SELECT 1")) for session in sessions]
+            for future in futures:
+                with pytest.raises(EventLoopBlockedError):
+                    future.result(10)
+            for one in opened:
+                await asyncio.wrap_future(pool.submit(one.__exit__, None, None, None))
+        await until(lambda: statistics().servers["default"].idle == statistics().servers["default"].open)
+        assert statistics().servers["default"].opening == 0
+        assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
+
+
+async def test_a_coroutine_that_is_cancelled_before_it_begins_is_told() -> None:
+    """It cannot clean up itself."""
+    told: list[str] = []
+    answer: Answer[None] = Answer(unbegun=lambda: told.append("unbegun"))
+
+    async def work() -> None:
+        told.append("begun")
+
+    answer.start(work)
+    answer.abandon()
+    await until(lambda: bool(told))
+    assert told == ["unbegun"]
+
+
 async def test_a_variable_of_libpqs_does_not_lead_to_another_server(
     tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
