@@ -119,6 +119,7 @@ async def verify_all(tenancy: Tenancy, made: list[Backup]) -> None:
             group.create_task(work())
 
 
+@pytest.mark.timeout(0)
 async def test_backups_and_restores(
     tenancy: Tenancy, databases: dict[str, str], postgres: Postgres, tmp_path: Path
 ) -> None:
