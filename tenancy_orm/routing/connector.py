@@ -440,7 +440,10 @@ class Connector:
         return connection
 
     def watch(self, connection: HeldConnection) -> None:
-        """Have the garbage collector free the slot of a connection that nobody has closed. In any thread."""
+        """Have the finalizer of a connection close it and free its slot, in the loop: for the garbage collector too.
+
+        In any thread.
+        """
         finalizer = weakref.finalize(
             connection, _in_loop, self.loop, self._begin_close, connection.route.share, connection.ending
         )
@@ -485,11 +488,6 @@ class Connector:
         """Close a connection that counts as in use, and empty its record."""
         self.close(cast("HeldConnection", record.dbapi_connection))
         record.close()
-
-    def close_soon(self, connection: HeldConnection) -> None:
-        """Let the loop call ``close``. The garbage collector may call this in any thread, at any point."""
-        if connection.finalizer.alive:
-            _in_loop(self.loop, self.close, connection)
 
     def _begin_close(self, share: Share[Record], ending: Ending) -> None:
         self.budget.discard(share)
