@@ -200,7 +200,9 @@ async def _run(
     connection = cast("TenantConnection", record.dbapi_connection)
     broken = True
     try:
-        if connection._connection.native_mode is None or (pool is not asked and pool.route.is_changing):
+        if connection._connection.native_mode is None or (
+            pool is not asked and (not pool.is_direct or pool.route.is_changing)
+        ):
             broken = False
             return None
         if connection._connection.has_other_mode and not await _set_mode(connection, statement, values):

@@ -99,8 +99,8 @@ class TenantPool(RoutedPool):
     async def get(self, *, reading: bool) -> _Held:
         """Return a connection without a connection of SQLAlchemy's around it, and the pool to return it to.
 
-        ``give_back`` of that pool must follow. It is another one, of another server perhaps, where the tenant's database
-        was exchanged for another one.
+        ``give_back`` of that pool must follow. It is another one, and perhaps another server's, where the tenant's
+        database was exchanged.
 
         Raises:
             TenancyError: as a session's first statement.
@@ -219,7 +219,7 @@ class TenantPool(RoutedPool):
     async def _wait(self, deadline: float, timeout: float, *, first: bool) -> Record | None:
         """Wait for a connection of this tenant (a record) or for a reserved slot (None)."""
         connector, account = self.connector, self.share.account
-        connector.outage.check(self.route.slug)
+        connector.check_wait(self.route.slug)
         waiter: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
         refusal = connector.budget.wait(self.share, waiter, deadline=deadline, first=first)
         if refusal is not None:
@@ -303,17 +303,23 @@ class TenantPool(RoutedPool):
         record = cast("Record", record)
         if record.dbapi_connection is None:
             return  # it was invalidated or detached, and the connection has the slot
-        if self.retired or not cast("TenantConnection", record.dbapi_connection).usable:
+        connection = cast("TenantConnection", record.dbapi_connection)
+        if self.retired or not connection.usable:
             self.discard(record)
-        elif self.connector.full_reset:
+        elif self.connector.full_reset or connection.is_renamed:
             self.connector.spawn(self._reset(record))
         else:
             self._return_idle(record)
 
     async def _reset(self, record: Record) -> None:
         connection = cast("TenantConnection", record.dbapi_connection)
+        timeout = self.connector.server.connect_timeout
         try:
-            await connection._connection.reset(timeout=self.connector.server.connect_timeout)
+            if self.connector.full_reset:
+                await connection._connection.reset(timeout=timeout)
+            if connection.is_renamed:
+                # or nobody could tell whose it is
+                await connection.tag_again(timeout=timeout)
         except (*SERVER_FAILURES, TenancyError, asyncio.CancelledError) as exc:
             self.discard(record)
             if isinstance(exc, asyncio.CancelledError):
