@@ -158,3 +158,14 @@ async def test_a_process_whose_lease_is_over_refuses_at_once(
         proxy.restore()
         await until(lambda: not lease.is_cut_off)
         assert (await in_thread(), await in_loop()) == (1, 1)
+
+
+async def test_it_goes_by_its_own_clock_whatever_the_control_database_does(tenancy: Tenancy) -> None:
+    """Also while it waits for an answer from there."""
+    [lease] = leases_of(tenancy, "default")
+    runner = tenancy.internals.leases._runner
+    assert runner is not None
+    runner.cancel()
+    await asyncio.gather(runner, return_exceptions=True)
+    lease.valid_until = clock() + CUT_OFF_SECONDS / 2
+    await until(lambda: lease.is_cut_off and lease.is_present)
