@@ -279,7 +279,9 @@ class Assembly:
         self.registry = Registry(self.control, self.audit, usage_billed=config.metering.usage_sender is not None)
         self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
         self.directory = Directory(self.control, config, events, audit=self.audit)
-        self.leases = ConnectionLeases(self.control, self.servers, events, at_most=config.pool.max_connections)
+        self.leases = ConnectionLeases(
+            self.control, self.servers, events, self.names, at_most=config.pool.max_connections
+        )
         self._opened.append(self.leases.close)
         self.router = Router(
             config=config,

@@ -340,7 +340,7 @@ def show_connections(as_json: Json = False) -> None:
         leases = tenancy.internals.leases
         # without this command's own
         return [
-            replace(found, leases=tuple(row for row in found.leases if row.process != leases.process))
+            replace(found, leases=tuple(row for row in found.leases if row.process not in leases.processes))
             for found in await leases.read()
             if _is_there(tenancy.internals.servers, found.server)
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextvars import Context
 from typing import Any
 from uuid import UUID
@@ -45,15 +45,22 @@ class Care:
         control: The open control database.
         servers: The servers by name.
         events: Receives reclaims.
+        stem: What the names of tenants' roles begin with.
         changed: Called when a cap, or what others have, has changed.
     """
 
     def __init__(
-        self, control: ControlDatabase, servers: Mapping[str, Server], events: EventBus, changed: Callable[[], None]
+        self,
+        control: ControlDatabase,
+        servers: Mapping[str, Server],
+        events: EventBus,
+        stem: str,
+        changed: Callable[[], None],
     ) -> None:
         self._control = control
         self._servers = servers
         self._events = events
+        self._stem = stem
         self._changed = changed
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._looked_at: dict[UUID, float] = {}  # lost processes that live, by when that was seen
@@ -100,8 +107,8 @@ class Care:
                 break
         every = RECOUNT_SECONDS if recount else COUNT_SECONDS
         if leases.counted_ago > every and not server.is_pooled:
-            tags = [rows.tag_of(row.process) for row in leases.leases]
-            self.start("count", leases.server, self._count(leases.server, tags, every=every))
+            known = {rows.tag_of(row.process): row.granted for row in leases.leases}
+            self.start("count", leases.server, self._count(leases.server, known, every=every))
 
     def _trusts(self, least: float, most: float, now: float) -> bool:
         """Whether a lease has expired since nobody renewed it, and not since the control database's clock was set.
@@ -122,14 +129,18 @@ class Care:
         except FAILURES as exc:
             logger.debug("%s of connections to server %s has failed: %s", kind, server, type(exc).__name__)
 
-    async def _count(self, server: str, tags: Collection[str], *, every: float) -> None:
+    async def _count(self, server: str, known: Mapping[str, int], *, every: float) -> None:
         async with self._control.connect() as control:
             if not await rows.claim_count(control, server, every=every):
                 return
         async with usage.administration(self._servers[server]) as connection:
-            counted = await usage.count(connection, tags)
+            counted = await usage.count(connection, self._stem)
         async with self._control.connect() as control:
-            await rows.save_count(control, server, accepted=counted.accepted, others=counted.others)
+            # read after the count: what a process has that has opened in between is none of others. And what one had
+            # that was closed in between is none either.
+            granted, elsewhere = await rows.read_granted(control, server)
+            others = counted.others({**known, **granted}, elsewhere=elsewhere)
+            await rows.save_count(control, server, accepted=counted.accepted, others=others)
         self._changed()
 
     async def _reclaim(self, server: str, row: LeaseRow) -> None:

@@ -10,10 +10,11 @@ import math
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
+from uuid import UUID, uuid4
 from weakref import ReferenceType, ref
 
 from ..deadlines import clock
-from .rows import LEASE_SECONDS, Demand
+from .rows import LEASE_SECONDS, Demand, tag_of
 from .shares import HEADROOM, LEAST
 
 CUT_OFF_SECONDS = LEASE_SECONDS / 2
@@ -56,11 +57,12 @@ class Lease:
 
     Args:
         server: The server's name.
-        tag: Returns what the ``application_name`` of this process's connections ends in.
         at_most: How many of them this process may have at most; None is all.
         on_need: Called when waiters need more than it has.
 
     Attributes:
+        process: The id of this process in the lease. It has another one in each: two servers may be one cluster by two
+            names, and there the connections to one are none of the other's.
         cap: How many all processes may have, as far as is known.
         processes: How many processes share them.
         granted: How many this process was granted.
@@ -69,13 +71,13 @@ class Lease:
         valid_until: When the lease expires, in seconds of ``clock``: not later than it does by the database's clock.
         is_cut_off: Whether it could not be renewed for some time.
         is_present: Whether this process proves on the server itself that it lives.
+        is_over: Whether it has expired, and could not be renewed since: nobody waits for a connection.
         was_cut: Whether connections in use were cut: PostgreSQL may still run their statements.
     """
 
-    def __init__(
-        self, server: str, *, tag: Callable[[], str], at_most: int | None, on_need: Callable[[Lease], None]
-    ) -> None:
+    def __init__(self, server: str, *, at_most: int | None, on_need: Callable[[Lease], None]) -> None:
         self.server = server
+        self.process: UUID = uuid4()
         self.at_most = at_most
         self.cap = 0
         self.processes = 1
@@ -88,6 +90,7 @@ class Lease:
         self.is_registered = False
         self.is_cut_off = False
         self.is_present = False
+        self.is_over = False
         self.was_cut = False
         self.is_asking = False
         self.is_full = False
@@ -95,7 +98,6 @@ class Lease:
         self.next_ask = 0.0
         self.pause = 0.0
         self.shrinking_since: float | None = None
-        self._tag = tag
         self._on_need = on_need
         # the last is in use; the earlier ones are of replaced servers, and may have connections left
         self._budgets: list[ReferenceType[Limited]] = []
@@ -106,7 +108,7 @@ class Lease:
     @property
     def tag(self) -> str:
         """What the ``application_name`` of the connections that are opened now ends in."""
-        return self._tag()
+        return tag_of(self.process)
 
     @property
     def is_valid(self) -> bool:
@@ -151,6 +153,8 @@ class Lease:
         if self.at_most is not None and limit >= self.at_most:
             return "pool.max_connections"
         cap = f"the cap of server {self.server!r}, which is {self.cap} connections for all processes together"
+        if self.is_cut_off:
+            return f"{cap}; this process is cut off from the control database, and gets no more until that answers"
         if limit or self.processes <= self.cap:
             return f"{cap} (tenancy servers connections shows them)"
         return f"{cap}, or start fewer: there are {self.processes} processes (tenancy servers connections shows them)"
@@ -209,7 +213,7 @@ class Lease:
 
     def demand(self, wanted: int) -> Demand:
         """What this process says of itself when it renews the lease."""
-        return Demand(self.next_guaranteed, wanted, self.in_use)
+        return Demand(self.process, self.next_guaranteed, wanted, self.in_use)
 
     # --- the limit --------------------------------------------------------------------------------------------------
 
@@ -243,6 +247,7 @@ class Lease:
     def renewed(self, began: float) -> None:
         """Record that the control database has renewed the lease; the statement was sent at ``began``."""
         self.valid_until = max(self.valid_until, began + LEASE_SECONDS)
+        self.is_over = False
         self.guaranteed = self.next_guaranteed
 
     def learn(self, *, cap: int, processes: int, max_opening: int | None) -> None:
@@ -252,7 +257,8 @@ class Lease:
         self.guaranteed = min(self.guaranteed, self.next_guaranteed)
 
     def lose(self) -> None:
-        """Record that others may have what this process had."""
+        """Record that others may have what this process had. What it gets from now on, it has under another id."""
+        self.process = uuid4()
         self.granted = self.limit = self.guaranteed = 0
         self.valid_until = -math.inf
         self.is_registered = self.is_present = False

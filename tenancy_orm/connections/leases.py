@@ -5,6 +5,7 @@ renews its leases every ``RENEW_SECONDS``. One that does not for ``LEASE_SECONDS
 stopped, or without a way to the control database. Before others get what it had:
 
 - it goes back to its guaranteed part by itself, by its own clock, and proves that it lives by a lock on the server;
+  another task looks at that clock, since the first one may be waiting for the control database;
 - if it holds that lock, it keeps this part, and the others get what it had borrowed;
 - if it does not, another process ends all its connections on the server, as the administrator, and then removes the
   lease. Should it go on after that, it opens nothing: its lease has expired by its own clock too.
@@ -18,13 +19,14 @@ import os
 import random
 import socket
 from collections import ChainMap
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextvars import Context
 from typing import Any, cast
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
+from ..control.names import Names
 from ..control.notifications import LeaseCall
 from ..deadlines import clock
 from ..events import ConnectionLeaseLost, ConnectionLeaseRestored, EventBus
@@ -50,6 +52,7 @@ FIRST = 5
 """How many connections a process gets when it opens, where they are free."""
 
 _ATTEMPT_SECONDS = 1.5  # how long the control database may take
+_CLOCK_SECONDS = 0.5  # how often a process looks whether its leases are about to expire
 _END_SECONDS = 3.0  # how long the closing of a process waits for the end of what it has cut
 _SHRINK_SECONDS = 0.03  # how often a process that gives back looks which connections have been closed
 _FIRST_PAUSE = 0.02  # between two attempts to get more
@@ -62,14 +65,20 @@ class ConnectionLeases:
         control: The open control database.
         servers: The servers by name.
         events: Receives losses and reclaims.
+        names: Those of this installation's roles.
         at_most: How many connections to one server this process may have at most; None is as many as there are.
     """
 
     def __init__(
-        self, control: ControlDatabase, servers: Mapping[str, Server], events: EventBus, *, at_most: int | None
+        self,
+        control: ControlDatabase,
+        servers: Mapping[str, Server],
+        events: EventBus,
+        names: Names,
+        *,
+        at_most: int | None,
     ) -> None:
         self.home = HomeLoop()
-        self.process: UUID = uuid4()
         self._control = control
         self._replicas: dict[str, Server] = {}
         self._servers: Mapping[str, Server] = ChainMap(self._replicas, cast("dict[str, Server]", servers))
@@ -79,7 +88,8 @@ class ConnectionLeases:
         self._leases: dict[str, Lease] = {}
         self._wake = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
-        self._care = Care(control, self._servers, events, self._renew_soon)
+        self._watcher: asyncio.Task[None] | None = None
+        self._care = Care(control, self._servers, events, names.tenant_stem, self._renew_soon)
         self._renew_at = 0.0
         self._failing = False
         self._proofs: dict[str, Connection] = {}
@@ -115,7 +125,14 @@ class ConnectionLeases:
 
     def _begin(self) -> None:
         self._renew_at = clock() + RENEW_SECONDS * random.uniform(0.5, 1.0)
-        self._runner = asyncio.get_running_loop().create_task(self._run(), context=Context())
+        loop = asyncio.get_running_loop()
+        self._runner = loop.create_task(self._run(), context=Context())
+        self._watcher = loop.create_task(self._watch(), context=Context())
+
+    @property
+    def processes(self) -> frozenset[UUID]:
+        """The ids that this process has in its leases: another one in each."""
+        return frozenset(lease.process for lease in self._leases.values())
 
     def lease(self, server: str, replica: Server | None = None) -> Lease:
         """Return this process's part of the connections of a server.
@@ -128,9 +145,7 @@ class ConnectionLeases:
             self._replicas[server] = replica
         found = self._leases.get(server)
         if found is None:
-            found = self._leases[server] = Lease(
-                server, tag=lambda: rows.tag_of(self.process), at_most=self._at_most, on_need=lambda _: self._wake.set()
-            )
+            found = self._leases[server] = Lease(server, at_most=self._at_most, on_need=lambda _: self._wake.set())
         return found
 
     def called(self, call: LeaseCall) -> None:
@@ -142,7 +157,7 @@ class ConnectionLeases:
         refuse_while_bound("changing leases of connections")
         self.home.check()
         lease = self._leases.get(call.server)
-        if lease is not None and rows.tag_of(self.process) in call.called:
+        if lease is not None and lease.tag in call.called:
             lease.is_asking, lease.next_ask, lease.pause = True, 0.0, 0.0
             self._wake.set()
 
@@ -178,25 +193,24 @@ class ConnectionLeases:
         """
         for found in await self.read():
             if found.server == server:
-                others = sum(row.process != self.process for row in found.leases)
+                others = sum(row.process not in self.processes for row in found.leases)
                 _warn_of_cap(server, found.cap, others)
 
     async def close(self) -> None:
         """Give everything back. The connections are closed by now."""
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.cancel()
-            await asyncio.gather(runner, return_exceptions=True)
+        tasks = [task for task in (self._runner, self._watcher) if task is not None]
+        self._runner = self._watcher = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._care.close()
-        for connection in self._proofs.values():
-            connection.terminate()
         leases = [lease for lease in self._leases.values() if lease.is_registered]
         # PostgreSQL does not notice that a socket was cut while it runs a statement
         cut = [lease for lease in leases if lease.was_cut and lease.server in self._servers]
         ended = await asyncio.gather(*map(self._end_rest, cut))
-        kept = [lease.server for lease, is_ended in zip(cut, ended, strict=True) if not is_ended]
-        if leases:
-            await self._within(self._remove(kept))
+        kept = [lease for lease, is_ended in zip(cut, ended, strict=True) if not is_ended]
+        if removed := [lease.process for lease in leases if lease not in kept]:
+            await self._within(self._remove(removed))
 
     async def _end_rest(self, lease: Lease) -> bool:
         """End what is left of connections that were cut; if it cannot, another process does, once the lease expires."""
@@ -211,11 +225,11 @@ class ConnectionLeases:
             return False
         return True
 
-    async def _remove(self, kept: Collection[str]) -> None:
+    async def _remove(self, processes: Sequence[UUID]) -> None:
         async with self._control.connect() as connection:
-            await rows.close(connection, self.process, kept=kept)
+            await rows.close(connection, processes)
 
-    # --- the task ---------------------------------------------------------------------------------------------------
+    # --- the tasks ---------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         while True:
@@ -231,25 +245,40 @@ class ConnectionLeases:
                 logger.exception("the leases of connections cannot be kept")
                 await asyncio.sleep(RENEW_SECONDS / 4)
 
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_CLOCK_SECONDS)
+            try:
+                self._check_clock()
+            except Exception:
+                logger.exception("the clock of the leases of connections cannot be checked")
+
     async def _look(self) -> None:
         self._check_clock()
         now = clock()
         if now >= self._renew_at:
             # set first: what comes up during the renewal can have the next one sooner
             self._renew_at = now + RENEW_SECONDS
-            renewed = await self._within(self._renew())
-            self._failing = not renewed
-            if not renewed:
+            self._failing = not await self._within(self._renew())
+            if self._failing:
                 self._renew_at = clock() + RENEW_SECONDS / 4
-                self._check_clock(failed=True)
-        for lease in list(self._leases.values()):
+                self._check_clock()
+        if self._failing:
+            return  # each change would take as long, in vain
+        for lease in self._leases.values():
             if lease.is_miscounted:
                 lease.is_asking, lease.next_ask = True, 0.0
-            if self._needs_change(lease) and not await self._within(self._change(lease)):
+        for lease in sorted(filter(self._needs_change, self._leases.values()), key=lambda lease: lease.next_ask):
+            if clock() >= self._renew_at:
+                return  # a renewal keeps all of them, and those that are left are the first ones after it
+            if not await self._within(self._change(lease)):
                 lease.next_ask = clock() + RENEW_SECONDS / 4
+                return
 
     def _due(self) -> float:
         due = self._renew_at
+        if self._failing:
+            return due
         for lease in self._leases.values():
             if lease.is_asking:
                 due = min(due, max(lease.next_ask, clock() + 0.001))
@@ -287,7 +316,7 @@ class ConnectionLeases:
         self._wake.set()
 
     def _look_after(self, leases: ServerLeases, lease: Lease, began: float) -> None:
-        self._care.look_after(leases, self.process, began=began, recount=lease.is_miscounted)
+        self._care.look_after(leases, lease.process, began=began, recount=lease.is_miscounted)
         lease.is_miscounted = False
 
     # --- registering, renewing, changing ----------------------------------------------------------------------------
@@ -304,7 +333,7 @@ class ConnectionLeases:
             for server, leases in found.items():
                 lease = self._leases[server]
                 # its own is there where the answer to a former attempt was lost
-                others = [row.granted for row in leases.leases if row.process != self.process]
+                others = [row.granted for row in leases.leases if row.process != lease.process]
                 parts = len(others) + 1
                 first = FIRST if self._at_most is None else min(FIRST, self._at_most)
                 free = leases.cap - sum(others)
@@ -318,9 +347,9 @@ class ConnectionLeases:
                         leases.accepted,
                     )
                 _warn_of_cap(server, leases.cap, parts)
-                granted[server] = (max(0, min(free, first)), leases.cap // parts, min(LEAST, first))
-            added = await rows.add(connection, self.process, host=self._host, pid=os.getpid(), granted=granted)
-        for server, (number, guaranteed, _) in granted.items():
+                granted[server] = (lease.process, max(0, min(free, first)), leases.cap // parts, min(LEAST, first))
+            added = await rows.add(connection, host=self._host, pid=os.getpid(), granted=granted)
+        for server, (_, number, guaranteed, _) in granted.items():
             if server not in added:
                 continue
             lease = self._leases[server]
@@ -355,15 +384,12 @@ class ConnectionLeases:
         wanted = {server: lease.wanted for server, lease in held.items()}
         demands = {server: lease.demand(wanted[server]) for server, lease in held.items()}
         async with self._control.transaction() as connection:
-            renewed = await rows.renew(connection, self.process, demands)
+            renewed = await rows.renew(connection, demands)
             found = await rows.read(connection, held)
-        if renewed != held.keys():
-            await self._start_again()
-            return
         for server, lease in held.items():
-            if (leases := found.get(server)) is None:
+            if server not in renewed or (leases := found.get(server)) is None:
                 continue
-            position = leases.position(self.process)
+            position = leases.position(lease.process)
             assert position is not None  # noqa: S101 - for the type checker: it was just renewed
             # others have taken what it had borrowed, if it could not renew the lease in time
             lease.granted = min(lease.granted, leases.leases[position].granted)
@@ -375,6 +401,8 @@ class ConnectionLeases:
                 lease.is_asking, lease.next_ask = True, 0.0
             lease.apply()
             self._look_after(leases, lease, began)
+        if lost := [lease for server, lease in held.items() if server not in renewed]:
+            await self._start_again(lost)
 
     def _decide(self, lease: Lease, leases: ServerLeases, position: int, *, keep: int | None = None) -> Decision:
         claims = leases.claims
@@ -395,7 +423,7 @@ class ConnectionLeases:
             await self._change_registered(lease)
         except _LostError:
             # not before the lock on the row of the cap is gone, which it takes again
-            await self._start_again()
+            await self._start_again([lease])
 
     async def _change_registered(self, lease: Lease) -> None:
         began = clock()
@@ -404,7 +432,7 @@ class ConnectionLeases:
             async with self._control.transaction() as connection:
                 await rows.lock_cap(connection, lease.server)
                 leases = (await rows.read(connection, [lease.server]))[lease.server]
-                if (position := leases.position(self.process)) is None:
+                if (position := leases.position(lease.process)) is None:
                     raise _LostError
                 lease.learn(cap=leases.cap, processes=len(leases.leases), max_opening=leases.max_opening)
                 asked, lease.is_full = lease.is_full, False
@@ -415,7 +443,7 @@ class ConnectionLeases:
                 lease.limit = min(lease.limit, decision.limit)
                 lease.apply()
                 granted = max(decision.limit, lease.held)
-                if not await rows.grant(connection, self.process, lease.server, granted, lease.demand(lease.wanted)):
+                if not await rows.grant(connection, lease.server, granted, lease.demand(lease.wanted)):
                     raise _LostError
                 called = decision.debtors if granted < decision.share else ()
                 if granted < before:
@@ -446,23 +474,25 @@ class ConnectionLeases:
         lease.next_ask = now + lease.pause
         lease.apply()
 
-    async def _start_again(self) -> None:
-        """Get leases under another id: others were given what this process had, and have ended its connections."""
-        logger.warning(
-            "this process did not renew its leases of connections in time; others have ended its connections"
-        )
-        former = [lease for lease in self._leases.values() if lease.is_registered]
-        self.process = uuid4()
-        for lease in former:
+    async def _start_again(self, lost: Sequence[Lease]) -> None:
+        """Get leases under other ids: others were given what this process had, and have ended its connections."""
+        for lease in lost:
+            logger.warning(
+                "this process did not renew its lease of connections to server %s in time; others have ended its "
+                "connections",
+                lease.server,
+            )
             lease.lose()
-        await self._register({lease.server: None for lease in former})
+        await self._register({lease.server: None for lease in lost})
 
     # --- this process is cut off ------------------------------------------------------------------------------------
 
-    def _check_clock(self, *, failed: bool = False) -> None:
+    def _check_clock(self) -> None:
         """Go back to the guaranteed part before the leases expire, and to nothing if they have."""
         now = clock()
         for lease in self._leases.values():
+            # one that was stopped for a while tries to renew its leases first
+            lease.is_over = self._failing and not lease.is_valid
             if not lease.is_registered:
                 continue
             since = now - (lease.valid_until - LEASE_SECONDS)
@@ -478,30 +508,32 @@ class ConnectionLeases:
                     lease.granted,
                 )
                 self._events.emit(ConnectionLeaseLost(server=lease.server, limit=kept))
-            proof = self._proofs.get(lease.server)
-            if proof is not None and proof.is_closed():
-                lease.is_present = False
             lease.apply()
-            if proof is None and now < lease.valid_until:
+            # after that others may have begun to end its connections, so the lock would prove nothing
+            if lease.server not in self._proofs and now < lease.valid_until:
                 self._care.start("proof", lease.server, self._prove(lease))
-            # one that was stopped for a while tries to renew its leases first
-            if since > END_SECONDS and failed and lease.open > lease.allowed:
+            if since > END_SECONDS and self._failing and lease.open > lease.allowed:
                 self._care.start("recall", lease.server, self._recall(lease))
 
     async def _prove(self, lease: Lease) -> None:
         """Hold a lock on the server, which shows the others that this process lives while the leases expire."""
         async with usage.administration(self._servers[lease.server]) as connection:
-            if not await try_lock(connection, usage.presence_key(self.process)):
+            if not await try_lock(connection, usage.presence_key(lease.process)):
                 return  # another process has found it, and ends its connections
-            if not (lease.is_cut_off and clock() < lease.valid_until):
+            lost = asyncio.Event()
+            connection.add_termination_listener(lambda _: lost.set())
+            if connection.is_closed() or not (lease.is_cut_off and clock() < lease.valid_until):
                 return  # too late, or not necessary any more
             self._proofs[lease.server] = connection
             lease.is_present = True
-            lost = asyncio.Event()
-            connection.add_termination_listener(lambda _: lost.set())
-            await lost.wait()
-            lease.is_present = False
-            lease.apply()
+            try:
+                await lost.wait()
+            finally:
+                # unless `_restored` has ended it: then there may be another one
+                if self._proofs.get(lease.server) is connection:
+                    del self._proofs[lease.server]
+                    lease.is_present = False
+            self._check_clock()
 
     async def _recall(self, lease: Lease) -> None:
         """End connections of this process that are still in use above its limit."""

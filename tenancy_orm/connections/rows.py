@@ -56,10 +56,11 @@ _READ = text(
 _ADD = text(
     "INSERT INTO tenancy.connection_leases "
     "(server, process, host, pid, granted, guaranteed, wanted, in_use, expires_at) "
-    "SELECT l.server, CAST(:process AS uuid), :host, CAST(:pid AS integer), l.granted, l.guaranteed, l.wanted, 0, "
+    "SELECT l.server, l.process, :host, CAST(:pid AS integer), l.granted, l.guaranteed, l.wanted, 0, "
     "clock_timestamp() + make_interval(secs => :seconds) FROM unnest(CAST(:servers AS text[]), "
-    "CAST(:granted AS text[])::integer[], CAST(:guaranteed AS text[])::integer[], CAST(:wanted AS text[])::integer[]) "
-    "AS l (server, granted, guaranteed, wanted) "
+    "CAST(:processes AS text[])::uuid[], CAST(:granted AS text[])::integer[], "
+    "CAST(:guaranteed AS text[])::integer[], CAST(:wanted AS text[])::integer[]) "
+    "AS l (server, process, granted, guaranteed, wanted) "
     # it is there already where the answer to a former attempt was lost; one that is being ended must not come back
     "ON CONFLICT ON CONSTRAINT connection_leases_pkey DO UPDATE SET granted = excluded.granted, "
     "guaranteed = excluded.guaranteed, wanted = excluded.wanted, in_use = 0, expires_at = excluded.expires_at "
@@ -68,9 +69,10 @@ _ADD = text(
 _RENEW = text(
     "UPDATE tenancy.connection_leases AS l SET guaranteed = v.guaranteed, wanted = v.wanted, in_use = v.in_use, "
     "expires_at = clock_timestamp() + make_interval(secs => :seconds) "
-    "FROM unnest(CAST(:servers AS text[]), CAST(:guaranteed AS text[])::integer[], "
-    "CAST(:wanted AS text[])::integer[], CAST(:in_use AS text[])::integer[]) AS v (server, guaranteed, wanted, in_use) "
-    "WHERE l.server = v.server AND l.process = :process AND l.ending_at IS NULL "
+    "FROM unnest(CAST(:servers AS text[]), CAST(:processes AS text[])::uuid[], "
+    "CAST(:guaranteed AS text[])::integer[], CAST(:wanted AS text[])::integer[], CAST(:in_use AS text[])::integer[]) "
+    "AS v (server, process, guaranteed, wanted, in_use) "
+    "WHERE l.server = v.server AND l.process = v.process AND l.ending_at IS NULL "
     "RETURNING l.server, set_config('idle_in_transaction_session_timeout', '1500ms', true)"
 )
 _GRANT = text(
@@ -80,9 +82,14 @@ _GRANT = text(
     "WHERE server = :server AND process = :process AND ending_at IS NULL RETURNING true"
 )
 _COUNTED = text(
-    # fewer than before are believed one by one: what was there a moment ago comes back
-    "UPDATE tenancy.connection_caps SET accepted = :accepted, others = greatest(:others, coalesce(others, 0) - 1), "
+    # of fewer than before, half is believed each time: what was there a moment ago comes back
+    "UPDATE tenancy.connection_caps SET accepted = :accepted, "
+    "others = greatest(CAST(:others AS integer), (coalesce(others, 0) + CAST(:others AS integer)) / 2), "
     "counted_at = clock_timestamp() WHERE server = :server"
+)
+_GRANTED = text(
+    "SELECT server = :server AS is_here, left(replace(process::text, '-', ''), 12) AS tag, granted "
+    "FROM tenancy.connection_leases"
 )
 _CLAIM_COUNT = text(
     "UPDATE tenancy.connection_caps SET counted_at = clock_timestamp() WHERE server = :server "
@@ -103,11 +110,11 @@ _REMOVE = text(
 )
 # one statement, since it is the last thing that a process does; those who miss connections learn of it
 _CLOSE = text(
-    "WITH gone AS (DELETE FROM tenancy.connection_leases WHERE process = :process "
-    "AND server <> ALL(CAST(:kept AS text[])) RETURNING server, granted), "
+    "WITH gone AS (DELETE FROM tenancy.connection_leases WHERE process = ANY(CAST(:processes AS text[])::uuid[]) "
+    "RETURNING server, process, granted), "
     "missed AS (SELECT l.server, json_agg(left(replace(l.process::text, '-', ''), 12)) AS called "
     "FROM tenancy.connection_leases AS l JOIN gone AS g ON g.server = l.server AND g.granted > 0 "
-    "WHERE l.granted < l.wanted AND l.process <> :process GROUP BY 1) "
+    "WHERE l.granted < l.wanted AND l.process <> g.process GROUP BY 1) "
     "SELECT pg_notify(:channel, json_build_object('s', server, 'l', called)::text) FROM missed"
 )
 _NOTIFY = text("SELECT pg_notify(:channel, :payload)")
@@ -132,7 +139,8 @@ class LeaseRow:
     """A process's lease of connections of one server.
 
     Attributes:
-        process: The id of the process; its connections have the first part of it in their ``application_name``.
+        process: The id of the process, another one on each server. Its connections have the first part of it in their
+            ``application_name``.
         host: The name of its machine.
         pid: Its process id there.
         granted: How many connections it may have.
@@ -273,50 +281,50 @@ async def forget_server(connection: AsyncConnection, server: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a process says of itself when it renews a lease."""
+    """What a process says of itself when it renews a lease: its id in it first."""
 
+    process: UUID
     guaranteed: int
     wanted: int
     in_use: int
 
 
 async def add(
-    connection: AsyncConnection, process: UUID, *, host: str, pid: int, granted: Mapping[str, tuple[int, int, int]]
+    connection: AsyncConnection, *, host: str, pid: int, granted: Mapping[str, tuple[UUID, int, int, int]]
 ) -> set[str]:
     """Insert the leases of a process, and return the servers of those that it has. The rows of the caps are locked.
 
     Args:
         connection: In a transaction.
-        process: Its id.
         host: The name of its machine.
         pid: Its process id there.
-        granted: By server, how many connections are granted and guaranteed, and how many it wants.
+        granted: By server, its id, how many connections are granted and guaranteed, and how many it wants.
     """
     values = list(granted.values())
     added = await connection.scalars(
         _ADD,
         {
             "servers": list(granted),
-            "process": process,
+            "processes": [str(value[0]) for value in values],
             "host": host,
             "pid": pid,
-            "granted": [str(value[0]) for value in values],
-            "guaranteed": [str(value[1]) for value in values],
-            "wanted": [str(value[2]) for value in values],
+            "granted": [str(value[1]) for value in values],
+            "guaranteed": [str(value[2]) for value in values],
+            "wanted": [str(value[3]) for value in values],
             "seconds": LEASE_SECONDS,
         },
     )
     return set(added)
 
 
-async def renew(connection: AsyncConnection, process: UUID, demands: Mapping[str, Demand]) -> set[str]:
-    """Renew the leases of a process, and return the servers of those that it still has."""
+async def renew(connection: AsyncConnection, demands: Mapping[str, Demand]) -> set[str]:
+    """Renew a process's leases of these servers, and return the servers of those that it still has."""
     values = list(demands.values())
     renewed = await connection.scalars(
         _RENEW,
         {
             "servers": list(demands),
-            "process": process,
+            "processes": [str(value.process) for value in values],
             "guaranteed": [str(value.guaranteed) for value in values],
             "wanted": [str(value.wanted) for value in values],
             "in_use": [str(value.in_use) for value in values],
@@ -326,14 +334,14 @@ async def renew(connection: AsyncConnection, process: UUID, demands: Mapping[str
     return set(renewed)
 
 
-async def grant(connection: AsyncConnection, process: UUID, server: str, granted: int, demand: Demand) -> bool:
+async def grant(connection: AsyncConnection, server: str, granted: int, demand: Demand) -> bool:
     """Change how many connections of a server a process has been granted. The row of the cap is locked.
 
     False: another process ends its connections.
     """
     parameters = {
         "server": server,
-        "process": process,
+        "process": demand.process,
         "granted": granted,
         "guaranteed": demand.guaranteed,
         "wanted": demand.wanted,
@@ -349,14 +357,20 @@ async def call(connection: AsyncConnection, server: str, processes: Sequence[UUI
     await connection.execute(_NOTIFY, {"channel": CONNECTIONS_CHANNEL, "payload": payload})
 
 
-async def close(connection: AsyncConnection, process: UUID, *, kept: Collection[str]) -> None:
-    """Remove a process's leases, but those of the servers ``kept``, and have those that miss connections look."""
-    await connection.execute(_CLOSE, {"process": process, "channel": CONNECTIONS_CHANNEL, "kept": list(kept)})
+async def close(connection: AsyncConnection, processes: Collection[UUID]) -> None:
+    """Remove a process's leases, by its ids in them, and have those that miss connections look."""
+    await connection.execute(_CLOSE, {"processes": list(map(str, processes)), "channel": CONNECTIONS_CHANNEL})
 
 
 async def claim_count(connection: AsyncConnection, server: str, *, every: float) -> bool:
     """Whether this process is to count a server's connections now: nobody has for so many seconds."""
     return bool(await connection.scalar(_CLAIM_COUNT, {"server": server, "seconds": every}))
+
+
+async def read_granted(connection: AsyncConnection, server: str) -> tuple[dict[str, int], set[str]]:
+    """Return how many connections each process was granted, by its tag, and the tags in the leases of other servers."""
+    found = (await connection.execute(_GRANTED, {"server": server})).all()
+    return {row.tag: row.granted for row in found if row.is_here}, {row.tag for row in found if not row.is_here}
 
 
 async def save_count(connection: AsyncConnection, server: str, *, accepted: int, others: int) -> None:
@@ -403,6 +417,7 @@ __all__ = [
     "lock_cap",
     "read",
     "read_all",
+    "read_granted",
     "remove",
     "renew",
     "save_caps",

@@ -1,14 +1,14 @@
 """What a server shows of the connections to it: how many there are, and which process each one belongs to.
 
-The ``application_name`` of each connection ends in the tag of its process's lease. A connection without a tag, or with
-one that belongs to no lease, is somebody else's: an administrator's, another application's, or a session that has given
-itself another name.
+The ``application_name`` of each connection ends in the tag of its process's lease. A session may give itself another
+name. So a connection of a tenant's role without a known tag is a process's as well, as far as the processes may have
+more than those with their tags. All others are somebody else's: an administrator's, or another application's.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from uuid import UUID
@@ -25,14 +25,14 @@ _NAME_BYTES = 63  # PostgreSQL cuts an application_name after that
 # Parallel workers do not count. A role that is no superuser does not see which backends are some.
 _COUNT = """
 SELECT pg_catalog.substring(a.application_name, '/([0-9a-f]{12})$') AS tag, pg_catalog.count(a.pid)::int AS number,
-       s.accepted
+       coalesce(a.usename::text ~ $1, false) AS is_tenants, s.accepted
 FROM (SELECT pg_catalog.current_setting('max_connections')::int
              - pg_catalog.current_setting('superuser_reserved_connections')::int
              - coalesce(pg_catalog.current_setting('reserved_connections', true)::int, 0) AS accepted) AS s
 LEFT JOIN pg_catalog.pg_stat_activity AS a
   ON a.datid IS NOT NULL AND a.usesysid IS NOT NULL AND a.pid <> pg_catalog.pg_backend_pid()
      AND a.backend_type IS DISTINCT FROM 'parallel worker'
-GROUP BY 1, 3
+GROUP BY 1, 3, 4
 """
 _OF_TAG = """
 SELECT a.pid, a.usename::text AS role FROM pg_catalog.pg_stat_activity AS a
@@ -42,10 +42,33 @@ WHERE pg_catalog.right(a.application_name, 13) = '/' || $1 ORDER BY a.backend_st
 
 @dataclass(frozen=True, slots=True)
 class ServerCount:
-    """How many connections a server accepts, less those that it reserves, and how many ``others`` have."""
+    """The connections to a server at one moment.
+
+    Attributes:
+        accepted: How many it accepts, less those that it reserves.
+        foreign: How many are not of a tenant's role.
+        tenants: How many are, by the tag in their name; by None those without one.
+    """
 
     accepted: int
-    others: int
+    foreign: int
+    tenants: Mapping[str | None, int]
+
+    def others(self, granted: Mapping[str, int], *, elsewhere: Collection[str] = ()) -> int:
+        """Return how many of them are none of the processes'.
+
+        Args:
+            granted: How many each process may have, by its tag.
+            elsewhere: The tags of leases of other servers, which may be this cluster by other names.
+        """
+        others, unknown = self.foreign, 0
+        for tag, number in self.tenants.items():
+            if tag in elsewhere and tag not in granted:
+                others += number
+            elif tag not in granted:
+                unknown += number
+        renamed = sum(max(0, number - self.tenants.get(tag, 0)) for tag, number in granted.items())
+        return others + max(0, unknown - renamed)
 
 
 @asynccontextmanager
@@ -62,15 +85,22 @@ async def administration(server: Server) -> AsyncIterator[Connection]:
         await connections.close(connection, timeout=CLOSE_SECONDS)
 
 
-async def count(connection: Connection, tags: Collection[str]) -> ServerCount:
-    """Count the connections to a server, without those of the processes with these tags.
+async def count(connection: Connection, stem: str) -> ServerCount:
+    """Count the connections to a server.
+
+    Args:
+        connection: An administrator's.
+        stem: What the names of tenants' roles begin with.
 
     Raises:
         asyncpg.PostgresError: the server refuses.
     """
-    rows = await connection.fetch(_COUNT)
-    others = sum(row["number"] for row in rows if row["tag"] is None or row["tag"] not in tags)
-    return ServerCount(accepted=rows[0]["accepted"], others=others)
+    rows = await connection.fetch(_COUNT, f"^{stem}[0-9a-f]{{32}}$")
+    return ServerCount(
+        accepted=rows[0]["accepted"],
+        foreign=sum(row["number"] for row in rows if not row["is_tenants"]),
+        tenants={row["tag"]: row["number"] for row in rows if row["is_tenants"]},
+    )
 
 
 async def end_tagged(connection: Connection, tag: str, *, keep: int = 0, timeout: float) -> None:
@@ -106,4 +136,9 @@ def tagged(name: str, tag: str) -> str:
     return f"{plain[: _NAME_BYTES - len(tag) - 1]}/{tag}"
 
 
-__all__ = ["ServerCount", "administration", "count", "end_tagged", "presence_key", "tagged"]
+def tag_in(name: str) -> str:
+    """Return the tag that a name was given by ``tagged``."""
+    return name.rpartition("/")[2]
+
+
+__all__ = ["ServerCount", "administration", "count", "end_tagged", "presence_key", "tag_in", "tagged"]

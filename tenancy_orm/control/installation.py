@@ -8,7 +8,7 @@ caller has wrapped them again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from uuid import UUID
 
 from sqlalchemy import delete, select, text, update
@@ -22,7 +22,7 @@ _UNUSED = ("tenants", "warm_databases", "backups", "backup_keys", "operations", 
 _LOCK = text("LOCK TABLE tenancy.tenants IN SHARE ROW EXCLUSIVE MODE")
 _OTHERS = text(
     "SELECT DISTINCT host, pid FROM tenancy.connection_leases "
-    "WHERE process <> :own AND expires_at > clock_timestamp() ORDER BY 1, 2"
+    "WHERE process <> ALL(CAST(:own AS text[])::uuid[]) AND expires_at > clock_timestamp() ORDER BY 1, 2"
 )
 
 
@@ -32,13 +32,15 @@ async def read(connection: AsyncConnection) -> tuple[UUID, str | None]:
     return row.id, row.viewer
 
 
-async def take(connection: AsyncConnection, to: UUID, *, process: UUID, wrapped: Mapping[str, bytes]) -> UUID:
+async def take(
+    connection: AsyncConnection, to: UUID, *, processes: Collection[UUID], wrapped: Mapping[str, bytes]
+) -> UUID:
     """Give a control database that was not used yet the id of another one; returns the former id.
 
     Args:
         connection: A transaction on the control database, as the tables' owner.
         to: The id.
-        process: This process, in the leases of connections.
+        processes: The ids of this process in its leases of connections.
         wrapped: The data keys, wrapped for that id.
 
     Raises:
@@ -51,7 +53,7 @@ async def take(connection: AsyncConnection, to: UUID, *, process: UUID, wrapped:
                 f"the control database was used already (it has rows in {table}), and keeps its id: make a new empty "
                 "one, and run: tenancy init"
             )
-    if others := (await connection.execute(_OTHERS, {"own": process})).all():
+    if others := (await connection.execute(_OTHERS, {"own": list(map(str, processes))})).all():
         places = ", ".join(f"{row.host} ({row.pid})" for row in others)
         raise ConfigurationError(
             f"other processes have the control database open: {places}; end them first, they would go on with its "

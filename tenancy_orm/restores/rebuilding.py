@@ -317,7 +317,7 @@ class RegistryRebuilding:
 
     async def _take_installation(self, to: UUID, wrapped: Mapping[str, bytes], actor: Actor) -> None:
         async with self._control.transaction() as connection:
-            former = await installation.take(connection, to, process=self._leases.process, wrapped=wrapped)
+            former = await installation.take(connection, to, processes=self._leases.processes, wrapped=wrapped)
             detail = {"former": str(former), "installation": str(to)}
             await self._audit.append(connection, action="installation.take", actor=actor, detail=detail)
 

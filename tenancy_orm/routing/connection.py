@@ -22,10 +22,12 @@ from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.pool import PoolProxiedConnection
 
+from ..connections.usage import tag_in, tagged
 from ..errors import ConfigurationError, PoolerError, QueryError, TenancyError
 from ..loops import HomeLoop
 from ..postgres.login import peer_of
 from ..postgres.poolers import LISTEN_NEEDS_A_SESSION, is_direct
+from ..postgres.quoting import quote_literal
 from ..postgres.sqlalchemy_versions import AdaptedConnection, forget_transaction, has_begun, roll_back
 from .protocol import BEGIN, Proof, Spawn, TenantProtocol
 from .reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain, mode_not_kept
@@ -81,6 +83,10 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
     def is_proved(self) -> bool:
         """Whether the marker is proved. No statement has run before."""
         return bool(self._protocol.is_proved)
+
+    async def rename(self, name: str, *, timeout: float) -> None:
+        """Set the ``application_name``."""
+        await super().execute(f"SET application_name TO {quote_literal(name)}", timeout=timeout)
 
     def first_statement(self, *, reading: bool) -> str:
         """What a session, read-only or not, most likely sends first on this new connection; empty if it is a query."""
@@ -372,17 +378,18 @@ class TenantConnection(AdaptedConnection):
     """A tenant's DBAPI connection, as SQLAlchemy uses it.
 
     ``finalizer`` represents the slot: the code that detaches it closes the connection and frees the slot. ``poller``
-    polls the socket.
+    polls the socket. ``name`` is the ``application_name`` with the tag of the process's lease; None where it has none.
     """
 
     _cursor_cls = TenantCursor
     _ss_cursor_cls = _StreamCursor
     _connection: DriverConnection
 
-    __slots__ = ("__weakref__", "alone", "finalizer", "poller", "route", "stable_snapshot")
+    __slots__ = ("__weakref__", "alone", "finalizer", "name", "poller", "route", "stable_snapshot")
 
     alone: bool  # whether the next statement of a read-only session is sent without a transaction
     stable_snapshot: bool  # whether PostgreSQL's default isolation level keeps the snapshot of the first statement
+    name: str | None
     route: TenantRoute
     poller: select.poll
     finalizer: weakref.finalize[Any, TenantConnection]
@@ -592,6 +599,19 @@ class TenantConnection(AdaptedConnection):
             and not driver_connection.is_in_transaction()
             and driver_connection._top_xact is None
         )
+
+    @property
+    def is_renamed(self) -> bool:
+        """Whether the session has given itself another ``application_name``. PostgreSQL reports each change of it."""
+        name = self.name
+        return name is not None and self._connection._protocol.get_settings().application_name != name
+
+    async def tag_again(self, *, timeout: float) -> None:
+        """Add the tag of the process's lease to the name that the session has given itself."""
+        assert self.name is not None  # noqa: S101 - for the type checker: it is renamed
+        name = tagged(self.reported("application_name") or "", tag_in(self.name))
+        await self._connection.rename(name, timeout=timeout)
+        self.name = name
 
     @property
     def is_read_only(self) -> bool:

@@ -135,7 +135,7 @@ class Connector:
             in_loop=lambda *call: _in_loop(self.loop, *call),
         )
         explain = {} if lease is None else {"explain": lease.explain}
-        self.contention = Contention(server.name, self.budget, events, **explain)
+        self.contention = Contention(server.name, self.budget, events, in_vain=self._in_vain, **explain)
         self._tiers = config.tiers
         self._weights = weights
         self._hears = hears
@@ -309,7 +309,7 @@ class Connector:
         """
         if self.lease is None:
             return None
-        if not self.lease.is_valid and self._renewed is not None:
+        if not (self.lease.is_valid or self.lease.is_over) and self._renewed is not None:
             await self._renewed(self.lease, timeout=self.server.connect_timeout / 2)
         tag = self.lease.tag
         self.check_lease(tag)
@@ -324,15 +324,40 @@ class Connector:
             ServerUnavailableError: the lease has expired.
         """
         if self.lease is not None and not (self.lease.is_valid and self.lease.tag == tag):
-            raise ServerUnavailableError(
-                server=self.server.name,
-                reason="this process could not renew its part of the connections, which others may have by now",
-                retry_after=1.0,
-            )
+            raise self._unleased()
+
+    def check_wait(self, tenant: str) -> None:
+        """Return where a connection may be waited for: there can be one, as far as is known.
+
+        Args:
+            tenant: The slug of the tenant that it is for, for the error.
+
+        Raises:
+            ServerUnavailableError: the breaker is open; or the lease has expired, and the control database does not
+                answer.
+        """
+        self.outage.check(tenant)
+        if (error := self._in_vain(tenant)) is not None:
+            raise error
+
+    def _in_vain(self, tenant: str) -> ServerUnavailableError | None:
+        return self._unleased(tenant) if self.lease is not None and self.lease.is_over else None
+
+    def _unleased(self, tenant: str | None = None) -> ServerUnavailableError:
+        return ServerUnavailableError(
+            server=self.server.name,
+            tenant=tenant,
+            reason="this process could not renew its part of the connections, which others may have by now",
+            retry_after=1.0,
+        )
 
     def rename(self, name: str) -> str:
         """Return the ``application_name`` of a tenant's connection, for the one that it would have: in any thread."""
         return name if self.lease is None else tagged(name, self.lease.tag)
+
+    def tagged_name(self, connection: HeldConnection) -> str | None:
+        """The ``application_name`` of a new connection, where it has a tag. In any thread."""
+        return None if self.lease is None or self.server.is_pooled else connection.reported("application_name")
 
     def statistics(self) -> BudgetStatistics:
         """Return the current counts."""
@@ -429,6 +454,7 @@ class Connector:
         connection.route = route
         connection.use(reading=False)
         connection.stable_snapshot = self.server.has_stable_snapshots
+        connection.name = self.tagged_name(connection)
         # a pooler gives each transaction another server connection, so a session's settings do not stay with it
         driver_connection.follows_server = self.server.traffic.judges_hosts
         driver_connection.native_mode = None if self.server.is_pooled else driver_connection.mode
@@ -440,7 +466,10 @@ class Connector:
         return connection
 
     def watch(self, connection: HeldConnection) -> None:
-        """Have the garbage collector free the slot of a connection that nobody has closed. In any thread."""
+        """Have the finalizer of a connection close it and free its slot, in the loop: for the garbage collector too.
+
+        In any thread.
+        """
         finalizer = weakref.finalize(
             connection, _in_loop, self.loop, self._begin_close, connection.route.share, connection.ending
         )
@@ -485,11 +514,6 @@ class Connector:
         """Close a connection that counts as in use, and empty its record."""
         self.close(cast("HeldConnection", record.dbapi_connection))
         record.close()
-
-    def close_soon(self, connection: HeldConnection) -> None:
-        """Let the loop call ``close``. The garbage collector may call this in any thread, at any point."""
-        if connection.finalizer.alive:
-            _in_loop(self.loop, self.close, connection)
 
     def _begin_close(self, share: Share[Record], ending: Ending) -> None:
         self.budget.discard(share)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from ..errors import CheckoutRefusedError, CheckoutTimeoutError
+from ..errors import CheckoutRefusedError, CheckoutTimeoutError, TenancyError
 from ..events import CheckoutDelayed, CheckoutRefused, CheckoutTimedOut, EventBus, TenantEvent
 from .budget import Budget
 from .queue import Refusal
@@ -49,6 +49,7 @@ class Contention:
         budget: Its budget.
         events: Receives events.
         explain: Says which setting to change where the budget's limit, which it is given, is too small.
+        in_vain: Returns the error for the requests of a tenant (its slug), if none can be served for now.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Contention:
         events: EventBus,
         *,
         explain: Callable[[int], str] = lambda _: "pool.max_connections",
+        in_vain: Callable[[str], TenancyError | None] = lambda _: None,
     ) -> None:
         self._explain = explain
+        self._in_vain = in_vain
         self._server = server
         self._budget = budget
         self._events = events
@@ -78,6 +81,10 @@ class Contention:
 
     def _look(self) -> None:
         self._timer = None
+        if self._in_vain("") is not None:
+            for share, waiter in self._budget.dismiss():
+                if (error := self._in_vain(share.account.slug)) is not None:
+                    waiter.set_exception(error)
         for _, waiter, refusal in self._budget.look():
             waiter.set_exception(WaitRefusedError(refusal))
         if self._budget.has_waiters:

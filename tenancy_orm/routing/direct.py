@@ -196,12 +196,14 @@ async def _run_on(
 async def _run(
     entry: Entry, statement: TextStatement, values: list[Any], *, writing: bool, first_row: bool
 ) -> Answer | None:
-    pool = entry.pool
-    record = await pool.get(reading=not writing)
+    asked = entry.pool
+    pool, record = await asked.get(reading=not writing)
     connection = cast("TenantConnection", record.dbapi_connection)
     broken = True
     try:
-        if connection._connection.native_mode is None:
+        if connection._connection.native_mode is None or (
+            pool is not asked and (not pool.is_direct or pool.route.is_changing)
+        ):
             broken = False
             return None
         if connection._connection.has_other_mode and not await _set_mode(connection, statement, values):

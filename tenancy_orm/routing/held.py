@@ -21,7 +21,8 @@ class Ending(Protocol):
 class HeldConnection(Protocol):
     """A tenant's DBAPI connection in a slot.
 
-    ``finalizer`` represents the slot: the code that detaches it closes the connection and frees the slot.
+    ``finalizer`` represents the slot: the code that detaches it closes the connection and frees the slot, and a call of
+    it lets the loop do so.
     """
 
     route: TenantRoute

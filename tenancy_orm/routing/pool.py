@@ -31,6 +31,9 @@ the process's connections to the server are open already."""
 
 _ASK_SECONDS = 2.0  # how long it waits for connections that other processes leave unused
 
+_Held: TypeAlias = "tuple[TenantPool, Record]"
+"""A connection that is in use, and the pool that it is of: not always the one that was asked for it."""
+
 
 class TenantPool(RoutedPool):
     """SQLAlchemy's pool for one tenant, of asyncpg's connections.
@@ -87,38 +90,41 @@ class TenantPool(RoutedPool):
 
     def _get(self, reading: bool) -> Record:
         if self.detour:
-            return await_(self._get_by_detour(reading))
+            return await_(self._get_by_detour(reading))[1]
         record = self._take_first(reading)
         if record is None:
-            return await_(self._acquire(reading))
-        return record if self._is_ready(record) else await_(self._make_ready(record, reading))
+            return await_(self._acquire(reading))[1]
+        return record if self._is_ready(record) else await_(self._make_ready(record, reading))[1]
 
-    async def get(self, *, reading: bool) -> Record:
-        """Return a connection without a connection of SQLAlchemy's around it; ``give_back`` must follow.
+    async def get(self, *, reading: bool) -> _Held:
+        """Return a connection without a connection of SQLAlchemy's around it, and the pool to return it to.
+
+        ``give_back`` of that pool must follow. It is another one, and perhaps another server's, where the tenant's
+        database was exchanged.
 
         Raises:
             TenancyError: as a session's first statement.
         """
-        record = await (self._get_by_detour(reading) if self.detour else self._get_here(reading))
-        cast("TenantConnection", record.dbapi_connection).use(reading=reading)
-        return record
+        held = await (self._get_by_detour(reading) if self.detour else self._get_here(reading))
+        cast("TenantConnection", held[1].dbapi_connection).use(reading=reading)
+        return held
 
-    async def _get_here(self, reading: bool) -> Record:
+    async def _get_here(self, reading: bool) -> _Held:
         record = self._take_first(reading)
         if record is None:
             return await self._acquire(reading)
-        return record if self._is_ready(record) else await self._make_ready(record, reading)
+        return (self, record) if self._is_ready(record) else await self._make_ready(record, reading)
 
-    async def _get_by_detour(self, reading: bool) -> Record:
+    async def _get_by_detour(self, reading: bool) -> _Held:
         """Wait while the tenant's sessions do, and return a connection to the database that it has then."""
         self.route.check_bound()
-        if (record := await self._follow(reading)) is not None:
-            return record
+        if (held := await self._follow(reading)) is not None:
+            return held
         # a pool that is not retired is in use again after a pause
         self.detour = self.retired
         return await self._get_here(reading)
 
-    async def _follow(self, reading: bool, *, look_again: bool = False) -> Record | None:
+    async def _follow(self, reading: bool, *, look_again: bool = False) -> _Held | None:
         """Return a connection to the database that the tenant has now; None where it has this pool's."""
         detours = self.connector.detours
         if detours is None or (entry := await detours.find(self.route, look_again=look_again)) is None:
@@ -129,7 +135,7 @@ class TenantPool(RoutedPool):
             detours.release(entry)
 
     def give_back(self, record: Record, *, broken: bool) -> None:
-        """Return a connection to the pool, or close it if it is in the middle of something."""
+        """Return a connection of this pool to it, or close it if it is in the middle of something."""
         if broken:
             self.discard(record)
         else:
@@ -148,7 +154,7 @@ class TenantPool(RoutedPool):
             not connection.has_unread_data and self.route.schema_changed_at <= connection._invalidate_schema_cache_asof
         )
 
-    async def _make_ready(self, record: Record | None, reading: bool) -> Record:
+    async def _make_ready(self, record: Record | None, reading: bool) -> _Held:
         """Read what the server has sent, and forget what it has prepared; or return another connection."""
         while record is not None:
             connection = cast("TenantConnection", record.dbapi_connection)
@@ -158,7 +164,7 @@ class TenantPool(RoutedPool):
                 if connection.usable:
                     if self.route.schema_changed_at > connection._invalidate_schema_cache_asof:
                         await connection.prepare_again(self.route.schema_changed_at)
-                    return record
+                    return self, record
             except BaseException:
                 self.discard(record)
                 raise
@@ -166,16 +172,16 @@ class TenantPool(RoutedPool):
             record = self._take(reading=reading)
         return await self._acquire(reading)
 
-    async def _acquire(self, reading: bool) -> Record:
+    async def _acquire(self, reading: bool) -> _Held:
         """As ``_acquire_here``; where the role is refused since the tenant has another database by now, of that."""
         try:
-            return await self._acquire_here(reading)
+            return self, await self._acquire_here(reading)
         except LoginRefusedError as exc:
             # the notification has not come yet, or was missed
-            record = await self._follow(reading, look_again=True)
-            if record is None:
+            held = await self._follow(reading, look_again=True)
+            if held is None:
                 raise exc
-            return record
+            return held
 
     async def _acquire_here(self, reading: bool) -> Record:
         """Wait for a connection or a slot, and open a connection in the slot.
@@ -213,7 +219,7 @@ class TenantPool(RoutedPool):
     async def _wait(self, deadline: float, timeout: float, *, first: bool) -> Record | None:
         """Wait for a connection of this tenant (a record) or for a reserved slot (None)."""
         connector, account = self.connector, self.share.account
-        connector.outage.check(self.route.slug)
+        connector.check_wait(self.route.slug)
         waiter: asyncio.Future[Record | None] = asyncio.get_running_loop().create_future()
         refusal = connector.budget.wait(self.share, waiter, deadline=deadline, first=first)
         if refusal is not None:
@@ -297,17 +303,23 @@ class TenantPool(RoutedPool):
         record = cast("Record", record)
         if record.dbapi_connection is None:
             return  # it was invalidated or detached, and the connection has the slot
-        if self.retired or not cast("TenantConnection", record.dbapi_connection).usable:
+        connection = cast("TenantConnection", record.dbapi_connection)
+        if self.retired or not connection.usable:
             self.discard(record)
-        elif self.connector.full_reset:
+        elif self.connector.full_reset or connection.is_renamed:
             self.connector.spawn(self._reset(record))
         else:
             self._return_idle(record)
 
     async def _reset(self, record: Record) -> None:
         connection = cast("TenantConnection", record.dbapi_connection)
+        timeout = self.connector.server.connect_timeout
         try:
-            await connection._connection.reset(timeout=self.connector.server.connect_timeout)
+            if self.connector.full_reset:
+                await connection._connection.reset(timeout=timeout)
+            if connection.is_renamed:
+                # or nobody could tell whose it is
+                await connection.tag_again(timeout=timeout)
         except (*SERVER_FAILURES, TenancyError, asyncio.CancelledError) as exc:
             self.discard(record)
             if isinstance(exc, asyncio.CancelledError):

@@ -152,7 +152,9 @@ class RoutedPool(Pool):
         self.connector.discard(record)
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
-        self.connector.close_soon(cast("HeldConnection", connection))
+        # It may be one of another server's: SQLAlchemy closes a connection that was detached, or that the garbage
+        # collector has found, by the pool that was asked for it. And that may be in any thread, at any point.
+        cast("HeldConnection", connection).finalizer()
 
     def retire(self) -> None:
         """Close idle connections now, and busy ones when they are returned."""

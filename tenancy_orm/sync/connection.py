@@ -16,9 +16,11 @@ from psycopg import generators
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn
 
+from ..connections.usage import tag_in, tagged
 from ..errors import PoolerError
 from ..forks import leave_socket
 from ..postgres.poolers import LISTEN_NEEDS_A_SESSION
+from ..postgres.quoting import quote_literal
 from ..routing.connection import RESET
 from ..routing.reading import FIX_SNAPSHOT, MODE, SET_MODE, control_refused, controls_transaction, is_plain
 from ..routing.route import TenantRoute
@@ -116,6 +118,8 @@ class ThreadConnection(psycopg.Connection[Any]):
     """The mode that it has started with; None where a session's settings do not stay with it."""
     follows_server: bool = False
     """Whether it must heed a server that becomes read-only, so that another one is found."""
+    name: str | None = None
+    """The ``application_name`` with the tag of the process's lease; None where it has none."""
     _alone: bool = False
     _stable_snapshot: bool = False
     answer_seconds: float | None = None
@@ -331,6 +335,9 @@ class ThreadConnection(psycopg.Connection[Any]):
             if full:
                 self.autocommit = True
                 self._reset()
+            if self.name is not None and self.reported("application_name") != self.name:
+                self.autocommit = True
+                self._tag_again(self.name)
             if self.autocommit:
                 self.autocommit = False
         except psycopg.Error:
@@ -340,9 +347,18 @@ class ThreadConnection(psycopg.Connection[Any]):
     def _reset(self) -> None:
         # the next read then needs no round trip for its mode
         reset = f"{RESET}; {SET_MODE['on']}" if self.reading and self.native_mode is not None else RESET
+        self._clean_by(reset)
+
+    def _tag_again(self, former: str) -> None:
+        """Add the tag of the process's lease to the name that the session has given itself: or it would be nobody's."""
+        name = tagged(self.reported("application_name") or "", tag_in(former))
+        self._clean_by(f"SET application_name TO {quote_literal(name)}")
+        self.name = name
+
+    def _clean_by(self, statement: str) -> None:
         native, self.native_mode, self.reading = self.native_mode, None, False
         try:
-            self._unchecked(self.execute, reset)
+            self._unchecked(self.execute, statement)
         finally:
             self.native_mode = native
 

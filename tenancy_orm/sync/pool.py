@@ -178,7 +178,7 @@ class ThreadPool(RoutedPool):
         self, answer: Answer[Record | None], deadline: float, waiting_for: list[str], *, first: bool, reading: bool
     ) -> None:
         budget = self.connector.budget
-        self.connector.outage.check(self.slug)
+        self.connector.check_wait(self.slug)
         if not first:
             budget.touch(self.share)
         record = self._take(reading=reading)
@@ -229,6 +229,7 @@ class ThreadPool(RoutedPool):
                 _without_secret(exc), tenant=self.slug, database=self.route.placement.database
             ) from None
         connection.hand_over(self.route, self.connector.server)
+        connection.name = self.connector.tagged_name(connection)
         self.connector.watch(connection)
         self._hops.post(self._opened_here, connection.ending, time.monotonic() - started)
         adapted = cast("DBAPIConnection", connection)

@@ -77,8 +77,8 @@ async def test_a_second_run_finishes_what_was_killed(
 async def release(task: dict[str, Any]) -> None:
     """Let the time pass after which a killed process counts as gone."""
     async with opened(config_of(task)) as tenancy:
-        own = tenancy.internals.leases.process
+        own = list(map(str, tenancy.internals.leases.processes))
         async with tenancy.internals.control.transaction() as connection:
             await connection.execute(
-                sa.text("DELETE FROM tenancy.connection_leases WHERE process <> :own"), {"own": own}
+                sa.text("DELETE FROM tenancy.connection_leases WHERE process::text <> ALL(:own)"), {"own": own}
             )

@@ -33,7 +33,7 @@ async def leases_of(tenancy: Tenancy) -> ServerLeases:
 async def granted(tenancy: Tenancy, other: Tenancy) -> int | None:
     """What another process has been granted."""
     found = await leases_of(tenancy)
-    return {row.process: row.granted for row in found.leases}.get(other.internals.leases.process)
+    return {row.process: row.granted for row in found.leases}.get(other.internals.leases.lease("default").process)
 
 
 async def set_cap(tenancy: Tenancy, cap: int) -> None:
@@ -131,7 +131,7 @@ async def test_the_connections_of_others_are_counted_again_when_the_server_is_fu
         assert found.cap < found.accepted - found.others
         async with postgres.connect() as connection:
             named = "SELECT count(*)::int FROM pg_stat_activity WHERE application_name = $1"
-            assert await connection.fetchval(named, f"tenancy/{rows.tag_of(tenancy.internals.leases.process)}") == 1
+            assert await connection.fetchval(named, f"tenancy/{lease.tag}") == 1
 
 
 async def test_a_process_is_not_closed_before_its_statements_have_ended(
@@ -156,7 +156,7 @@ async def test_a_process_is_not_closed_before_its_statements_have_ended(
             return bool(await connection.fetchval(running, name) == number)
 
         async with opened(tenancy_config) as other:
-            name = f"tenancy/{rows.tag_of(other.internals.leases.process)}"
+            name = f"tenancy/{other.internals.leases.lease('default').tag}"
             tasks = [asyncio.create_task(use(other)), asyncio.create_task(asyncio.to_thread(use_in_thread, other))]
             await until(lambda: run(name, 2))
             await other.internals.router.close(timeout=0.1)
@@ -182,7 +182,8 @@ async def test_a_registration_of_which_the_answer_was_lost_is_repeated(tenancy: 
 async def test_a_process_that_others_are_ending_changes_nothing(tenancy: Tenancy, when: str) -> None:
     """What it had may be another's in a moment: it gets a lease under another id, and at once."""
     leases = tenancy.internals.leases
-    lease, former = leases.lease("default"), leases.process
+    lease = leases.lease("default")
+    former = lease.process
     end = text("UPDATE tenancy.connection_leases SET ending_at = clock_timestamp() WHERE process = :process")
 
     async def end_it(*_: object) -> None:
@@ -205,10 +206,10 @@ async def test_a_process_that_others_are_ending_changes_nothing(tenancy: Tenancy
 
             patch.setattr(rows, "grant", late)
             assert await leases._within(leases._change(lease))
-    assert leases.process != former and lease.is_valid and lease.limit > 0
+    assert lease.process != former and lease.is_valid and lease.limit > 0
     assert {row.process: row.state for row in (await leases_of(tenancy)).leases} == {
         former: "ending",
-        leases.process: "active",
+        lease.process: "active",
     }
 
 
@@ -241,7 +242,7 @@ async def test_the_clock_of_the_control_database_may_be_set(
 
     async with opened(tenancy_config) as other:
         other.events.subscribe(ConnectionLeaseReclaimed, reclaimed.append)
-        processes = [one.internals.leases.process for one in (tenancy, other)]
+        processes = [one.internals.leases.processes for one in (tenancy, other)]
         for ahead in ("1 hour", "0"):
             # each has looked at the leases before
             known = [one.internals.leases.lease("default") for one in (tenancy, other)]
@@ -255,7 +256,7 @@ async def test_the_clock_of_the_control_database_may_be_set(
                 )
                 await until(lambda: reclaimed)
             await until(is_renewed)
-            assert [one.internals.leases.process for one in (tenancy, other)] == processes
+            assert [one.internals.leases.processes for one in (tenancy, other)] == processes
         assert len(reclaimed) == 1
 
 
@@ -281,7 +282,7 @@ async def test_what_is_asked_for_during_a_look_is_not_forgotten(tenancy: Tenancy
     async with tenancy.internals.router.connection(acme), tenancy.internals.router.connection(acme):
         async with tenancy.internals.control.transaction() as connection:
             await connection.execute(text("SELECT FROM tenancy.connection_leases FOR UPDATE"))
-            leases.called(LeaseCall("default", frozenset({rows.tag_of(leases.process)})))
+            leases.called(LeaseCall("default", frozenset({lease.tag})))
             blocked = text("SELECT pg_backend_pid() = ANY(pg_blocking_pids(pid)) FROM pg_stat_activity")
 
             async def is_blocked() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import AsyncExitStack
 
 import pytest
 from sqlalchemy import text
@@ -11,7 +12,8 @@ from sqlalchemy import text
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import OperationError
 from tenancy_orm.operations import Switch
-from tests.support.moving import Pair, Writer, writing
+from tests.support.moving import Pair, Writer, rows, writing
+from tests.support.replication import TestServer
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.new_installation
@@ -93,6 +95,69 @@ async def test_a_process_that_hears_nothing_and_threads_go_on_in_the_new_databas
     assert pair.left(moving.name_prefix) == []
     assert acme.placement is not None
     assert pair.writable(acme) == []
+
+
+async def test_connections_are_counted_on_the_server_that_they_lead_to(
+    plane: Tenancy, moving: TenancyConfig, pair: Pair
+) -> None:
+    """Those of statements and sessions that had the former server's engine: neither server's slots get lost."""
+    acme = (await plane.tenants.create("acme")).tenant
+    assert acme.placement is not None
+    role, where = acme.placement.role, "SELECT current_setting('port')"
+    ports = [str(pair.one.port), str(pair.two.port)]
+    async with Tenancy(moving) as deaf, AsyncExitStack() as stack:
+        # it has no listener any more, and believes what it has cached
+        await deaf.internals.directory._listener.close()
+        assert await deaf.fetch_value(where, tenant="acme") == ports[0]
+        moved, ready = threading.Event(), threading.Event()
+        stopped, found = False, list[str]()
+
+        async def read() -> None:
+            while not stopped:
+                found.append(await plane.fetch_value(where, tenant="acme"))
+
+        def detach_in_thread() -> str:
+            with deaf.sync.session("acme") as session:
+                ready.set()
+                assert moved.wait(120)
+                session.connection().detach()
+                port: str = session.scalar(text(where))
+                return port
+
+        thread = asyncio.create_task(asyncio.to_thread(detach_in_thread))
+        detached = await stack.enter_async_context(deaf.session("acme"))
+        readers = [asyncio.create_task(read()) for _ in range(3)]
+        await until(lambda: ready.is_set() and len(found) > 30)
+        await plane.moves.move("acme", to="two")
+        await until(lambda: found[-1] == ports[1])
+        stopped = True
+        await asyncio.gather(*readers)
+        assert await deaf.fetch_value(where, tenant="acme") == ports[1]
+        # of a detached connection, SQLAlchemy asks the pool that it first asked
+        connection = await detached.connection()
+        (await connection.get_raw_connection()).detach()
+        assert await detached.scalar(text(where)) == ports[1]
+        moved.set()
+        assert await thread == ports[1]
+        await stack.aclose()
+
+        def are_right() -> bool:
+            for name in ("one", "two"):
+                for one in (plane, deaf):
+                    used = one.internals.router.statistics().servers[name]
+                    tag = one.internals.leases.lease(name).tag
+                    if (used.open, used.in_use) != (open_at(pair.on(name), role, tag), 0):
+                        return False
+            return True
+
+        await until(are_right, seconds=20.0)
+
+
+def open_at(server: TestServer, role: str, tag: str) -> int:
+    """How many connections of a tenant's role a server has from one process."""
+    query = f"SELECT count(*) FROM pg_stat_activity WHERE usename = '{role}' AND application_name = 'tenancy/{tag}'"
+    [(number,)] = rows(server, "postgres", query)
+    return int(number)
 
 
 async def test_a_change_of_the_schema_during_a_move_is_noticed_and_a_migration_waits(
