@@ -1271,13 +1271,19 @@ class OperationNotFoundError(OperationError, LookupError):
 class ContentsRefusedError(OperationError):
     """Contents from elsewhere have code or rights that their revision does not make: they would raise rights."""
 
-    def __init__(self, revision: str | None, findings: Sequence[str], *, may_accept: bool = True) -> None:
-        """Give the revision of the contents, and what was found; ``may_accept``: an operator may let it through."""
+    def __init__(
+        self, revision: str | None, findings: Sequence[str], *, may_accept: bool = True, remedy: str = ""
+    ) -> None:
+        """Give the revision of the contents, and what was found; ``may_accept``: an operator may let it through.
+
+        ``remedy`` says what helps where it may not be accepted.
+        """
         shown = "; ".join(findings[:_FINDINGS_SHOWN])
         more = f" and {len(findings) - _FINDINGS_SHOWN} more" if len(findings) > _FINDINGS_SHOWN else ""
         made = "" if revision is None else f", which revision {revision} does not make"
-        remedy = "; look at them, and accept them with --accept-differences (accept=True in Python)"
-        super().__init__(f"the contents are refused: they have {shown}{more}{made}{remedy if may_accept else ''}")
+        if may_accept:
+            remedy = "look at them, and accept them with --accept-differences (accept=True in Python)"
+        super().__init__(f"the contents are refused: they have {shown}{more}{made}{'; ' if remedy else ''}{remedy}")
         self.revision = revision
         self.findings = tuple(findings)
         self.may_accept = may_accept

@@ -261,6 +261,9 @@ class _Unchanged:
         """Refuse code that the revision does not make, and what has changed."""
         await self._in_place.refuse_changed(connection, self._look)
 
+    async def give_back(self, connection: Connection, *, role: str) -> None:
+        """Do nothing: the role is new."""
+
     async def align(self, connection: Connection, *, role: str) -> None:
         """Rights are those of a tenant's database already."""
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -24,6 +25,7 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import Programs, running
 from ..postgres.snapshots import LOCK_WAIT, begin_snapshot
+from ..provisioning.restoring import count_rows
 from .archive import Digest, pack
 from .encryption import encrypt
 from .manifest import BackupExtension, BackupFile
@@ -36,7 +38,6 @@ logger = logging.getLogger("tenancy_orm.backups")
 
 _POLL_SECONDS = 0.05
 _STOP_SECONDS = 120.0  # an object store gives up by itself before that
-_BATCH = 200  # tables that are counted in one statement
 _UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0", "row_security": "on"}
 _COMPRESSION_NAMES_VERSION = 16  # from this on, --compress takes the name of a method
 
@@ -58,6 +59,8 @@ SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.reln
        pg_catalog.pg_table_size(c.oid) AS bytes
   FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE c.relkind = 'r' AND c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+   -- a standby has no rows of unlogged tables, and lets nobody read them
+   AND (c.relpersistence <> 'u' OR NOT pg_catalog.pg_is_in_recovery())
    AND n.nspname <> ALL ($1::text[]) AND ($2::text[] IS NULL OR n.nspname = ANY ($2::text[]))
    AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend e WHERE e.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
                       AND e.objid = c.oid AND e.deptype = 'e')
@@ -191,7 +194,7 @@ class Dump:
                 await holding.execute("SET transaction_timeout = 0")
             programs = await self._programs(connections.version(holding))
             # pg_dump and the counts see this snapshot, which is there as long as its transaction
-            await begin_snapshot(holding, self._lockable)
+            await begin_snapshot(holding, partial(lockable_tables, scope=self._scope))
             facts, tables = await self._facts(holding)
             if facts["hides"]:
                 await self._source.see_all_rows()
@@ -202,24 +205,11 @@ class Dump:
         finally:
             await run_to_completion(connections.close(holding))
 
-    async def _lockable(self, holding: Connection) -> list[str]:
-        return [f"ONLY {name}" for name, _ in await self._tables(holding)]
-
     async def _facts(self, holding: Connection) -> tuple[Any, list[tuple[str, int]]]:
-        return await holding.fetchrow(_FACTS), await self._tables(holding)
-
-    async def _tables(self, holding: Connection) -> list[tuple[str, int]]:
-        schemas = None if self._scope.schemas is None else list(self._scope.schemas)
-        rows = await holding.fetch(_TABLES, list(self._scope.left_out), schemas)
-        return [(row["name"], row["bytes"]) for row in rows if row["name"] not in self._scope.without_rows]
+        return await holding.fetchrow(_FACTS), await read_tables(holding, self._scope)
 
     async def _count(self, holding: Connection, facts: Any, tables: Sequence[tuple[str, int]]) -> tuple[Snapshot, Any]:
-        counts: dict[str, int] = {}
-        for first in range(0, len(tables), _BATCH):
-            names = [name for name, _ in tables[first : first + _BATCH]]
-            parts = (f"SELECT pg_catalog.count(*) FROM ONLY {name}" for name in names)  # noqa: S608 - quoted
-            found = await holding.fetchrow(f"SELECT {', '.join(f'({part})' for part in parts)}")
-            counts.update(zip(names, found or (), strict=True))
+        counts = await count_rows(holding, [name for name, _ in tables])
         extensions = [BackupExtension(**dict(row)) for row in await holding.fetch(_EXTENSIONS)]
         snapshot = Snapshot(
             lsn=facts["lsn"],
@@ -317,6 +307,18 @@ class Dump:
             )
         else:
             program.resume()
+
+
+async def read_tables(connection: Connection, scope: Scope) -> list[tuple[str, int]]:
+    """Return the tables with rows that are dumped, by their quoted names, and their sizes in bytes."""
+    schemas = None if scope.schemas is None else list(scope.schemas)
+    rows = await connection.fetch(_TABLES, list(scope.left_out), schemas)
+    return [(row["name"], row["bytes"]) for row in rows if row["name"] not in scope.without_rows]
+
+
+async def lockable_tables(connection: Connection, scope: Scope) -> list[str]:
+    """Return their names as ``begin_snapshot`` locks them."""
+    return [f"ONLY {name}" for name, _ in await read_tables(connection, scope)]
 
 
 def pattern(name: str) -> str:
@@ -435,4 +437,14 @@ def _flat(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-__all__ = ["Dump", "Dumped", "Scope", "Snapshot", "Source", "in_thread", "pattern"]
+__all__ = [
+    "Dump",
+    "Dumped",
+    "Scope",
+    "Snapshot",
+    "Source",
+    "in_thread",
+    "lockable_tables",
+    "pattern",
+    "read_tables",
+]

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 from ..drift.catalogue import Catalogue, Key, read
-from ..drift.queries import TENANT
 from ..errors import ConfigurationError
 from ..postgres import login
 from ..postgres.connections import Connection
@@ -79,8 +78,7 @@ class ControlSource:
 async def facts_of(connection: Connection, *, owner: str, role: str | None) -> Facts:
     """Read the schema in the connection's snapshot."""
     found = await read(connection, owner=owner, role=role)
-    owned = sorted(key.target for key, fields in found.objects.items() if fields.get("owner") == TENANT)
-    return Facts(found.fingerprint, structure(found), tuple(owned))
+    return Facts(found.fingerprint, structure(found), found.tenant_owned)
 
 
 def structure(catalogue: Catalogue) -> str:

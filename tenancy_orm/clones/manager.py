@@ -16,6 +16,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
+from ..drift import catalogue
 from ..drift.policy import RevisionPolicy
 from ..errors import (
     ConfigurationError,
@@ -186,6 +187,7 @@ class CloneManager:
 
         async def fill(new: NewDatabase) -> None:
             await self._fill(new, found, parsed, environment, require_rules, made, expires_at, tell, actor)
+            policy.tenant_owned = made.tenant_owned
 
         tell("reading the tables")
         tables, extensions = await self._look(found, parsed, environment, require_rules)
@@ -352,6 +354,9 @@ class CloneManager:
                 )
                 made.left_out = await transfer.run()
                 made.rows = transfer.rows
+                # not before: it leaves a savepoint, from within which no snapshot can be exported
+                schema = await catalogue.read(connection, owner=self._services.names.owner, role=_role_of(source))
+                made.tenant_owned = schema.tenant_owned
             finally:
                 await run_to_completion(postgres_connections.close(connection))
 
@@ -403,11 +408,16 @@ class CloneManager:
         await self._tenants.schedule_purge(clone.tenant_id, datetime.now(UTC), actor=actor)
 
 
+def _role_of(tenant: Tenant) -> str | None:
+    return None if tenant.placement is None else tenant.placement.role
+
+
 @dataclass(slots=True)
 class _Made:
     """What a clone is made of, as far as it has come."""
 
     columns: tuple[str, ...] = ()
+    tenant_owned: tuple[str, ...] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 

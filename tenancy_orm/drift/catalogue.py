@@ -15,7 +15,7 @@ import asyncpg
 
 from ..postgres.connections import Connection, finish, version
 from ..postgres.errors import sqlstate_of
-from .queries import FIELDS, KIND_OF, PRESENT, catalogue
+from .queries import FIELDS, KIND_OF, PRESENT, TENANT, catalogue
 
 # the first so that no name is found in a tenant's schema; the others have an influence on what PostgreSQL prints
 _SETTINGS = "; ".join(
@@ -77,6 +77,11 @@ class Catalogue:
             for key, fields in self.objects.items()
         )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    @property
+    def tenant_owned(self) -> tuple[str, ...]:
+        """What the tenant's role owns, in order: "table sandbox.drafts"."""
+        return tuple(sorted(key.target for key, fields in self.objects.items() if fields.get("owner") == TENANT))
 
     def without(self, ignored: Ignored) -> Catalogue:
         """Return this without the objects that are ignored, and what belongs to them."""

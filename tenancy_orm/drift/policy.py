@@ -7,7 +7,7 @@ must be what the revision makes. Tables, columns, indexes and rows can do nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 from ..errors import ContentsRefusedError, MigrationError
@@ -22,10 +22,10 @@ from ..provisioning import event_trigger
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
 from ..provisioning.tenant_rights import RECORD_SCHEMA
 from . import catalogue
-from .catalogue import Catalogue, Ignored, Key
+from .catalogue import Catalogue, Ignored, Key, split_target
 from .compare import compare
 from .mending import TENANT_ROLE, alter_word
-from .queries import OWNER
+from .queries import OWNER, TENANT
 from .reference import KeptCatalogues, References
 
 _EVERYTHING: Final = Ignored()
@@ -62,6 +62,21 @@ _CODE: Final = frozenset(
         "window function",
     }
 )
+# what runs with the rights of its owner, or of whoever uses a table, which the owner does at times
+_AS_OWNER: Final = frozenset(
+    {
+        "column",
+        "constraint",
+        "index",
+        "materialized view",
+        "policy",
+        "rule",
+        "statistics",
+        "table",
+        "trigger",
+        "view",
+    }
+)
 # expressions that PostgreSQL evaluates as somebody else
 _EXPRESSIONS: Final = frozenset({"default", "generated", "partition key", "bound", "definition", "using", "check"})
 # a call, but neither of a sequence nor of a type with a length
@@ -89,10 +104,18 @@ SELECT c.oid IS NOT NULL AS exists, coalesce(c.relkind = 'r' AND NOT c.relhasrul
                WHERE attrelid = c.oid AND attname = 'version_num'), false) AS is_plain
   FROM (SELECT to_regclass($1) AS oid) given LEFT JOIN pg_class c USING (oid)
 """
-# where the tenant's role makes objects of its own, as a grant hook lets it
-_CREATABLE = """
-SELECT quote_ident(nspname) FROM pg_namespace n, aclexplode(nspacl) a
- WHERE a.privilege_type = 'CREATE' AND pg_get_userbyid(a.grantee) = $1 AND pg_get_userbyid(nspowner) = $2
+# where the tenant's role may make objects; and whether they are its own, as a grant hook lets it
+_OPEN = """
+SELECT quote_ident(nspname) AS name, pg_get_userbyid(nspowner) = $2 AND EXISTS (
+         SELECT FROM aclexplode(nspacl) a WHERE a.privilege_type = 'CREATE' AND pg_get_userbyid(a.grantee) = $1) AS own
+  FROM pg_namespace n WHERE nspname !~ '^pg_' AND has_schema_privilege($1::name, n.oid, 'CREATE')
+"""
+_SCHEMAS = "SELECT quote_ident(nspname) AS name FROM pg_namespace WHERE nspname !~ '^pg_'"
+# named as in the catalogue
+_DEFINERS = """
+SELECT CASE prokind WHEN 'p' THEN 'procedure ' WHEN 'w' THEN 'window function ' ELSE 'function ' END
+       || quote_ident(nspname) || '.' || quote_ident(proname) || '(' || oidvectortypes(proargtypes) || ')' AS target
+  FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace WHERE prosecdef AND p.oid >= 16384
 """
 # the catalogue leaves these schemas out; the numbers below 16384 are PostgreSQL's own objects
 _LEFT_OUT_SCHEMAS = (RECORD_SCHEMA, CHECKPOINTS_SCHEMA, "information_schema")
@@ -126,8 +149,12 @@ class RevisionPolicy:
         environment: The migrations; None without any.
         accept: Let through what differs, because an operator has looked at it.
         tenant_owned: What the tenant's role owned, by a source that is trusted: "table sandbox.drafts". It becomes the
-            role's again, as far as the role may create something in its schema, and runs with no other rights.
+            role's again, as far as the role may create something in its schema, and runs with no other rights. None
+            where nobody vouches for it: then code in such schemas may be the tenant's, and is never accepted.
         kept: Catalogues that earlier policies have read.
+
+    Attributes:
+        tenant_owned: As given; to be set before ``check`` where it is known only then.
     """
 
     def __init__(
@@ -137,15 +164,17 @@ class RevisionPolicy:
         environment: Environment | None,
         *,
         accept: bool = False,
-        tenant_owned: Collection[str] = (),
+        tenant_owned: Collection[str] | None = None,
         kept: KeptCatalogues | None = None,
     ) -> None:
         self._services = services
         self._environment = environment
         self._accept = accept
-        self._tenant_owned = frozenset(tenant_owned)
+        self.tenant_owned = tenant_owned
         self._references = References(services, connections, environment, _EVERYTHING, kept)
         self._expected: Catalogue | None = None
+        self._theirs: tuple[Key, ...] = ()
+        self._as_owner: tuple[Key, ...] = ()
         self.heads: Heads = frozenset()
         self.differences: tuple[str, ...] = ()
 
@@ -170,13 +199,21 @@ class RevisionPolicy:
             for one in compare(expected, found)
             if one.kind not in ("privilege", "default privileges", "event trigger") and not _is_guard(one.name)
         )
+        # a schema is the owner's; what is in it may be the role's
+        owned = {target for target in self.tenant_owned or () if not target.startswith("schema ")}
+        self._theirs = tuple(_objects_of(found, owned))
         granted = list(_granted(found))
-        refused = list(code_of(expected, self._without_tenants(found)))
+        code = list(_code_in(expected, found))
+        refused = [_name(key) for key in code if key.target not in owned and key.parent not in owned]
         refused += [row[0] for row in await connection.fetch(_LEFT_OUT, _LEFT_OUT_SCHEMAS)]
         refused += [row[0] for row in await connection.fetch(_IN_EXTENSIONS, login)]
-        if granted or (refused and not self._accept):
-            revision = format_revision(self.heads) or "base"
-            raise ContentsRefusedError(revision, tuple(granted + refused), may_accept=not granted)
+        if granted:
+            raise ContentsRefusedError(self._revision, granted + refused, may_accept=False)
+        definers = {row["target"] for row in await connection.fetch(_DEFINERS)} if code else set()
+        self._as_owner = tuple(key for key in code if key.kind in _AS_OWNER or key.target in definers)
+        self._refuse_nobodys(_open_in(expected))
+        if refused and not self._accept:
+            raise ContentsRefusedError(self._revision, refused)
 
     async def _read_heads(self, connection: Connection) -> Heads:
         if self._environment is None:
@@ -208,40 +245,70 @@ class RevisionPolicy:
         ]
         if statements:
             await connection.execute("; ".join(statements))
-        await self._give_back(connection, found, role)
+        await self._settle_owners(connection, role)
 
-    def _without_tenants(self, found: Catalogue) -> Catalogue:
-        """The catalogue without what the tenant's role will own, and what belongs to it."""
-        if not self._tenant_owned:
-            return found
-        owned = self._tenant_owned - {target for target in self._tenant_owned if target.startswith("schema ")}
-        kept = {k: v for k, v in found.objects.items() if k.target not in owned and k.parent not in owned}
-        return Catalogue(kept, found.owner)
+    async def give_back(self, connection: Connection, *, role: str) -> None:
+        """Make the tenant's role the owner of what it owned."""
+        if not self._theirs:
+            return
+        spaces = [row["name"] for row in await connection.fetch(_SCHEMAS)]
+        named, quoted = ", ".join(one for one in spaces if _among(self._theirs, (one,))), quote_identifier(role)
+        # the grant hook has not run; PostgreSQL asks for this right, unless a superuser gives something away
+        await connection.execute(
+            "; ".join(
+                [
+                    f"GRANT CREATE ON SCHEMA {named} TO {quoted}",
+                    *_owned_by(quoted, self._theirs),
+                    f"REVOKE CREATE ON SCHEMA {named} FROM {quoted}",
+                ]
+            )
+        )
 
-    async def _give_back(self, connection: Connection, found: Catalogue, role: str) -> None:
-        """Make the tenant's role the owner of what it owned, and refuse that this fails: it would be the owner's code.
+    async def _settle_owners(self, connection: Connection, role: str) -> None:
+        """Leave to the tenant's role what it has made where the grant hook lets it; the rest would be the owner's.
 
         Raises:
-            ContentsRefusedError: the role may not create anything in a schema of these.
+            ContentsRefusedError: there is some of that.
         """
-        theirs = [
-            key
-            for key, fields in found.objects.items()
-            if key.parent is None and key.target in self._tenant_owned and key.kind != "schema" and "owner" in fields
-        ]
-        if not theirs:
+        if not (self._theirs or self._as_owner):
             return
-        spaces = {row[0] for row in await connection.fetch(_CREATABLE, role, self._services.names.owner)}
-        outside = {key for key in theirs if not any(key.name.startswith(f"{one}.") for one in spaces)}
+        owner = self._services.names.owner
+        spaces = await connection.fetch(_OPEN, role, owner)
+        self._refuse_nobodys([row["name"] for row in spaces])
+        inside = _among(self._theirs, [row["name"] for row in spaces if row["own"]])
+        outside = [key for key in self._theirs if key not in inside]
+        targets = {key.target for key in outside}
+        if refused := [_name(key) for key in self._as_owner if key.target in targets or key.parent in targets]:
+            remedy = (
+                "the tenant's role has made that, and it would run with the owner's rights: let provisioning.grants "
+                "give the role CREATE on its schema, or drop it"
+            )
+            raise ContentsRefusedError(self._revision, refused, may_accept=False, remedy=remedy)
         if outside and not self._accept:
-            findings = tuple(sorted(key.target for key in outside))
-            raise ContentsRefusedError(format_revision(self.heads) or "base", findings)
-        quoted = quote_identifier(role)
-        async with joined(connection, role):
-            for key in theirs:
-                # a sequence of a column goes with its table
-                if key not in outside and not (key.kind == "sequence" and "owned by" in found.objects[key]):
-                    await connection.execute(f"ALTER {alter_word(key.kind)} {key.name} OWNER TO {quoted}")
+            raise ContentsRefusedError(self._revision, sorted(targets))
+        if outside:
+            async with joined(connection, role):
+                await connection.execute("; ".join(_owned_by(quote_identifier(owner), outside)))
+
+    def _refuse_nobodys(self, spaces: Collection[str]) -> None:
+        """Refuse code that the tenant's role may have made, and that would run with the owner's rights.
+
+        Args:
+            spaces: The schemas, quoted, in which the role makes objects of its own.
+
+        Raises:
+            ContentsRefusedError: there is some.
+        """
+        if self.tenant_owned is None and (found := _among(self._as_owner, spaces)):
+            remedy = (
+                "the tenant's role makes objects in that schema, so it may have made that, and it would run with the "
+                "owner's rights: restore a backup, which says who owned what, or leave it out of what is restored"
+            )
+            raise ContentsRefusedError(self._revision, [_name(key) for key in found], may_accept=False, remedy=remedy)
+
+    @property
+    def _revision(self) -> str:
+        return format_revision(self.heads) or "base"
 
 
 def check_revision(environment: Environment, heads: Heads) -> None:
@@ -281,18 +348,56 @@ def _granted(found: Catalogue) -> Iterator[str]:
 
 def code_of(expected: Catalogue, found: Catalogue) -> Iterator[str]:
     """Name what runs and is not in what the revision makes."""
+    return map(_name, _code_in(expected, found))
+
+
+def _code_in(expected: Catalogue, found: Catalogue) -> Iterator[Key]:
     for key, fields in found.objects.items():
         wanted = expected.objects.get(key)
         if wanted == fields or key.kind in ("privilege", "default privileges"):
             continue
         if key.kind in _CODE:
             if wanted is None or _without_comment(wanted) != _without_comment(fields):
-                yield _name(key)
+                yield key
         elif any(
             name in _EXPRESSIONS and (wanted or {}).get(name) != value and _calls(key, value)
             for name, value in fields.items()
         ):
-            yield _name(key)
+            yield key
+
+
+def _objects_of(found: Catalogue, owned: Collection[str]) -> Iterator[Key]:
+    """What of ``owned`` is given to somebody on its own. A sequence of a column goes with its table."""
+    for key, fields in found.objects.items():
+        if key.target in owned and "owner" in fields and not (key.kind == "sequence" and "owned by" in fields):
+            yield key
+
+
+def _open_in(expected: Catalogue) -> list[str]:
+    """The schemas, quoted, in which the grant hook lets the tenant's role make objects."""
+    return [
+        key.parent.removeprefix("schema ")
+        for key, fields in expected.objects.items()
+        if key.kind == "privilege"
+        and key.name in (TENANT, "PUBLIC")
+        and key.parent is not None
+        and key.parent.startswith("schema ")
+        and "CREATE" in fields["privileges"]
+    ]
+
+
+def _among(keys: Iterable[Key], spaces: Collection[str]) -> list[Key]:
+    """Those in one of these schemas, which are quoted."""
+    return [key for key in keys if any(_place(key).startswith(f"{one}.") for one in spaces)]
+
+
+def _place(key: Key) -> str:
+    """The name with its schema: what belongs to another object is in the schema of that."""
+    return key.name if key.parent is None or key.kind == "statistics" else split_target(key.parent)[1]
+
+
+def _owned_by(role: str, keys: Iterable[Key]) -> list[str]:
+    return [f"ALTER {alter_word(key.kind)} {key.name} OWNER TO {role}" for key in keys]
 
 
 def _without_comment(fields: Mapping[str, str]) -> dict[str, str]:

@@ -55,6 +55,9 @@ class SamePolicy:
                 + "; ".join(one.text for one in differences[:_SHOWN])
             )
 
+    async def give_back(self, connection: Connection, *, role: str) -> None:
+        """Do nothing: the role owns nothing in the source, see ``refuse_own_objects``."""
+
     async def align(self, connection: Connection, *, role: str) -> None:
         """Give everybody the rights on objects that they have in the source."""
         found = await catalogue.read(connection, owner=self._owner, role=role)

@@ -89,6 +89,12 @@ class ContentsPolicy(Protocol):
             OperationError: it would.
         """
 
+    async def give_back(self, connection: Connection, *, role: str) -> None:
+        """Make the tenant's role the owner of what is its own, in the transaction that gives the rest to the owner.
+
+        So it is never the owner's, with the owner's rights.
+        """
+
     async def align(self, connection: Connection, *, role: str) -> None:
         """Give everybody the rights on objects that they should have, once the owner owns them."""
 
@@ -160,9 +166,11 @@ class NewDatabase:
                 await policy.check(connection, server=self.server, login=self.login.role, role=role)
                 await self._give_large_objects(connection, role)
                 quoted = quote_identifier(self.login.role)
-                await connection.execute(
-                    f"REASSIGN OWNED BY {quoted} TO {quote_identifier(owner)}; DROP OWNED BY {quoted}"
-                )
+                async with connections.transaction(connection):
+                    await policy.give_back(connection, role=role)
+                    await connection.execute(
+                        f"REASSIGN OWNED BY {quoted} TO {quote_identifier(owner)}; DROP OWNED BY {quoted}"
+                    )
             await grants.prepare_schema(connection, owner)
             if await advisory_locks.may_restrict(connection):
                 await advisory_locks.restrict(connection, owner, server=self.server)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
+
+import asyncpg
 
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
@@ -13,12 +16,18 @@ from ..migrations.beside import upgrade_beside
 from ..migrations.connections import Connections
 from ..migrations.scripts import Environment
 from ..postgres import connections as postgres_connections
+from ..postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, sqlstate_of
+from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.new_databases import NewDatabase
+from ..provisioning.pipeline import describe
 from ..provisioning.restoring import Restored, check_rows, connected, extensions_in, programs_for, restore_archive
 from ..runs import FleetMigrator
 from ..tenant import Placement, Tenant
 from .sources import Archive, RestoreSource
+
+# the database was dropped, or the DROP was interrupted; or it is closed
+_LOST = (INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE)
 
 
 class Making:
@@ -106,20 +115,38 @@ class Making:
             ) from exc
 
     async def extensions(self, tenant: Tenant, archive: Archive) -> tuple[InstalledExtension, ...]:
-        """The archive's extensions, as far as they are configured, or the tenant's database has or had them."""
+        """The archive's extensions, as far as they are configured, or the tenant's database has or had them.
+
+        Raises:
+            OperationError, ServerUnavailableError: the tenant's database would say which, and cannot be read.
+        """
         if archive.extensions is not None and archive.server_version is not None:
-            # a signed manifest names them, so that the tenant's server need not be there any more
-            programs = await programs_for(self._config, archive.server_version)
-            return await extensions_in(programs, archive.path, archive.extensions | set(self._config.extensions))
-        place = placement_of(tenant)
-        connection = await self._provisioner.connect_admin(place.server, place.database, purpose="tenancy-restore")
-        try:
-            present = {one.name for one in await read_extensions(connection)}
-            version = postgres_connections.version(connection)
-        finally:
-            await run_to_completion(postgres_connections.close(connection))
+            # the source names them, so that the tenant's server need not be there any more
+            present, version = archive.extensions, archive.server_version
+        else:
+            try:
+                present, version = await self._present(placement_of(tenant))
+            except SERVER_FAILURES as exc:
+                raise OperationError(
+                    f"the extensions of tenant {tenant.slug!r} cannot be read ({describe(exc)})"
+                ) from exc
         programs = await programs_for(self._config, version)
         return await extensions_in(programs, archive.path, present | set(self._config.extensions))
+
+    async def _present(self, place: Placement) -> tuple[frozenset[str], int]:
+        """The extensions of the tenant's database, none where it is lost, and the version of its server."""
+        connect = partial(self._provisioner.connect_admin, place.server, purpose="tenancy-restore")
+        try:
+            connection, is_lost = await connect(place.database), False
+        except asyncpg.PostgresError as exc:
+            if sqlstate_of(exc) not in _LOST:
+                raise
+            connection, is_lost = await connect(), True
+        try:
+            found = () if is_lost else await read_extensions(connection)
+            return frozenset(one.name for one in found), postgres_connections.version(connection)
+        finally:
+            await run_to_completion(postgres_connections.close(connection))
 
     async def environment(self) -> Environment | None:
         """Load the migrations; None without any."""

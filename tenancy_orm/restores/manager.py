@@ -479,8 +479,8 @@ class RestoreManager:
             await run_to_completion(self._fail(operation.id, claimant, exc))
             if isinstance(exc, SERVER_FAILURES) and not isinstance(exc, TenancyError):
                 raise OperationError(
-                    f"operation {operation.id}, a restore of tenant {operation.slug!r}, failed ({describe(exc)}); the "
-                    "tenant uses the database that it had"
+                    f"operation {operation.id}, a restore of tenant {operation.slug!r}, failed ({describe(exc)}); "
+                    f"nothing was swapped: its database is {operation.detail['from']!r}, as before"
                 ) from exc
             raise
 

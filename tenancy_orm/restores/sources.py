@@ -20,15 +20,16 @@ class Archive:
     Attributes:
         path: The directory (``pg_dump -Fd``) or the file.
         revision: The revision of its schema; None where that is not known before it is restored.
-        tenant_owned: What the tenant's role owned ("table sandbox.drafts"), by a signed manifest.
+        tenant_owned: What the tenant's role owned ("table sandbox.drafts"), by a signed manifest or a recovered server;
+            None where nobody vouches for it.
         rows: Rows by table, as its quoted name with the schema; empty where nobody has counted them.
         server_version: The major version of the server that it was made on; None where that is not known.
-        extensions: The names of the extensions that the database had, by a signed manifest; None without one.
+        extensions: The names of the extensions that the database had, by the same; None where nobody vouches for them.
     """
 
     path: Path
     revision: str | None = None
-    tenant_owned: tuple[str, ...] = ()
+    tenant_owned: tuple[str, ...] | None = None
     rows: Mapping[str, int] = field(default_factory=dict)
     server_version: int | None = None
     extensions: frozenset[str] | None = None

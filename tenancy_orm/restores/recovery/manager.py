@@ -29,7 +29,7 @@ from ...loops import HomeLoop
 from ...postgres.failures import SERVER_FAILURES
 from ...registry.registry import Registry
 from ...servers import Server, Servers
-from ...tenant import TenantRef
+from ...tenant import Tenant, TenantRef
 from .barman import BarmanRecovery
 from .base_backups import BackupDirectory, BaseBackup, BaseBackups
 from .history import check_target, database_at
@@ -234,11 +234,13 @@ class RecoveryManager:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("recovering a whole server")
-        provider, request = await self._request(tenant, to, recovered_server)
+        provider, request, found = await self._request(tenant, to, recovered_server)
         await provider.check(request)
         return PointInTime(
             provider,
             request,
+            owner=self._names.owner,
+            role=None if found.placement is None else found.placement.role,
             description={"recovered_server": True} if recovered_server is not None else {},
             max_bytes=self._config.recovery.max_bytes,
             client_programs=self._config.provisioning.client_programs,
@@ -260,13 +262,13 @@ class RecoveryManager:
             MarkerMismatchError: the database that was found is not this tenant's.
         """
         refuse_while_bound("recovering a whole server")
-        provider, request = await self._request(tenant, to, recovered_server)
+        provider, request, _ = await self._request(tenant, to, recovered_server)
         async with provider.recover(request) as recovered:
             yield recovered
 
     async def _request(
         self, ref: TenantRef, to: str | datetime | None, recovered_server: str | None
-    ) -> tuple[Recovery, RecoveryRequest]:
+    ) -> tuple[Recovery, RecoveryRequest, Tenant]:
         self._home.check()
         if recovered_server is None and to is None:
             raise ConfigurationError("name the time that the tenant is brought back to")
@@ -282,11 +284,10 @@ class RecoveryManager:
             slug=tenant.slug,
         )
         if recovered_server is None:
-            return self._provider(), request
+            return self._provider(), request, tenant
         directory = self._scratch_directory()
-        return RecoveredServer(
-            recovered_server, self._servers, self._names, directory, is_timed=to is not None
-        ), request
+        provider = RecoveredServer(recovered_server, self._servers, self._names, directory, is_timed=to is not None)
+        return provider, request, tenant
 
     def _scratch_directory(self) -> Path:
         return Path(self._config.recovery.directory or tempfile.gettempdir())

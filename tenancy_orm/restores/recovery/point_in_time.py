@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from ...backups.dump import lockable_tables, read_tables
+from ...backups.sources import TENANT_SCOPE, facts_of
 from ...cancellation import run_to_completion
 from ...errors import ProvisioningError, RecoveryError
 from ...postgres import connections, login
 from ...postgres.connections import Connection
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.programs import find_programs, run_program
-from ...provisioning import event_trigger
+from ...postgres.snapshots import LOCK_WAIT, begin_snapshot
+from ...provisioning.empty_databases import read_extensions
+from ...provisioning.new_databases import SAFE_PATH
+from ...provisioning.restoring import count_rows
 from ..sources import Archive
 from .base_backups import check_space
 from .providers import Recovery, RecoveryRequest
@@ -23,7 +29,13 @@ from .scratch import RecoveredDatabase
 
 _CONNECT_SECONDS = 30.0
 _COMPRESSION = "1"
-_LOCK_WAIT = "30s"
+_SETTINGS = {
+    **SAFE_PATH,
+    "statement_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    # an error, in place of rows that are not counted
+    "row_security": "off",
+}
 
 
 class PointInTime:
@@ -32,6 +44,8 @@ class PointInTime:
     Args:
         provider: Recovers the server.
         request: What is recovered.
+        owner: The role that owns tenants' databases.
+        role: The tenant's role: what it owned becomes its own again.
         description: What the audit log says of the source.
         max_bytes: How much space the dump may take.
         client_programs: The directory of PostgreSQL's programs; None as in ``find_programs``.
@@ -42,12 +56,16 @@ class PointInTime:
         provider: Recovery,
         request: RecoveryRequest,
         *,
+        owner: str,
+        role: str | None,
         description: Mapping[str, Any],
         max_bytes: int,
         client_programs: str | None,
     ) -> None:
         self._provider = provider
         self._request = request
+        self._owner = owner
+        self._role = role
         self._description = description
         self._max_bytes = max_bytes
         self._client_programs = client_programs
@@ -76,49 +94,72 @@ class PointInTime:
             RecoveryTargetError, RecoveryError, MarkerMismatchError, ConfigurationError: as ``RecoveryManager.open``.
         """
         async with self._provider.recover(self._request) as recovered:
-            path = recovered.directory / "dump"
-            await self._dump(recovered, path)
-            yield Archive(path=path, server_version=recovered.version)
+            yield await self._dump(recovered)
 
-    async def _dump(self, recovered: RecoveredDatabase, path: Path) -> None:
+    async def _dump(self, recovered: RecoveredDatabase) -> Archive:
+        """Dump the database, and read what the manifest of a backup says, in one snapshot.
+
+        The tenant's server need not have the database any more, nor answer: it may be the reason for the recovery.
+        """
+        path, failed = recovered.directory / "dump", f"the recovered database of tenant {self._request.slug!r}"
         try:
             connection: Connection = await login.connect(
-                recovered.dsn, purpose="tenancy-recovery", timeout=_CONNECT_SECONDS
+                recovered.dsn, purpose="tenancy-recovery", timeout=_CONNECT_SECONDS, settings=_SETTINGS
             )
             try:
-                size = await connection.fetchval("SELECT pg_catalog.pg_database_size(current_database())")
+                if connections.version(connection) >= 17:
+                    await connection.execute("SET transaction_timeout = 0")
+                size = await connection.fetchval("SELECT pg_catalog.pg_database_size(pg_catalog.current_database())")
+                await asyncio.to_thread(check_space, recovered.directory, int(size), most=self._max_bytes)
+                # a server of somebody else's may be written to
+                await begin_snapshot(connection, partial(lockable_tables, scope=TENANT_SCOPE))
+                snapshot = await connection.fetchval("SELECT pg_catalog.pg_export_snapshot()")
+                await self._run(recovered, path, snapshot)
+                tables = [name for name, _ in await read_tables(connection, TENANT_SCOPE)]
+                facts = await facts_of(connection, owner=self._owner, role=self._role)
+                return Archive(
+                    path=path,
+                    tenant_owned=facts.tenant_owned,
+                    rows=await count_rows(connection, tables),
+                    server_version=recovered.version,
+                    extensions=frozenset(one.name for one in await read_extensions(connection)),
+                )
             finally:
                 await run_to_completion(connections.close(connection))
         except SERVER_FAILURES as exc:
-            raise RecoveryError(f"the recovered database cannot be read: {login.reason_of(exc)}") from exc
-        await asyncio.to_thread(check_space, recovered.directory, int(size), most=self._max_bytes)
+            raise RecoveryError(f"{failed} cannot be read: {login.reason_of(exc)}") from exc
+        except ProvisioningError as exc:
+            raise RecoveryError(f"{failed} cannot be read: {exc}") from exc
+
+    async def _run(self, recovered: RecoveredDatabase, path: Path, snapshot: str) -> None:
+        """Run ``pg_dump``.
+
+        Raises:
+            ProvisioningError: it failed.
+        """
         programs = await asyncio.to_thread(find_programs, recovered.version, self._client_programs)
         dsn = recovered.dsn
         environment = dsn.environment(user=dsn.user or "", database=recovered.database, purpose="tenancy-recovery") | (
             {} if dsn.password is None else {"PGPASSWORD": dsn.secret()}
         )
-        try:
-            await run_program(
-                [
-                    programs.path("pg_dump"),
-                    "--format=directory",
-                    f"--compress={_COMPRESSION}",
-                    "--no-sync",
-                    "--no-password",
-                    # a prepared transaction of that time has its locks in the recovered server as well
-                    f"--lock-wait-timeout={_LOCK_WAIT}",
-                    "--no-publications",
-                    "--no-subscriptions",
-                    "--no-security-labels",
-                    f'--exclude-schema="{event_trigger.NAME}"',
-                    f"--file={path}",
-                ],
-                environment,
-            )
-        except ProvisioningError as exc:
-            raise RecoveryError(
-                f"the recovered database of tenant {self._request.slug!r} cannot be read: {exc}"
-            ) from exc
+        await run_program(
+            [
+                programs.path("pg_dump"),
+                "--format=directory",
+                f"--compress={_COMPRESSION}",
+                "--no-sync",
+                "--no-password",
+                # a prepared transaction of that time has its locks in the recovered server as well
+                f"--lock-wait-timeout={LOCK_WAIT}",
+                f"--snapshot={snapshot}",
+                "--no-publications",
+                "--no-subscriptions",
+                "--no-security-labels",
+                *TENANT_SCOPE.to_arguments(),
+                f"--file={path}",
+            ],
+            environment,
+        )
 
 
 __all__ = ["PointInTime"]

@@ -16,7 +16,7 @@ from ...errors import ConfigurationError, RecoveryError, RecoveryTargetError, Se
 from ...postgres import connections, login
 from ...postgres.connections import Connection
 from ...postgres.dsn import Dsn
-from ...postgres.errors import INVALID_CATALOG_NAME
+from ...postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.quoting import quote_identifier
 from ...provisioning import advisory_locks
@@ -27,7 +27,7 @@ from .accounts import Account
 from .base_backups import connected
 from .keeper import open_keeper
 from .providers import RecoveryRequest, RecoveryWindow
-from .scratch import RecoveredDatabase
+from .scratch import RecoveredDatabase, dropped
 
 logger = logging.getLogger("tenancy_orm.recovery")
 
@@ -106,6 +106,9 @@ class RecoveredServer:
                     f"the recovered server has no database {request.database!r}, which tenant {request.slug!r} had at "
                     f"{request.time.isoformat()}"
                 ) from exc
+            if getattr(exc, "sqlstate", None) == NOT_IN_PREREQUISITE_STATE:
+                # at that time the tenant used it, so it was open
+                raise dropped(request.database, request.slug) from exc
             raise RecoveryError(f"the recovered server cannot be opened: {login.reason_of(exc)}") from exc
         try:
             await marker.verify(connection, request.installation, request.tenant_id, tenant=request.slug)

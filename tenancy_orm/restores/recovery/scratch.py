@@ -41,6 +41,7 @@ _STOPPED_AT = re.compile(r"recovery stopping (?:before|after) (?:commit|abort) o
 _LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+\+00)")
 _FATAL = re.compile(r"(?:FATAL|PANIC|ERROR): +(?P<text>.*)")
 _SHOWN = 300  # characters of an error
+_INVALID = -2  # the connection limit of a database of which DROP DATABASE has begun to delete the files
 
 # What else a server reads at its start, and what a standby or a killed server leaves. The last one would lead the
 # tablespaces back to the directories of the server that was backed up.
@@ -99,6 +100,7 @@ class ScratchServer:
         self._administrator = f"tenancy_recovery_{secrets.token_hex(8)}"
         self._reader = f"tenancy_recovery_{secrets.token_hex(8)}"
         self._passwords = {name: new_password() for name in (self._administrator, self._reader)}
+        self._last_commit: datetime | None = None
 
     async def recover(self, target: datetime) -> datetime | None:
         """Recover the files to a time and shut the server down; returns the time of the last transaction it has.
@@ -123,7 +125,8 @@ class ScratchServer:
             # PostgreSQL ends with an error then; this makes sure that it goes on to do so
             raise RecoveryTargetError(f"the WAL ends before {target.isoformat()}")
         found = _LAST_COMMIT.findall(log)
-        return datetime.fromisoformat(found[-1]) if found else None
+        self._last_commit = datetime.fromisoformat(found[-1]) if found else None
+        return self._last_commit
 
     @asynccontextmanager
     async def open(self, database: str, installation: UUID, tenant_id: UUID, slug: str) -> AsyncIterator[Dsn]:
@@ -273,18 +276,19 @@ class ScratchServer:
             f"GRANT CONNECT ON DATABASE {quoted} TO {name}"
         )
 
-    @staticmethod
-    async def _check(connection: Connection, database: str, marker: str, slug: str) -> None:
+    async def _check(self, connection: Connection, database: str, marker: str, slug: str) -> None:
         """Check the marker, which is in a catalog that all databases share: the database itself is not opened."""
         row = await connection.fetchrow(
-            "SELECT pg_catalog.shobj_description(oid, 'pg_database') AS marker FROM pg_catalog.pg_database "
-            "WHERE datname = $1",
+            "SELECT pg_catalog.shobj_description(oid, 'pg_database') AS marker, datconnlimit AS connection_limit "
+            "FROM pg_catalog.pg_database WHERE datname = $1",
             database,
         )
         if row is None:
             raise RecoveryTargetError(f"tenant {slug!r} had no database {database!r} at that time")
         if row["marker"] != marker:
             raise MarkerMismatchError(tenant=slug, database=database, expected=marker, found=row["marker"])
+        if row["connection_limit"] == _INVALID:
+            raise dropped(database, slug, before=self._last_commit)
 
     async def _connect(self) -> Connection:
         try:
@@ -297,6 +301,21 @@ class ScratchServer:
     def _dsn(self, user: str, database: str) -> Dsn:
         hosts = ((str(self._keeper.sockets), _PORT),)
         return Dsn(hosts=hosts, user=user, password=self._passwords[user], database=database)
+
+
+def dropped(database: str, slug: str, *, before: datetime | None = None) -> RecoveryTargetError:
+    """Return the error for a database that was being dropped: its files are deleted before DROP DATABASE commits.
+
+    Args:
+        database: The database's name.
+        slug: The tenant's slug.
+        before: When the last transaction was committed before that; None where it is not known.
+    """
+    earlier = "an earlier time" if before is None else f"a time before {before.isoformat()}"
+    return RecoveryTargetError(
+        f"database {database!r} of tenant {slug!r} was being dropped at that time, and its files are deleted; choose "
+        f"{earlier}"
+    )
 
 
 def _settings(version: int) -> dict[str, str]:
@@ -355,4 +374,4 @@ def _quoted(value: str) -> str:
     return value.replace("\\", "\\\\").replace("'", "''")
 
 
-__all__ = ["RecoveredDatabase", "ScratchServer"]
+__all__ = ["RecoveredDatabase", "ScratchServer", "dropped"]

@@ -29,6 +29,7 @@ from tenancy_orm.postgres import snapshots
 from tenancy_orm.provisioning.readers import Reader
 from tenancy_orm.tenant import Status
 from tests.support.fleet import Fleet, fleet_config, open_fleet
+from tests.support.own_objects import MAKE, NAMES, OWNERS, watched_sandbox
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
 
@@ -146,6 +147,22 @@ async def test_a_clone_is_another_tenant_with_everything(fleet: Fleet) -> None:
     assert {"tenant.clone", "tenant.cloned_to"} <= actions
     with pytest.raises(TenantExistsError):
         await fleet.tenancy.clones.create("acme", "acme-debug", ttl=timedelta(days=2))
+
+
+async def test_what_a_tenant_has_made_itself_is_the_clones_own(config: TenancyConfig) -> None:
+    """Its code runs with the rights of the clone's role, and at no moment with those of the owner."""
+    provisioning = config.provisioning.model_copy(update={"grants": watched_sandbox})
+    async with open_fleet(config.replace(provisioning=provisioning), initialise=True) as fleet:
+        await fleet.create("acme")
+        async with fleet.tenancy.session("acme") as session:
+            for statement in MAKE:
+                await session.execute(sa.text(statement))
+            await session.commit()
+        made = await fleet.tenancy.clones.create("acme", "clone", ttl=timedelta(days=1))
+        assert made.tenant.placement is not None
+        role = made.tenant.placement.role
+        assert sorted(await fleet.fetch("clone", OWNERS)) == [(name, role) for name in NAMES]
+        assert (await fleet.provisioner.reconcile()).clean
 
 
 async def test_no_original_value_is_anywhere_in_an_anonymised_clone(fleet: Fleet) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from tenancy_orm.restores.recovery import RecoveredDatabase
 from tenancy_orm.routing.marker import marker_text
 from tenancy_orm.tenant import Tenant
 from tenancy_orm.testing.embedded import SUPERUSER
+from tests.support.own_objects import MAKE, NAMES, OWNERS, watched_sandbox
+from tests.support.postgres import Postgres
+from tests.support.processes import opened
 from tests.support.recovery import backup_directory, left_in, now, receiving, recovery_settings
 from tests.support.replication import TestServer, primary_server, standby_of
 from tests.support.waiting import until
@@ -41,6 +45,8 @@ def primary() -> Iterator[TestServer]:
     """The server of this module's tenants."""
     # what a recovered server must not do: archive, load libraries, use the network, encrypt
     further = {"archive_mode": "on", "archive_command": "false", "max_prepared_transactions": "7"}
+    # a test says which transactions there are
+    further["autovacuum"] = "off"
     with primary_server(settings=further) as server:
         yield server
 
@@ -55,14 +61,16 @@ def directory() -> Iterator[Path]:
 @pytest.fixture
 async def tenancy(tenancy_config: TenancyConfig, primary: TestServer, directory: Path) -> AsyncIterator[Tenancy]:
     """A ``Tenancy`` on that server; its slot is dropped at the end."""
-    config = tenancy_config.replace(**recovery_settings(primary, directory))
-    opened = Tenancy(config)
-    await opened.open(initialise=True)
-    try:
-        yield opened
-        await opened.recovery.drop_slot()
-    finally:
-        await opened.close()
+    async with recovering(tenancy_config.replace(**recovery_settings(primary, directory))) as made:
+        yield made
+
+
+@asynccontextmanager
+async def recovering(config: TenancyConfig) -> AsyncIterator[Tenancy]:
+    """A ``Tenancy`` with a new control database; its slot is dropped at the end."""
+    async with opened(config, initialise=True) as made:
+        yield made
+        await made.recovery.drop_slot()
 
 
 async def create(tenancy: Tenancy, slug: str) -> Tenant:
@@ -224,6 +232,68 @@ async def test_a_tenant_is_restored_to_a_time_and_its_neighbours_are_newer(
         with pytest.raises(MarkerMismatchError, match=beta.placement.database):
             await tenancy.restores.restore("acme", source)
         assert await bodies(tenancy, "acme") == ["first", "second", "third"]
+        assert left_in(directory) == []
+
+
+async def test_a_tenant_whose_database_was_dropped_is_as_it_was(
+    tenancy_config: TenancyConfig, primary: TestServer, directory: Path
+) -> None:
+    """What only that database knew comes from the recovered server: extensions, owners, how many rows there were."""
+    settings = recovery_settings(primary, directory)
+    settings["provisioning"]["grants"] = watched_sandbox
+    async with recovering(tenancy_config.replace(**settings)) as tenancy, receiving(tenancy):
+        acme = await create(tenancy, "acme")
+        assert acme.placement is not None
+        database, role = acme.placement.database, acme.placement.role
+        primary.query("CREATE EXTENSION vector", database=database)
+        async with tenancy.transaction("acme") as session:
+            for statement in MAKE:
+                await session.execute(text(statement))
+        await tenancy.recovery.take_base()
+        await write(tenancy, "acme", "first", "second")
+        target = now(primary)
+        await write(tenancy, "acme", "third")
+        primary.query(f'DROP DATABASE "{database}" WITH (FORCE)')
+
+        source = await tenancy.recovery.source("acme", target)
+        async with source.open() as archive:
+            assert archive.rows == {"public.notes": 2, "public.tags": 0, "sandbox.drafts": 1}
+            assert archive.extensions is not None and "vector" in archive.extensions
+            assert archive.tenant_owned is not None and "function sandbox.shout(text)" in archive.tenant_owned
+        # no revision makes the extension
+        assert (await tenancy.restores.restore_as("acme-2", source, accept=True)).left_out == ()
+        assert (await tenancy.restores.restore("acme", source, accept=True)).left_out == ()
+        assert await bodies(tenancy, "acme") == await bodies(tenancy, "acme-2") == ["first", "second"]
+        place = (await tenancy.tenants.get(acme.id)).placement
+        assert place is not None and place.database != database
+        with psycopg.connect(primary.url(place.database)) as connection:
+            assert sorted(connection.execute(OWNERS).fetchall()) == [(name, role) for name in NAMES]
+            definer = "SELECT prosecdef FROM pg_proc WHERE proname = 'shout'"
+            assert connection.execute(definer).fetchall() == [(True,)]
+        assert left_in(directory) == []
+
+
+async def test_a_time_at_which_the_database_was_being_dropped_is_refused_and_an_earlier_one_named(
+    tenancy_config: TenancyConfig, primary: TestServer, directory: Path
+) -> None:
+    """Its files are deleted before DROP DATABASE commits, if no transaction ends between the time and that."""
+    settings = recovery_settings(primary, directory, heartbeat_seconds=3_600.0)
+    async with recovering(tenancy_config.replace(**settings)) as tenancy, receiving(tenancy):
+        acme = await create(tenancy, "acme")
+        assert acme.placement is not None
+        await tenancy.recovery.take_base()
+        await write(tenancy, "acme", "first")
+        await write(tenancy, "acme", "second")
+        target = now(primary)
+        primary.query(f'DROP DATABASE "{acme.placement.database}" WITH (FORCE)')
+        source = await tenancy.recovery.source("acme", target)
+        with pytest.raises(RecoveryTargetError, match="was being dropped at that time") as refused:
+            await tenancy.restores.restore("acme", source)
+        found = re.search(r"choose a time before (\S+)$", str(refused.value))
+        assert found is not None
+        earlier = datetime.fromisoformat(found[1]) - timedelta(microseconds=1)
+        await tenancy.restores.restore("acme", await tenancy.recovery.source("acme", earlier))
+        assert await bodies(tenancy, "acme") == ["first"]
         assert left_in(directory) == []
 
 
@@ -455,3 +525,32 @@ async def test_a_server_that_was_recovered_elsewhere_gives_one_database(
         url = elsewhere.url()
     with pytest.raises(RecoveryError, match="the recovered server cannot be opened"):
         await tenancy.recovery.source("acme", target, recovered_server=url)
+
+
+async def test_another_tenant_is_made_of_a_recovered_server_where_the_servers_own_is_gone(
+    tenancy_config: TenancyConfig, primary: TestServer, postgres: Postgres, directory: Path
+) -> None:
+    """On another server: nothing is asked of the one that is lost."""
+    settings = recovery_settings(primary, directory)
+    settings["servers"]["other"] = postgres.admin_url
+    async with opened(tenancy_config.replace(**settings), initialise=True) as tenancy:
+        acme = (await tenancy.tenants.create("acme", server="default")).tenant
+        assert acme.placement is not None
+        await write(tenancy, "acme", "first")
+        with standby_of(primary, settings={"max_prepared_transactions": "7"}) as elsewhere:
+            elsewhere.catch_up()
+            primary.halt()
+            try:
+                # one that replays still, as where it is paused at its target
+                source = await tenancy.recovery.source("acme", recovered_server=elsewhere.url())
+                await tenancy.restores.restore_as("acme-2", source, server="other")
+                elsewhere.promote()
+                await tenancy.restores.restore_as("acme-3", source, server="other")
+                assert await bodies(tenancy, "acme-2") == await bodies(tenancy, "acme-3") == ["first"]
+                elsewhere.query(f"UPDATE pg_database SET datconnlimit = -2 WHERE datname = '{acme.placement.database}'")
+                with pytest.raises(
+                    RecoveryTargetError, match=r"was being dropped at that time.*choose an earlier time"
+                ):
+                    await tenancy.recovery.source("acme", recovered_server=elsewhere.url())
+            finally:
+                primary.start_again()

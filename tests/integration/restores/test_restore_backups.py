@@ -10,12 +10,14 @@ import sqlalchemy as sa
 
 from tenancy_orm.config import BackupConfig, TenancyConfig
 from tenancy_orm.errors import BackupError, ContentsRefusedError, OperationError, TenantNotFoundError
-from tenancy_orm.protocols import GrantTarget
+from tenancy_orm.protocols import GrantHook
 from tenancy_orm.provisioning import restoring
-from tenancy_orm.restores import BackupSource, making
+from tenancy_orm.restores import BackupSource, DumpSource, making
 from tenancy_orm.restores.manager import READ_ONLY
 from tests.integration.restores.test_restores import add, databases, notes
+from tests.support.dumps import dump
 from tests.support.fleet import Fleet, fleet_config, open_fleet
+from tests.support.own_objects import MAKE, NAMES, OWNERS, sandbox, watched_sandbox
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
 from tests.support.provisioning import plain_administrator
@@ -118,59 +120,96 @@ async def test_a_backup_that_was_changed_is_refused(fleet: Fleet, tmp_path: Path
     assert await notes(fleet, "acme") == 100
 
 
-def sandbox(target: GrantTarget) -> list[str]:
-    """Let the tenant's role make objects in a schema of its own use."""
-    return [
-        f"CREATE SCHEMA IF NOT EXISTS sandbox AUTHORIZATION {target.owner}",
-        f"GRANT USAGE, CREATE ON SCHEMA sandbox TO {target.role}",
-    ]
+def with_hook(config: TenancyConfig, hook: GrantHook) -> TenancyConfig:
+    """A configuration with a grant hook."""
+    return config.replace(provisioning=config.provisioning.model_copy(update={"grants": hook}))
+
+
+async def make_own(fleet: Fleet, slug: str = "acme") -> None:
+    """Let the tenant's role make objects of its own."""
+    async with fleet.tenancy.session(slug) as session:
+        for statement in MAKE:
+            await session.execute(sa.text(statement))
+        await session.commit()
 
 
 async def test_what_a_tenant_has_made_itself_is_its_own_again(config: TenancyConfig) -> None:
-    """Its code runs with its own rights, so that no revision needs to make it; elsewhere it would be the owner's."""
-    provisioning = config.provisioning.model_copy(update={"grants": sandbox})
-    async with open_fleet(config.replace(provisioning=provisioning), initialise=True) as fleet:
+    """Its code runs with its own rights, so that no revision needs to make it; at no moment is it the owner's."""
+    async with open_fleet(with_hook(config, watched_sandbox), initialise=True) as fleet:
         await fleet.create("acme")
-        async with fleet.tenancy.session("acme") as session:
-            for statement in (
-                "CREATE TABLE sandbox.drafts (id int GENERATED ALWAYS AS IDENTITY, body text)",
-                "INSERT INTO sandbox.drafts (body) VALUES ('one')",
-                "CREATE FUNCTION sandbox.shout(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT upper($1)'",
-                "CREATE INDEX loud ON sandbox.drafts (sandbox.shout(body))",
-            ):
-                await session.execute(sa.text(statement))
-            await session.commit()
+        await make_own(fleet)
         (backup,) = (await fleet.tenancy.backups.run(["acme"])).done
-        source = BackupSource(fleet.tenancy.backups, backup)
-        await fleet.tenancy.restores.restore("acme", source)
-        owners = (
-            "SELECT relname::text, pg_get_userbyid(relowner)::text FROM pg_class WHERE relname IN ('drafts', 'loud') "
-            "UNION ALL SELECT proname::text, pg_get_userbyid(proowner)::text FROM pg_proc WHERE proname = 'shout'"
-        )
+        await fleet.tenancy.restores.restore("acme", BackupSource(fleet.tenancy.backups, backup))
         place = (await fleet.registry.find("acme")).placement
         assert place is not None
-        assert set(await fleet.fetch("acme", owners)) == {(name, place.role) for name in ("drafts", "loud", "shout")}
+        assert sorted(await fleet.fetch("acme", OWNERS)) == [(name, place.role) for name in NAMES]
         async with fleet.tenancy.session("acme") as session:
             await session.execute(sa.text("ALTER TABLE sandbox.drafts ADD COLUMN more int"))
         assert (await fleet.provisioner.reconcile()).clean
 
-        # ... without the schema that the hook opens, the function would be the owner's
+
+async def test_what_a_tenant_has_made_elsewhere_never_runs_as_the_owner(config: TenancyConfig) -> None:
+    """Where no hook lets its role make objects, they would be the owner's: that is accepted for no such code."""
+    async with open_fleet(config, initialise=True) as fleet:
+        await fleet.create("acme")
+        restores, backups = fleet.tenancy.restores, fleet.tenancy.backups
+        place = (await fleet.registry.find("acme")).placement
+        assert place is not None
         async with fleet.connect("acme") as connection:
             await connection.execute(f'GRANT CREATE ON SCHEMA public TO "{place.role}"')
             await connection.execute(
                 f"SET ROLE \"{place.role}\"; CREATE FUNCTION public.mine() RETURNS int LANGUAGE sql AS 'SELECT 1'"
             )
-        (backup,) = (await fleet.tenancy.backups.run(["acme"])).done
-        with pytest.raises(ContentsRefusedError, match=r"function public\.mine"):
-            await fleet.tenancy.restores.restore("acme", BackupSource(fleet.tenancy.backups, backup))
+        (backup,) = (await backups.run(["acme"])).done
+        await fleet.execute("acme", "ALTER FUNCTION public.mine() SECURITY DEFINER")
+        (definer,) = (await backups.run(["acme"])).done
+        for accept in (False, True):
+            with pytest.raises(ContentsRefusedError, match=r"the tenant's role has made that") as refused:
+                await restores.restore("acme", BackupSource(backups, definer), accept=accept)
+            assert (refused.value.findings, refused.value.may_accept) == (("function public.mine()",), False)
+        source = BackupSource(backups, backup)
+        with pytest.raises(ContentsRefusedError, match=r"function public\.mine.*--accept-differences"):
+            await restores.restore("acme", source)
+        # ... it runs with the rights of who calls it
+        await restores.restore("acme", source, accept=True)
+        owner = "SELECT pg_get_userbyid(proowner)::text, prosecdef FROM pg_proc WHERE proname = 'mine'"
+        assert await fleet.fetch("acme", owner) == [(fleet.services.names.owner, False)]
+
+
+async def test_code_that_nobody_says_the_owner_of_is_not_accepted_where_the_tenants_role_makes_its_own(
+    config: TenancyConfig, tmp_path: Path
+) -> None:
+    """A dump does not vouch for owners: its tenant's code would run with the rights of the owner of all databases."""
+    async with open_fleet(with_hook(config, sandbox), initialise=True) as fleet:
+        await fleet.create("acme")
+        restores, before = fleet.tenancy.restores, await databases(fleet)
+        await make_own(fleet)
+        source = DumpSource(await dump(fleet, "acme", tmp_path / "dump"))
+        for accept in (False, True):
+            with pytest.raises(ContentsRefusedError, match="restore a backup, which says who owned what") as refused:
+                await restores.restore("acme", source, accept=accept)
+            assert not refused.value.may_accept
+            assert set(refused.value.findings) == {
+                "function sandbox.shout(text)",
+                "index loud on table sandbox.drafts",
+                "view sandbox.shouted",
+            }
+        assert await databases(fleet) == before
+        # what runs with the rights of who calls it may be accepted
+        await fleet.execute("acme", "DROP FUNCTION sandbox.shout CASCADE")
+        source = DumpSource(await dump(fleet, "acme", tmp_path / "other"))
+        with pytest.raises(ContentsRefusedError, match=r"function sandbox\.fire\(\).*--accept-differences"):
+            await restores.restore("acme", source)
+        await restores.restore("acme", source, accept=True)
 
 
 async def test_an_administrator_who_is_no_superuser_restores_too(
     postgres: Postgres, config: TenancyConfig, empty_url: str
 ) -> None:
-    """As on a managed server; large objects, an undo and a purge included."""
+    """As on a managed server; large objects, what the tenant has made itself, an undo and a purge included."""
     async with plain_administrator(postgres) as url:
-        own = config.replace(control_url=empty_url, servers={"default": url}, provisioning={"revoke_public": False})
+        provisioning = {"revoke_public": False, "grants": watched_sandbox}
+        own = config.replace(control_url=empty_url, servers={"default": url}, provisioning=provisioning)
         async with open_fleet(own, initialise=True) as fleet:
             await restore_and_purge(fleet)
 
@@ -180,6 +219,7 @@ async def restore_and_purge(fleet: Fleet) -> None:
     async with fleet.tenancy.session("acme") as session:
         await session.execute(sa.text("SELECT lo_from_bytea(4711, 'a large object')"))
         await session.commit()
+    await make_own(fleet)
     (backup,) = (await fleet.tenancy.backups.run(["acme"])).done
     await add(fleet, "acme", "later")
     restores, source = fleet.tenancy.restores, BackupSource(fleet.tenancy.backups, backup)
@@ -190,6 +230,9 @@ async def restore_and_purge(fleet: Fleet) -> None:
         await connection.close()
     await restores.resume(waiting.operation or 0)
     assert await notes(fleet, "acme") == 0
+    place = (await fleet.registry.find("acme")).placement
+    assert place is not None
+    assert sorted(await fleet.fetch("acme", OWNERS)) == [(name, place.role) for name in NAMES]
     async with fleet.tenancy.session("acme") as session:
         assert (await session.execute(sa.text("SELECT lo_get(4711)"))).scalar_one() == b"a large object"
         await session.execute(sa.text("SELECT lo_unlink(4711)"))

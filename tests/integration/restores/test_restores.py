@@ -135,6 +135,20 @@ async def test_what_a_restore_has_replaced_is_dropped_after_its_time_or_with_the
     assert (await fleet.provisioner.reconcile()).clean
 
 
+async def test_a_dump_is_restored_where_the_tenants_database_is_lost(fleet: Fleet, tmp_path: Path) -> None:
+    """Into the tenant, whose database would have said which extensions it has, and as another one."""
+    source = DumpSource(await dump(fleet, "acme", tmp_path / "dump"), fleet.tenants["acme"].id)
+    connection = await fleet.provisioner.connect_admin("default")
+    try:
+        await connection.execute(f'DROP DATABASE "{fleet.database("acme")}" WITH (FORCE)')
+    finally:
+        await connection.close()
+    await fleet.tenancy.restores.restore_as("acme-copy", source)
+    report = await fleet.tenancy.restores.restore("acme", source)
+    assert report.state == "done"
+    assert (await notes(fleet, "acme"), await notes(fleet, "acme-copy")) == (100, 100)
+
+
 async def test_a_restore_is_inspected_before_it_is_swapped_or_discarded(fleet: Fleet, tmp_path: Path) -> None:
     """Until then the tenant writes to its old database, and no other restore begins."""
     archive, restores = await dump(fleet, "acme", tmp_path / "dump"), fleet.tenancy.restores
