@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tomllib
+from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -11,7 +12,7 @@ from uuid import UUID
 import typer
 
 from ..errors import ConfigurationError
-from ..restores import RebuildReport
+from ..restores import FoundDatabase, RebuildReport
 from .output import Column, note, print_json, print_table
 from .runtime import EXIT_FAILED, Json, exit_on_error, load_tenancy, operator
 
@@ -109,7 +110,7 @@ def _show(report: RebuildReport, as_json: bool) -> None:
         )
     else:
         rows = [
-            (x.tenant_id, x.slug, x.server, x.database, x.revision, x.size_bytes, x.state, x.reason or None)
+            (x.tenant_id, x.slug, x.server, x.database, x.revision, x.size_bytes, x.state, _why(x))
             for x in report.databases
         ]
         print_table(f"installation {report.installation}", _LISTED, rows)
@@ -122,6 +123,12 @@ def _show(report: RebuildReport, as_json: bool) -> None:
                 note(f"next: tenancy keys issue {one.slug}")
     if not report.complete:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _why(found: FoundDatabase) -> str | None:
+    if not found.reason and found.expires_at is not None:
+        return f"a clone, until {found.expires_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    return found.reason or None
 
 
 __all__ = ["rebuild"]
