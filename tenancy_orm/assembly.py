@@ -349,6 +349,7 @@ class Assembly:
             control=self.control,
             audit=self.audit,
             registry=self.registry,
+            operations=operations,
             provisioner=self.provisioner,
             secrets=self.secrets,
             backups=self.backups,

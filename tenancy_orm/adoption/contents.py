@@ -53,11 +53,14 @@ inside AS (
   UNION ALL SELECT 'pg_catalog.pg_policy'::pg_catalog.regclass, oid FROM pg_catalog.pg_policy
      WHERE polrelid IN (TABLE relation))
 SELECT DISTINCT pg_catalog.pg_describe_object(d.classid, d.objid, 0) AS by, i.type AS kind,
-       i.schema || '.' || i.name AS named, i.identity AS identity
+       (SELECT n.nspname || '.' || c.relname FROM pg_catalog.pg_class c
+          JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+         WHERE d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass AND c.oid = d.refobjid) AS named,
+       i.identity AS identity
   FROM pg_catalog.pg_depend d JOIN inside ON inside.class = d.classid AND inside.oid = d.objid
  CROSS JOIN LATERAL pg_catalog.pg_identify_object(d.refclassid, d.refobjid, 0) i
  WHERE d.deptype IN ('n', 'a') AND i.schema IS NOT NULL AND i.type NOT IN ('index', 'toast table')
-   AND i.schema NOT IN ($1, 'pg_catalog', 'information_schema')
+   AND i.schema NOT IN (pg_catalog.quote_ident($1), 'pg_catalog', 'information_schema')
    AND NOT (d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.refobjid IN (TABLE relation))
    AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend e
                     WHERE e.deptype = 'e' AND e.classid = d.refclassid AND e.objid = d.refobjid)

@@ -83,7 +83,7 @@ class FleetReport:
         tenants: The tenants, in the order of the plan.
         tables: The tables of the shared databases, of a dry run.
         problems: Rows that no tenant of the plan has, or two of them, of a dry run.
-        notes: What else is worth knowing.
+        notes: What else is worth knowing, and the differences that are accepted, with the tenants that have them.
     """
 
     tenants: tuple[FleetOutcome, ...]
@@ -142,23 +142,24 @@ class FleetAdoption:
             if done is not None:
                 done(outcome)
 
+        said: defaultdict[str, list[str]] = defaultdict(list)
         sources: defaultdict[str, list[PlannedTenant]] = defaultdict(list)
         for one in tenants:
             if one.where is not None:
                 sources[one.source].append(one)
             else:
-                keep(await self._guarded(one, lambda one=one: self._check_schema(one)))  # type: ignore[misc]
+                keep(await self._guarded(one, lambda one=one: self._check_schema(one, said)))  # type: ignore[misc]
         for source, members in sources.items():
             reports[source] = await self._check_rows(plan, source, members, keep)
         tables: list[FleetTable] = []
         problems: list[str] = []
-        notes: list[str] = []
+        notes = [f"{_listed(slugs)}: {text}" for text, slugs in said.items()]
         for found in reports.values():
             problems += _same_customers(found)
             for table in _summed(found):
                 tables.append(table)
-                said = read_mapping(plan.mapping, "true = true" if not found else found[0].where).of(table.source)
-                _judge(table, said.strays == "leave", problems, notes)
+                mapped = read_mapping(plan.mapping, "true = true" if not found else found[0].where).of(table.source)
+                _judge(table, mapped.strays == "leave", problems, notes)
         return FleetReport(
             tenants=tuple(outcomes[one.slug] for one in tenants),
             tables=tuple(tables),
@@ -232,18 +233,23 @@ class FleetAdoption:
             error = f"{type(exc).__name__}: {exc}"
         return FleetOutcome(slug=one.slug, state="failed", error=error, seconds=time.monotonic() - started)
 
-    async def _check_schema(self, one: PlannedTenant) -> FleetOutcome:
+    async def _check_schema(self, one: PlannedTenant, said: defaultdict[str, list[str]]) -> FleetOutcome:
         report = await self._check_database(
             one.slug,
             one.source,
             schema=one.schema,
             with_shared=one.with_shared,
+            without=one.without,
             at=one.at,
             server=one.server,
             region=one.region,
             tier=one.tier,
         )
-        problems = [*(found.text for found in report.differences), *report.refused]
+        differences = [found.text for found in report.differences]
+        accepted = [f"accepted: {text}" for text in differences] if one.accept_differences else []
+        for text in (*accepted, *report.notes):
+            said[text].append(one.slug)
+        problems = [*([] if accepted else differences), *report.refused]
         return _outcome(report, "failed" if problems else "checked", "; ".join(problems[:5]) or None)
 
     async def _check_rows(
@@ -278,7 +284,9 @@ class FleetAdoption:
                 one.source,
                 schema=one.schema,
                 with_shared=one.with_shared,
+                without=one.without,
                 at=one.at,
+                accept_differences=one.accept_differences,
                 server=one.server,
                 region=one.region,
                 tier=one.tier,
@@ -345,6 +353,10 @@ def _summed(reports: Sequence[RowsReport]) -> list[FleetTable]:
         rows = table.total if table.shared else claimed[table.source]
         found.append(FleetTable(source=table.source, total=table.total, claimed=rows, nobodys=table.nobodys, way=way))
     return found
+
+
+def _listed(slugs: Sequence[str]) -> str:
+    return ", ".join(slugs[:5]) + (f" and {len(slugs) - 5} more" if len(slugs) > 5 else "")
 
 
 def _judge(table: FleetTable, leave: bool, problems: list[str], notes: list[str]) -> None:

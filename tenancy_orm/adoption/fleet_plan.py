@@ -11,9 +11,11 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_literal
 
-_FIELDS = frozenset({"from", "mapping", "at", "concurrency", "query", "where", "tier", "region", "with_shared"})
-_TENANT_FIELDS = frozenset({"slug", "from", "where", "schema", "tier", "region", "server", "at", "with_shared"})
-_KEY = "{key}"
+_COMMON = frozenset({"from", "where", "schema", "with_shared", "without", "accept_differences", "at", "tier", "region"})
+_FIELDS = _COMMON | {"mapping", "concurrency", "query"}
+_TENANT_FIELDS = _COMMON | {"slug", "server"}
+_NOT_OF_ROWS = ("with_shared", "without", "accept_differences")
+_KEY, _SCHEMA = "{key}", "{schema}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,8 @@ class PlannedTenant:
         where: The root condition of its rows; None where it is a schema or a whole database.
         schema: The schema of the database that it is; None where it is rows or a whole database.
         with_shared: Tables of other schemas that come along with a schema.
+        without: Tables of a schema or a whole database that do not come along.
+        accept_differences: Whether a schema or a whole database is adopted although it differs from its revision.
         at: The revision that it is at, or that rows are brought to.
         tier: Its tier.
         region: Where its data has to stay.
@@ -37,6 +41,8 @@ class PlannedTenant:
     where: str | None = None
     schema: str | None = None
     with_shared: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    accept_differences: bool = False
     at: str | None = None
     tier: str | None = None
     region: str | None = None
@@ -50,7 +56,8 @@ class AdoptionPlan:
     Attributes:
         tenants: The tenants that the plan names.
         query: SQL that yields the slug and the key of further tenants; None without any.
-        defaults: What holds for the query's tenants: ``where`` has ``{key}`` in the place of the key.
+        defaults: What holds for the query's tenants: ``where`` or ``schema`` has ``{key}`` in the place of the key,
+            and ``without`` has ``{schema}`` in the place of the schema.
         mapping: The values of the mapping of rows.
         concurrency: How many tenants are made at once.
     """
@@ -96,23 +103,21 @@ class AdoptionPlan:
             raise ConfigurationError("mapping of the plan is a file, or a table")
         url = _text(values, "from", "the plan")
         common: dict[str, Any] = {name: _text(values, name, "the plan") for name in ("at", "tier", "region")}
-        common["with_shared"] = _list(values, "with_shared", "the plan")
+        common |= {name: _list(values, name, "the plan") for name in ("with_shared", "without")}
+        common["accept_differences"] = _flag(values, "accept_differences", "the plan")
         common["source"] = source if url is None else resolve(url)
         given = values.get("tenants", [])
         if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
             raise ConfigurationError("tenants of the plan are written as [[tenants]]")
         tenants = tuple(_tenant(one, common, resolve) for one in given)
-        query, where = _text(values, "query", "the plan"), _text(values, "where", "the plan")
-        defaults = None
-        if query is not None:
-            if where is None or _KEY not in where:
-                raise ConfigurationError(f'a query needs the condition of its keys: where = "tenant_id = {_KEY}"')
-            defaults = _made({**common, "slug": "query", "where": where})
-        elif where is not None:
-            raise ConfigurationError("where of the plan is for the keys of its query, which is missing")
+        query = _text(values, "query", "the plan")
+        keyed = {name: text for name in ("where", "schema") if (text := _text(values, name, "the plan")) is not None}
+        if query is None and keyed:
+            raise ConfigurationError(f"{next(iter(keyed))} of the plan is for the keys of its query, which is missing")
         if not tenants and query is None:
             raise ConfigurationError("the plan names no tenants: [[tenants]], or a query")
         _refuse_twice(tenants)
+        defaults = None if query is None else _defaults(common, keyed)
         return cls(tenants=tenants, query=query, defaults=defaults, mapping=mapping, concurrency=concurrency)
 
     def at_once(self, concurrency: int) -> AdoptionPlan:
@@ -121,11 +126,12 @@ class AdoptionPlan:
 
     def keyed(self, slug: str, key: str) -> PlannedTenant:
         """Return the tenant of a row of the query."""
-        assert self.defaults is not None and self.defaults.where is not None  # noqa: S101 - a query has them
-        found, where = self.defaults, self.defaults.where.replace(_KEY, quote_literal(key))
-        return PlannedTenant(
-            slug=slug, source=found.source, where=where, at=found.at, tier=found.tier, region=found.region
-        )
+        assert self.defaults is not None  # noqa: S101 - a query has them
+        found = replace(self.defaults, slug=slug)
+        if found.where is not None:
+            return _settled(replace(found, where=found.where.replace(_KEY, quote_literal(key))))
+        assert found.schema is not None  # noqa: S101 - of a query's tenants, one of both is said
+        return _settled(replace(found, schema=found.schema.replace(_KEY, key)))
 
     def with_keys(self, found: list[tuple[str, str]]) -> tuple[PlannedTenant, ...]:
         """Return all tenants, with those of the query.
@@ -138,6 +144,17 @@ class AdoptionPlan:
         return tenants
 
 
+def _defaults(common: Mapping[str, Any], keyed: Mapping[str, str]) -> PlannedTenant:
+    if len(keyed) > 1:
+        raise ConfigurationError("the tenants of a query are rows or schemas: say where or schema")
+    if not any(_KEY in text for text in keyed.values()):
+        raise ConfigurationError(
+            f'a query needs the condition of its keys: where = "tenant_id = {_KEY}"; or where they are schemas: '
+            f'schema = "{_KEY}"'
+        )
+    return _made({**common, **keyed, "slug": "query"})
+
+
 def _tenant(values: Mapping[str, Any], common: Mapping[str, Any], resolve: Callable[[str], str]) -> PlannedTenant:
     slug = _text(values, "slug", "a tenant of the plan")
     if slug is None:
@@ -145,22 +162,42 @@ def _tenant(values: Mapping[str, Any], common: Mapping[str, Any], resolve: Calla
     place = f"tenant {slug!r} of the plan"
     _refuse_unknown(values, _TENANT_FIELDS, place)
     names = ("where", "schema", "tier", "region", "server", "at")
-    found = {name: _text(values, name, place) for name in names}
-    if found["where"] is not None and found["schema"] is not None:
-        raise ConfigurationError(f"{place} is rows or a schema: say where or schema")
+    said: dict[str, Any] = {name: text for name in names if (text := _text(values, name, place)) is not None}
+    said |= {name: _list(values, name, place) for name in ("with_shared", "without") if name in values}
+    if "accept_differences" in values:
+        said["accept_differences"] = _flag(values, "accept_differences", place)
+    _refuse_unfit(said, place)
     url = _text(values, "from", place)
-    said = {name: value for name, value in found.items() if value is not None}
-    if "with_shared" in values:
-        said["with_shared"] = _list(values, "with_shared", place)  # type: ignore[assignment]
-    return _made({**common, **said, "slug": slug, **({} if url is None else {"source": resolve(url)})})
+    return _settled(_made({**common, **said, "slug": slug, **({} if url is None else {"source": resolve(url)})}))
+
+
+def _refuse_unfit(said: Mapping[str, Any], place: str) -> None:
+    """Refuse what a tenant says itself, and cannot have."""
+    if "where" in said and "schema" in said:
+        raise ConfigurationError(f"{place} is rows or a schema: say where or schema")
+    if "where" in said:
+        if unfit := [name for name in _NOT_OF_ROWS if name in said]:
+            raise ConfigurationError(f"{place} is rows, and {unfit[0]} is for schemas and databases: leave it out")
+    elif "schema" not in said:
+        if "with_shared" in said:
+            raise ConfigurationError(f"{place} is a whole database, and with_shared is for schemas: leave it out")
+        if any(_SCHEMA in name for name in said.get("without", ())):
+            raise ConfigurationError(f"{place} is a whole database: {_SCHEMA} in its without has no meaning")
 
 
 def _made(values: Mapping[str, Any]) -> PlannedTenant:
     if values["source"] is None:
         raise ConfigurationError(f"tenant {values['slug']!r} of the plan has no source: from, or --from")
-    # shared tables come along with schemas; rows have their mapping
-    shared = values["with_shared"] if values.get("schema") is not None else ()
-    return PlannedTenant(**{**values, "with_shared": shared})
+    return PlannedTenant(**values)
+
+
+def _settled(one: PlannedTenant) -> PlannedTenant:
+    """Leave out what the plan says for tenants of another kind, and put the schema in its places."""
+    if one.where is not None:  # rows have their mapping
+        return replace(one, with_shared=(), without=(), accept_differences=False)
+    if one.schema is None:
+        return replace(one, with_shared=(), without=tuple(name for name in one.without if _SCHEMA not in name))
+    return replace(one, without=tuple(name.replace(_SCHEMA, one.schema) for name in one.without))
 
 
 def _refuse_twice(tenants: tuple[PlannedTenant, ...]) -> None:
@@ -198,6 +235,13 @@ def _list(values: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
         raise ConfigurationError(f"{name} of {place} is a list of names")
     return tuple(found)
+
+
+def _flag(values: Mapping[str, Any], name: str, place: str) -> bool:
+    found = values.get(name, False)
+    if not isinstance(found, bool):
+        raise ConfigurationError(f"{name} of {place} is true or false, not {found!r}")
+    return found
 
 
 __all__ = ["AdoptionPlan", "PlannedTenant"]

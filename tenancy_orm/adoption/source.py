@@ -93,7 +93,9 @@ class Source:
         if schema is not None and (schema.startswith("pg_") or schema == "information_schema"):
             raise ConfigurationError(f"{schema!r} is a schema of PostgreSQL itself")
         for name in (*shared, *without):
-            if name.count(".") != 1 or not all(name.split(".")):
+            # a schema may have points in its name, as those that are named as hosts have
+            rest = "" if schema is None else name.removeprefix(f"{schema}.")
+            if rest in ("", name) and (name.count(".") != 1 or not all(name.split("."))):
                 raise ConfigurationError(f"a table is named as schema.table, not {name!r}")
         return cls(
             dsn=dsn,

@@ -97,7 +97,8 @@ def adopt(
     alone |= {"--accept-differences": accept_differences, "--without": without}
     if plan is not None:
         one = {"SLUG": slug, "--where": where, "--mapping": mapping, "--at": at, "--tier": tier, "--server": server}
-        refuse_unfit({**one, "--region": region, "--metadata": metadata, **alone}, "--plan: write it into the plan")
+        refuse_unfit({"--in-place": in_place, "--revoke": revoke, "--metadata": metadata}, "--plan")
+        refuse_unfit({**one, "--region": region, **alone}, "--plan: write it into the plan")
         adopt_fleet(plan, source, concurrency=concurrency, dry_run=dry_run, as_json=as_json)
         return
     refuse_unfit({"--concurrency": concurrency}, "one tenant: it is for --plan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tomllib
+from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -127,7 +128,13 @@ def _show(report: RebuildReport, as_json: bool) -> None:
 
 
 def _why(found: FoundDatabase) -> str | None:
-    return found.reason or (f"in place of {found.replaces}" if found.replaces else None)
+    if found.reason:
+        return found.reason
+    if found.replaces:
+        return f"in place of {found.replaces}"
+    if found.expires_at is not None:
+        return f"a clone, until {found.expires_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    return None
 
 
 __all__ = ["rebuild"]

@@ -6,9 +6,10 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 
@@ -36,6 +37,8 @@ from ..postgres import connections as postgres_connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.snapshots import begin_snapshot
+from ..provisioning import clone_marks
+from ..provisioning.clone_marks import METADATA, CloneMark
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.filled_creation import Filling
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
@@ -59,8 +62,6 @@ Tell = Callable[[str], None]
 
 LONGEST = timedelta(days=365)
 """For how long a clone is kept at most."""
-
-_METADATA = "clone"
 
 
 def _silent(_: str) -> None:
@@ -182,25 +183,21 @@ class CloneManager:
         self._check(found)
         environment = None if self._config.migrations is None else await self._migrations.environment()
         policy = RevisionPolicy(self._services, self._connections, environment, accept=accept)
-        expires_at = datetime.now(UTC) + ttl
         made = _Made()
-
-        async def fill(new: NewDatabase) -> None:
-            await self._fill(new, found, parsed, environment, require_rules, made, expires_at, tell, actor)
-            policy.tenant_owned = made.tenant_owned
 
         tell("reading the tables")
         tables, extensions = await self._look(found, parsed, environment, require_rules)
-        about = {
-            "of": str(found.id),
-            "slug": found.slug,
-            "expires_at": expires_at.isoformat(),
-            "anonymised": any(table.is_changed for table in tables),
-        }
+        columns = tuple(name for table in tables for name in _replaced(table))
+        mark = CloneMark(of=found.id, of_slug=found.slug, expires_at=datetime.now(UTC) + ttl, columns=columns)
+
+        async def fill(new: NewDatabase) -> None:
+            await self._fill(new, found, parsed, environment, require_rules, made, mark, tell, actor)
+            policy.tenant_owned = made.tenant_owned
+
         created = await self._tenants.create(
             slug,
             tier=tier or found.tier,
-            metadata={**(metadata or {}), _METADATA: about},
+            metadata={**(metadata or {}), METADATA: mark.metadata},
             timezone=found.timezone,
             server=server,
             region=found.region,
@@ -284,7 +281,7 @@ class CloneManager:
         environment: Environment | None,
         require_rules: bool,
         made: _Made,
-        expires_at: datetime,
+        mark: CloneMark,
         tell: Tell,
         actor: Actor,
     ) -> None:
@@ -297,19 +294,15 @@ class CloneManager:
             number,
             step="copying",
             claimant=claimant,
-            detail={
-                "of": str(source.id),
-                "of_slug": source.slug,
-                "expires_at": expires_at.isoformat(),
-                "columns": [],
-            },
+            detail=replace(mark, columns=()).detail,
             actor=actor,
         )
         async with self._operations.keep(operation, claimant):
             tell("copying")
             await self._transfer(new, source, rules, environment, require_rules, made)
+            await self._mark(new, number, replace(mark, columns=made.columns))
             # before anybody can use it, so that no clone is without these entries
-            detail = {"of": str(source.id), "expires_at": expires_at.isoformat(), "columns": list(made.columns)}
+            detail = {"of": str(source.id), "expires_at": mark.expires_at.isoformat(), "columns": list(made.columns)}
             await self._registry.record(number, "tenant.clone", detail=detail, actor=actor)
             into = {"clone": str(number), "slug": (await self._registry.get(number)).slug}
             await self._registry.record(source.id, "tenant.cloned_to", detail=into, actor=actor)
@@ -338,9 +331,7 @@ class CloneManager:
                     raise OperationError(str(exc)) from exc
                 # as they are in this snapshot: a migration may have run since
                 tables = await self._plan(connection, rules, environment, require_rules)
-                made.columns = tuple(
-                    f"{table.label}.{column.name}" for table in tables for column in table.columns if column.is_changed
-                )
+                made.columns = tuple(name for table in tables for name in _replaced(table))
                 transfer = CloneTransfer(
                     reader=reader,
                     source=connection,
@@ -359,6 +350,13 @@ class CloneManager:
                 made.tenant_owned = schema.tenant_owned
             finally:
                 await run_to_completion(postgres_connections.close(connection))
+
+    async def _mark(self, new: NewDatabase, tenant_id: UUID, mark: CloneMark) -> None:
+        connection = await new.login.connect(timeout=self._config.pool.connect_timeout)
+        try:
+            await clone_marks.write(connection, tenant_id, mark)
+        finally:
+            await run_to_completion(postgres_connections.close(connection))
 
     async def _version(self, server: str) -> int:
         connection = await self._provisioner.connect_admin(server, purpose="tenancy-clone")
@@ -420,6 +418,10 @@ class _Made:
     tenant_owned: tuple[str, ...] = ()
     rows: Mapping[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+
+
+def _replaced(table: Table) -> list[str]:
+    return [f"{table.label}.{column.name}" for column in table.columns if column.is_changed]
 
 
 __all__ = ["LONGEST", "CloneManager", "CloneReport", "ExpiredClones"]

@@ -91,6 +91,13 @@ _BEGIN = text(
     "VALUES (:kind, :tenant, :step, CAST(:detail AS jsonb), :actor_kind, :actor_id, :claim, :host, :pid, "
     "clock_timestamp() + make_interval(secs => :seconds)) RETURNING id"
 )
+# repeated, or by two processes at once: one row
+_RECORD_AGAIN = text(
+    "INSERT INTO tenancy.operations (kind, tenant_id, state, step, detail, actor_kind, actor_id, ended_at) "
+    "SELECT CAST(:kind AS text), CAST(:tenant AS uuid), 'done', CAST(:step AS text), CAST(:detail AS jsonb), "
+    "CAST(:actor_kind AS text), CAST(:actor_id AS text), clock_timestamp() WHERE NOT EXISTS "
+    "(SELECT FROM tenancy.operations WHERE tenant_id = CAST(:tenant AS uuid) AND kind = CAST(:kind AS text))"
+)
 _CLAIM = text(
     "UPDATE tenancy.operations SET claim = :claim, host = :host, pid = :pid, state = 'running', "
     "claimed_until = clock_timestamp() + make_interval(secs => :seconds) "
@@ -159,6 +166,33 @@ class Operations:
             other = await self._unfinished(tenant_id)
             raise OperationConflictError(other.slug, other.kind, other.id, other.state) from exc
         return await self.get(number)
+
+    async def record_again(
+        self,
+        kind: OperationKind,
+        tenant_id: UUID,
+        *,
+        step: str,
+        detail: Mapping[str, Any],
+        actor: Actor = SYSTEM,
+    ) -> None:
+        """Record an operation that was done, and that a lost control database knew; repeating it changes nothing.
+
+        Raises:
+            CrossTenantError: another tenant is bound.
+        """
+        refuse_other_tenant(tenant_id)
+        values = {
+            "kind": kind,
+            "tenant": str(tenant_id),
+            "step": step,
+            "detail": _json(detail),
+            "actor_kind": actor.kind,
+            "actor_id": actor.id,
+        }
+        async with self._control.transaction() as connection:
+            await connection.execute(_IN_ORDER, {"tenant": str(tenant_id)})
+            await connection.execute(_RECORD_AGAIN, values)
 
     async def _unfinished(self, tenant_id: UUID) -> Operation:
         found = await self.list(

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from typing import Any
 from uuid import UUID
 
 from ..audit.actor import Actor
@@ -29,8 +30,9 @@ from ..registry.rows import TenantDraft
 from ..routing.marker import replaced_by
 from ..secrets.keyring import new_password
 from ..tenant import Placement, Tenant
-from . import databases, grants
+from . import clone_marks, databases, grants
 from .alignment import align_role
+from .clone_marks import CloneMark
 from .differences import Difference
 from .pipeline import ProvisioningServices, prove, tenant_key
 from .replaced_databases import refuse_stale
@@ -155,22 +157,36 @@ class MarkedDatabases:
         Raises:
             ServerUnavailableError, asyncpg.PostgresError: the server does not answer, or refuses.
         """
-        blockers = self._services.blockers(self._services.servers[found.server])
-        names = Names(self._services.config.name_prefix, found.installation)
-        connection = await blockers.connect(found.name)
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await grants.revision(connection, names.owner)
-        finally:
-            await run_to_completion(connections.close(connection))
+        async with self._connected(found) as connection:
+            return await grants.revision(connection, self._owner_of(found))
 
-    async def register(self, found: MarkedDatabase, *, slug: str, tier: str, reason: str, actor: Actor) -> None:
+    async def clone_mark(self, found: MarkedDatabase) -> CloneMark | None:
+        """Return what a database says of itself if its tenant is a clone; None where it is none.
+
+        Raises:
+            ProvisioningError: what it says is malformed.
+            ServerUnavailableError, asyncpg.PostgresError: the server does not answer, or refuses.
+        """
+        async with self._connected(found) as connection:
+            return await clone_marks.read(connection, found.tenant_id, owner=self._owner_of(found))
+
+    async def register(
+        self,
+        found: MarkedDatabase,
+        *,
+        slug: str,
+        tier: str,
+        metadata: Mapping[str, Any],
+        reason: str,
+        actor: Actor,
+    ) -> None:
         """Write the row of a database's tenant, in maintenance, unless it has one. Nobody has its password yet.
 
         Args:
             found: The database in use.
             slug: The tenant's slug.
             tier: Its tier.
+            metadata: Its metadata.
             reason: Why it is in maintenance.
             actor: Who does this, for the audit log.
 
@@ -184,6 +200,7 @@ class MarkedDatabases:
                 id=found.tenant_id,
                 slug=slug,
                 tier=tier,
+                metadata=metadata,
                 server=found.server,
                 database=found.name,
                 role=role,
@@ -293,6 +310,19 @@ class MarkedDatabases:
                 services.registry.end_rebuilding(tenant.id, revision=revision, actor=actor)
             )
         return tenant, told
+
+    @asynccontextmanager
+    async def _connected(self, found: MarkedDatabase) -> AsyncIterator[Connection]:
+        """Connect to a database as an administrator, for as long as ``provisioning.timeout``."""
+        connection = await self._services.blockers(self._services.servers[found.server]).connect(found.name)
+        try:
+            async with asyncio.timeout(self._timeout):
+                yield connection
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    def _owner_of(self, found: MarkedDatabase) -> str:
+        return Names(self._services.config.name_prefix, found.installation).owner
 
     @asynccontextmanager
     async def _locked(self, found: MarkedDatabase) -> AsyncIterator[Connection]:

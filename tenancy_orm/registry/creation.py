@@ -167,6 +167,7 @@ class Creation(TenantTable):
             "database_name": draft.database,
             "role_name": draft.role,
             "sealed_password": draft.sealed_password,
+            "metadata": dict(draft.metadata),
             "step": REBUILDING,
         }
         try:

@@ -3,9 +3,10 @@
 An old one may also name a database that another one has replaced since, by a restore or a move: then its row gets that.
 
 The markers of their databases name them. What the control database alone had, such as slugs, keys and quotas, is lost:
-slugs are given, and keys are issued again. Each tenant is taken in steps, and a second run goes on with those that a
-first one has begun: its row, in maintenance; a new password; then, as reconcile does it, its role, grants and marker; a
-login that proves them; and the end of the maintenance.
+slugs are given, and keys are issued again. A clone is one again, and ends in time, since its database says so. Each
+tenant is taken in steps, and a second run goes on with those that a first one has begun: its row, in maintenance, and
+the record of a clone; a new password; then, as reconcile does it, its role, grants and marker; a login that proves
+them; and the end of the maintenance.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from ..control import installation
 from ..control.database import ControlDatabase
 from ..control.models import former_slugs, tenants
 from ..errors import ConfigurationError, InvalidSlugError, TenancyError
+from ..operations import Operations
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
+from ..provisioning.clone_marks import METADATA
 from ..provisioning.marked_databases import MarkedDatabase, MarkedDatabases
 from ..provisioning.pipeline import describe
 from ..provisioning.provisioner import services_of
@@ -74,6 +77,8 @@ class FoundDatabase:
         reason: Why it is not taken; empty where it is.
         replaces: The server and the database that the tenant's row names, which it has replaced; None where the tenant
             has no row.
+        clone_of: The tenant that it is a clone of; None where it is none.
+        expires_at: When a clone is deleted and purged, as before.
     """
 
     server: str
@@ -85,6 +90,8 @@ class FoundDatabase:
     size_bytes: int | None = None
     reason: str = ""
     replaces: str | None = None
+    clone_of: UUID | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +142,7 @@ class RegistryRebuilding:
         control: The control database.
         audit: The log of changes.
         registry: The tenants' rows.
+        operations: The records of operations.
         provisioner: Knows the servers.
         secrets: Rotates passwords.
         backups: Has the store with tombstones.
@@ -149,6 +157,7 @@ class RegistryRebuilding:
         control: ControlDatabase,
         audit: AuditLog,
         registry: Registry,
+        operations: Operations,
         provisioner: Provisioner,
         secrets: SecretManager,
         backups: BackupManager,
@@ -159,6 +168,7 @@ class RegistryRebuilding:
         self._control = control
         self._audit = audit
         self._registry = registry
+        self._operations = operations
         self._servers = services_of(provisioner).servers
         self._marked = MarkedDatabases(services_of(provisioner))
         self._secrets = secrets
@@ -315,9 +325,12 @@ class RegistryRebuilding:
             if (purged_at := await self._tombstones.purged_at(one.tenant_id, one.installation)) is not None:
                 reason = f"its tenant was purged ({purged_at}), as the store of backups says, and stays so"
                 return replace(found, state="refused", reason=reason)
-            return replace(found, revision=await self._marked.revision(one))
+            revision, mark = await self._marked.revision(one), await self._marked.clone_mark(one)
         except _FAILURES as exc:
             return replace(found, state="refused", reason=describe(exc))
+        if mark is None:
+            return replace(found, revision=revision)
+        return replace(found, revision=revision, clone_of=mark.of, expires_at=mark.expires_at)
 
     # --- the installation's id --------------------------------------------------------------------------------------
 
@@ -402,13 +415,24 @@ class RegistryRebuilding:
         self, all_found: _Found, one: FoundDatabase, marked: MarkedDatabase, tier: str | None, actor: Actor
     ) -> FoundDatabase:
         try:
+            mark = await self._marked.clone_mark(marked)
             switched = one.tenant_id in all_found.stale
             if switched:
                 kept_until = datetime.now(UTC) + timedelta(seconds=self._config.backup.keep_replaced)
                 await self._marked.switch(marked, kept_until=kept_until, actor=actor)
             elif one.tenant_id not in all_found.registered:
-                given = tier or self._config.default_tier
-                await self._marked.register(marked, slug=str(one.slug), tier=given, reason=REASON, actor=actor)
+                await self._marked.register(
+                    marked,
+                    slug=str(one.slug),
+                    tier=tier or self._config.default_tier,
+                    metadata={} if mark is None else {METADATA: mark.metadata},
+                    reason=REASON,
+                    actor=actor,
+                )
+            if mark is not None:  # before anybody can use it: no clone is ever without its end
+                await self._operations.record_again(
+                    "clone", one.tenant_id, step="rebuilt", detail=mark.detail, actor=actor
+                )
             await self._secrets.rotate_password(one.tenant_id, actor=actor)
             beside = all_found.beside(one)
             tenant, differences = await self._marked.finish(marked, beside=beside, switched=switched, actor=actor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ async def bodies(tenancy: Tenancy, slug: str) -> list[str]:
 async def test_a_second_run_finishes_what_was_killed(
     postgres: Postgres, control_url: str, name_prefix: str, tmp_path: Any
 ) -> None:
-    """Also with a reconcile in between, which removes nothing of it."""
+    """Also with a reconcile in between, which removes nothing of it; and no clone is without its end."""
     project = Project.create(tmp_path / "app")
     project.add("0001", NOTES)
     task: dict[str, Any] = {
@@ -46,6 +47,8 @@ async def test_a_second_run_finishes_what_was_killed(
             slugs[(await tenancy.tenants.create(slug)).id] = slug
             async with tenancy.transaction(slug) as session:
                 await session.execute(sa.text("INSERT INTO notes (body) VALUES (:body)"), {"body": slug})
+        clone = await tenancy.clones.create("acme", "debug", ttl=timedelta(days=2))
+        slugs[clone.tenant.id] = "debug"
     task["slugs"] = {str(tenant_id): slug for tenant_id, slug in slugs.items()}
     for at in POINTS:
         lost, name = task["control_url"].rpartition("/")[2], postgres.new_name()
@@ -64,11 +67,13 @@ async def test_a_second_run_finishes_what_was_killed(
             initialise = await tenancy.rebuilding.take_installation(looked.installation)
         async with opened(config_of(task), initialise=initialise) as tenancy:
             assert (await tenancy.rebuilding.run(slugs=slugs)).complete, at
-            assert [one.slug async for one in tenancy.tenants.iterate()] == ["acme", "globex"], at
+            assert [one.slug async for one in tenancy.tenants.iterate()] == ["acme", "globex", "debug"], at
             for tenant_id, slug in slugs.items():
                 found = await tenancy.tenants.get(slug)
                 assert (found.id, found.status, found.schema_revision) == (tenant_id, "active", "0001"), at
-                assert await bodies(tenancy, slug) == [slug], at
+                assert await bodies(tenancy, slug) == ["acme" if slug == "debug" else slug], at
+            ends = await tenancy.clones.get("debug")
+            assert ends is not None and ends.expires_at == clone.clone.expires_at, at
             assert (await tenancy.rebuilding.run(slugs=slugs)).databases == (), at
             assert (await tenancy.internals.provisioner.reconcile(check=True)).clean, at
     await postgres.drop_database(task["control_url"].rpartition("/")[2])

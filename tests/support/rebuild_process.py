@@ -11,6 +11,7 @@ from uuid import UUID
 from tenancy_orm import Tenancy
 from tenancy_orm.control import installation
 from tenancy_orm.control.database import ControlDatabase
+from tenancy_orm.operations import Operations
 from tenancy_orm.provisioning import marked_databases, roles
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.restores import RegistryRebuilding
@@ -25,6 +26,7 @@ POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "before the viewer": (ControlDatabase, "upgrade", 1, False),
     "before the row": (Registry, "register_again", 1, False),
     "after the row": (Registry, "register_again", 1, True),
+    "before a clone's end": (Operations, "record_again", 1, False),
     "before the role has the password": (roles, "set_password", 1, False),
     "after the role has the password": (roles, "set_password", 1, True),
     "after the rotation": (SealedPasswords, "finish_rotation", 1, True),

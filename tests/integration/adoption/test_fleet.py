@@ -142,6 +142,13 @@ async def test_an_error_of_any_kind_is_its_tenants_alone(
         ({"tenants": [{"slug": "a", "schema": "x"}, {"slug": "b", "schema": "x"}]}, "are made of the same"),
         ({"tenants": [{"slug": "a", "wher": "a = 1"}]}, "has no 'wher'"),
         ({"query": "SELECT 1, 2"}, "condition of its keys"),
+        ({"query": "SELECT 1, 2", "schema": "acme"}, r'or where they are schemas: schema = "\{key\}"'),
+        ({"query": "SELECT 1, 2", "schema": "{key}", "where": "a = {key}"}, "are rows or schemas"),
+        ({"schema": "{key}", "tenants": [{"slug": "a"}]}, "schema of the plan is for the keys"),
+        ({"tenants": [{"slug": "a", "where": "a = 1", "without": ["public.a"]}]}, "is rows, and without is for"),
+        ({"tenants": [{"slug": "a", "with_shared": ["public.a"]}]}, "a whole database, and with_shared is for"),
+        ({"tenants": [{"slug": "a", "without": ["{schema}.a"]}]}, r"\{schema\} in its without has no meaning"),
+        ({**QUERY, "accept_differences": "yes"}, "true or false, not 'yes'"),
         ({"query": "SELECT 1", "where": "org_id = {key}"}, "yields two columns"),
         ({"query": "SELECT x", "where": "org_id = {key}"}, "query of the plan fails"),
         ({"query": "DELETE FROM public.audit RETURNING 1, 2", "where": "org_id = {key}"}, "read-only transaction"),
@@ -153,6 +160,32 @@ async def test_a_plan_that_is_not_understood_is_refused(
 ) -> None:
     with pytest.raises((AdoptionError, ConfigurationError), match=message):
         await fleet.tenancy.adoption.fleet.check(AdoptionPlan.parse(values, source=source.url))
+
+
+def test_a_plan_says_what_holds_for_tenants_that_do_not_say_it_themselves() -> None:
+    """Each gets what is for what it is made of: rows have a mapping, and a whole database has no schema."""
+    plan = AdoptionPlan.parse(
+        {
+            "query": "SELECT 1, 2",
+            "schema": "tenant_{key}",
+            "with_shared": ["public.country"],
+            "without": ["{schema}.jobs", "public.log"],
+            "accept_differences": True,
+            "tenants": [
+                {"slug": "whole"},
+                {"slug": "rows", "where": "org_id = 1"},
+                {"slug": "own", "schema": "own", "with_shared": [], "without": [], "accept_differences": False},
+            ],
+        },
+        source="postgresql://db/old",
+    )
+    found = [(one.schema, one.with_shared, one.without, one.accept_differences) for one in plan.with_keys([("a", "7")])]
+    assert found == [
+        (None, (), ("public.log",), True),
+        (None, (), (), False),
+        ("own", (), (), False),
+        ("tenant_7", ("public.country",), ("tenant_7.jobs", "public.log"), True),
+    ]
 
 
 async def test_a_key_of_the_query_is_a_value(fleet: Fleet, source: ForeignDatabase) -> None:

@@ -74,3 +74,15 @@ async def test_a_partitioned_table_is_left_out_with_its_partitions(fleet: Fleet,
         report = await fleet.tenancy.adoption.adopt("acme", source.url, at="0001", without=["public.logs"])
         assert report.rows == 0 and report.tenant is not None
     assert await fleet.fetch("acme", "SELECT to_regclass('logs_1')") == [(None,)]
+
+
+async def test_a_schema_with_a_name_in_quotes_needs_nothing_of_its_own(fleet: Fleet, postgres: Postgres) -> None:
+    """A table that it does need is named as the option takes it."""
+    made = 'CREATE TABLE "Land" (id bigint PRIMARY KEY); CREATE SCHEMA "north-sea";' + TABLES.format('"north-sea"')
+    refers = 'CREATE TABLE "north-sea".ports (land bigint REFERENCES public."Land")'
+    async with foreign_database(postgres, made + refers) as source:
+        check = fleet.tenancy.adoption.check
+        with pytest.raises(AdoptionError, match=r"outside of it: public\.Land \(.* --with-shared public\.Land$"):
+            await check("north", source.url, schema="north-sea", at="0001")
+        report = await check("north", source.url, schema="north-sea", with_shared=["public.Land"], at="0001")
+    assert {one.text for one in report.differences} == {'table "Land" should not exist', "table ports should not exist"}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
+from tenancy_orm.adoption import AdoptionPlan
 from tenancy_orm.adoption.renaming import rewritten
 from tenancy_orm.errors import AdoptionDifferencesError, AdoptionError, TenantNotFoundError
 from tests.support.fleet import Fleet
@@ -110,6 +112,52 @@ async def test_each_schema_becomes_a_tenant_with_the_shared_tables_that_it_needs
         assert await fleet.fetch(slug, "SELECT version_num FROM alembic_version") == [("0002",)]
     drift = await fleet.migrations.drift()
     assert drift.ok, drift
+
+
+async def test_a_fleet_of_schemas_is_adopted_by_a_plan(fleet: Fleet, source: ForeignDatabase) -> None:
+    """Each schema leaves its own table of another tool behind, and one alone may differ from its revision."""
+    dotted = '"initech.io"'
+    await source.execute(
+        f"CREATE SCHEMA {dotted}; CREATE TABLE {dotted}.django_migrations (id serial PRIMARY KEY, app text);"
+        + TABLES.format(dotted, CHECK.format(dotted))
+        + ROWS.format(dotted, 2)
+        + "CREATE TABLE globex.extra (n int);"
+        + "INSERT INTO public.tenants VALUES ('public'), ('acme'), ('initech.io')"
+    )
+    globex = {"slug": "globex", "schema": "globex", "accept_differences": True}
+    plan = AdoptionPlan.parse(
+        {
+            "query": "SELECT split_part(schema_name, '.', 1), schema_name FROM public.tenants "
+            "WHERE schema_name <> 'public' ORDER BY 1",
+            "schema": "{key}",
+            "with_shared": ["public.country"],
+            "without": ["{schema}.django_migrations"],
+            "at": "0001",
+            "concurrency": 2,
+            "tenants": [globex],
+        },
+        source=source.url,
+    )
+    adoption = fleet.tenancy.adoption.fleet
+    strict = AdoptionPlan(tenants=tuple(replace(one, accept_differences=False) for one in plan.tenants))
+    refused = await adoption.check(strict)
+    assert [one.error for one in refused.failures] == ["table extra should not exist"] and not refused.notes
+    looked = await adoption.check(plan)
+    assert [(one.slug, one.rows, one.error) for one in looked.tenants] == [
+        ("globex", 8, None),
+        ("acme", 16, None),
+        ("initech", 6, None),
+    ]
+    assert looked.ok and looked.notes == ("globex: accepted: table extra should not exist",)
+    assert {one.state for one in (await adoption.adopt(strict)).tenants} == {"failed"}
+    done = await adoption.adopt(plan)
+    assert [(one.slug, one.state, one.error) for one in done.tenants] == [
+        (slug, "adopted", None) for slug in ("globex", "acme", "initech")
+    ]
+    for slug, count in (("globex", 3), ("acme", 7), ("initech", 2)):
+        assert await fleet.fetch(slug, "SELECT count(*) FROM authors") == [(count,)]
+        assert await fleet.fetch(slug, "SELECT to_regclass('django_migrations')") == [(None,)]
+    assert {one.state for one in (await adoption.adopt(plan)).tenants} == {"skipped"}
 
 
 async def test_what_cannot_follow_is_refused_by_name(fleet: Fleet, source: ForeignDatabase) -> None:

@@ -79,6 +79,15 @@ async def test_a_tenant_is_moved_back_and_confirmed_by_command(
     assert "one holds 75% of the tenants, and its weight is 50%; two holds 25%" in applied.out
     assert applied.status == 0 and "moved 1, failed 0" in applied.out, applied.err
     await told("servers", "drain", "one")
+    online = await told("move", "--all-from", "one", "--to", "two")
+    assert [one["error"] for one in online["outcomes"]] == [None, None]
+    refused = await cli("move", online["outcomes"][0]["slug"], "--rollback")
+    assert refused.status == 1 and "tenancy servers activate one" in refused.err
+    await told("servers", "activate", "one")
+    for one in online["outcomes"]:
+        assert (await told("show", one["slug"]))["server"] == "two"
+        await told("move", one["slug"], "--rollback")
+    await told("servers", "drain", "one")
     emptied = await told("move", "--all-from", "one", "--to", "two", "--offline")
     assert [one["error"] for one in emptied["outcomes"]] == [None, None]
     assert pair.left(name_prefix) == []

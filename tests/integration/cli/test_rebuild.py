@@ -21,6 +21,7 @@ async def test_a_lost_control_database_is_rebuilt(cli: Cli, postgres: Postgres, 
     Project(tmp_path).add("0001", NOTES, 'op.drop_table("notes")')
     acme, globex = [(await cli("create", slug, "--json")).json["id"] for slug in ("acme", "globex")]
     lost = (await cli("show", "acme", "--json")).json["database"]
+    until = (await cli("clone", "acme", "debug", "--ttl", "2d", "--json")).json["expires_at"]
     await postgres.administer(f'DROP DATABASE "{empty_url.rpartition("/")[2]}" WITH (FORCE)')
     name = postgres.new_name()
     new = {"TENANCY_CONTROL_URL": await postgres.create_database(name)}
@@ -28,6 +29,7 @@ async def test_a_lost_control_database_is_rebuilt(cli: Cli, postgres: Postgres, 
 
     dry = await cli("rebuild", "--dry-run", **new)
     assert (dry.status, acme in dry.out, lost in dry.out, f"tenant-{acme[-12:]}" in dry.out) == (0, True, True, True)
+    assert f"a clone, until {until[:16].replace('T', ' ')} UTC" in dry.out
     slugs = tmp_path / "slugs.toml"
     for wrong in (
         f'"{acme}" = "acme"\n"{globex}" = "acme"',
@@ -50,5 +52,8 @@ async def test_a_lost_control_database_is_rebuilt(cli: Cli, postgres: Postgres, 
     assert (shown["id"], shown["tier"], shown["schema_revision"]) == (globex, "pro", "0001")
     again = await cli("rebuild", "--slugs", str(slugs), "--json", **new)
     assert (again.status, again.json["databases"], again.json["complete"]) == (0, [], True)
+    (clone,) = [one for one in (await cli("list", "--json", **new)).json["items"] if one["slug"].startswith("tenant-")]
+    shown = (await cli("show", clone["slug"], "--json", **new)).json
+    assert (shown["clone_of"], shown["expires_at"]) == (acme, until)
     assert (await cli("keys", "issue", "acme", **new)).status == 0
     await postgres.drop_database(name)

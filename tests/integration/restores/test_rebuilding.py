@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -16,12 +18,14 @@ import sqlalchemy as sa
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tenancy_orm.audit.actor import Actor
+from tenancy_orm.clones import CloneReport
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.errors import AdministratorNeededError, ConfigurationError, MarkerMismatchError
 from tenancy_orm.registry.rows import uuid7
-from tenancy_orm.restores import RebuildReport
+from tenancy_orm.restores import BackupSource, RebuildReport
 from tenancy_orm.secrets.keyring import new_password
 from tenancy_orm.secrets.providers import EnvironmentSecrets, SecretKeyWrapper
+from tenancy_orm.tenant import Placement
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 from tests.support.provisioning import plain_administrator
@@ -46,9 +50,20 @@ class Lost:
 
 @asynccontextmanager
 async def losing(
-    config: TenancyConfig, postgres: Postgres, *, owner: tuple[str, str] | None = None
+    config: TenancyConfig,
+    postgres: Postgres,
+    *,
+    owner: tuple[str, str] | None = None,
+    also: Callable[[Tenancy], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Lost]:
-    """Create two tenants, drop the control database, and make a new one; ``owner`` is a role, and its password."""
+    """Create two tenants, drop the control database, and make a new one.
+
+    Args:
+        config: The configuration.
+        postgres: The server.
+        owner: A role of the control database, and its password.
+        also: What else is done before the loss.
+    """
     user, password = owner or (None, None)
     if owner is not None:
         first = postgres.new_name()
@@ -59,6 +74,8 @@ async def losing(
         for slug in ("acme", "globex"):
             async with tenancy.transaction(slug) as session:
                 await session.execute(sa.text("INSERT INTO notes (body) VALUES (:body)"), {"body": f"of {slug}"})
+        if also is not None:
+            await also(tenancy)
         installation = tenancy.internals.control.installation
     await postgres.administer(f'DROP DATABASE "{config.control_url.rpartition("/")[2]}" WITH (FORCE)')
     name = postgres.new_name()
@@ -137,6 +154,60 @@ async def test_a_tenant_without_a_slug_gets_one_of_its_id(lost: Lost) -> None:
         await tenancy.rebuilding.run(slugs={lost.acme.id: "acme"}, tiers={lost.acme.id: "pro"})
         assert (await tenancy.tenants.get("acme")).tier == "pro"
         assert (await tenancy.tenants.get(f"tenant-{lost.globex.id.hex[-12:]}")).id == lost.globex.id
+
+
+async def test_a_clone_ends_all_the_same(tenancy_config: TenancyConfig, postgres: Postgres, tmp_path: Path) -> None:
+    """Its database says of which tenant it is a clone, and until when, once restored as well; no other one says it."""
+    made: list[CloneReport] = []
+    places: list[Placement | None] = []
+
+    async def clone(tenancy: Tenancy) -> None:
+        for source, slug, body in (("acme", "debug", "hash"), ("debug", "again", "keep")):
+            rules = {"tables": {"notes": {"body": body}}}
+            made.append(await tenancy.clones.create(source, slug, ttl=timedelta(days=2), rules=rules))
+        (backup,) = (await tenancy.backups.run(["debug"])).done
+        await tenancy.restores.restore("debug", BackupSource(tenancy.backups, backup))
+        places.extend([(await tenancy.tenants.get(slug)).placement for slug in ("debug", "again", "globex")])
+
+    config = tenancy_config.replace(backup={"store": f"file:{tmp_path}"})
+    async with losing(config, postgres, also=clone) as lost:
+        slugs = {**lost.slugs, **{one.tenant.id: one.tenant.slug for one in made}}
+        debug, again, globex = places
+        assert debug is not None and again is not None and globex is not None
+        async with postgres.connect(debug.database) as connection:
+            mark = await connection.fetchval("SELECT obj_description('tenancy_orm'::regnamespace, 'pg_namespace')")
+        owner = f"{debug.database.rpartition('_t_')[0]}_owner"
+        async with postgres.connect(globex.database) as connection:
+            await connection.execute(f'CREATE SCHEMA tenancy_orm AUTHORIZATION "{owner}"')
+            await connection.execute(f"COMMENT ON SCHEMA tenancy_orm IS '{mark}'")
+        async with postgres.connect(again.database) as connection:
+            whole = await connection.fetchval("SELECT obj_description('tenancy_orm'::regnamespace, 'pg_namespace')")
+            await connection.execute("COMMENT ON SCHEMA tenancy_orm IS 'tenancy-clone:{}'")
+        async with taken_over(lost.config, lost.installation) as tenancy:
+            report = await tenancy.rebuilding.run(slugs=slugs)
+            found = {one.slug: one for one in report.databases}
+            assert {slug: one.state for slug, one in found.items()} == {
+                "acme": "taken",
+                "globex": "taken",
+                "debug": "taken",
+                "again": "refused",
+                None: "beside",  # what the restore has replaced
+            }
+            assert "does not say of which tenant this is a clone" in found["again"].reason
+            async with postgres.connect(again.database) as connection:
+                await connection.execute(f"COMMENT ON SCHEMA tenancy_orm IS '{whole}'")
+            assert (await tenancy.rebuilding.run(slugs=slugs)).complete
+            for before in made:
+                after = await tenancy.clones.get(before.tenant.slug)
+                assert after is not None and after == replace(before.clone, operation=after.operation)
+                assert (await tenancy.tenants.get(before.tenant.slug)).metadata == before.tenant.metadata
+            assert (found["debug"].clone_of, found["debug"].expires_at) == (lost.acme.id, made[0].clone.expires_at)
+            assert await tenancy.clones.get("acme") is None is await tenancy.clones.get("globex")
+            async with tenancy.internals.control.transaction() as connection:
+                over = "UPDATE tenancy.operations SET detail = detail || jsonb_build_object('expires_at', now())"
+                await connection.execute(sa.text(f"{over} WHERE tenant_id = :id"), {"id": made[0].tenant.id})
+            assert (await tenancy.clones.expire()).expired == ("debug",)
+            assert [tenant.slug async for tenant in tenancy.tenants.iterate(status="deleted")] == ["debug"]
 
 
 @pytest.mark.parametrize("taken", ["not a slug", "acme", "globex"])
