@@ -248,6 +248,7 @@ class RestoreManager:
                     timeout=self._config.backup.timeout,
                     extensions=extensions,
                     finish=finish,
+                    copied_from=origin.id,
                 ),
                 actor=actor,
             )

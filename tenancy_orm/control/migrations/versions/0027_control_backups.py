@@ -86,14 +86,24 @@ SHARE = """
 _MONTHS = "relnamespace = 'tenancy'::regnamespace AND relkind = 'r' AND relname LIKE 'audit\\_log\\_y%'"
 EXISTING = f"SELECT tenancy.audit_share_partition(oid::regclass) FROM pg_class WHERE {_MONTHS};"  # noqa: S608
 
+ORIGINS = """
+ALTER TABLE tenancy.tenants
+    -- the tenant that its first contents were copied from, which an erasure names; null: none
+    ADD COLUMN copied_from uuid;
+ALTER TABLE tenancy.backups
+    -- the processes that have it decrypted: for each its host, and until when unless it renews that
+    ADD COLUMN readers jsonb;
+"""
+
 
 def upgrade() -> None:
-    """Share the partitions with the application's roles, those of later months too."""
+    """Share the partitions with the application's roles, those of later months too; add what erasures look at."""
     run_script(
         FUNCTION
         + ENSURE_PARTITIONS.replace("{share}", SHARE)
         + EXISTING
         + for_applications("GRANT SELECT ON ALL SEQUENCES IN SCHEMA tenancy TO %1$I")
+        + ORIGINS
     )
 
 
@@ -121,5 +131,6 @@ def downgrade() -> None:
         ENSURE_PARTITIONS.replace("{share}", ""),
         UNSHARE.replace("{months}", _MONTHS),
         for_applications("REVOKE SELECT ON ALL SEQUENCES IN SCHEMA tenancy FROM %1$I"),
+        "ALTER TABLE tenancy.tenants DROP COLUMN copied_from; ALTER TABLE tenancy.backups DROP COLUMN readers;",
     )
     run_script("".join(statements))
