@@ -282,7 +282,7 @@ class BackupKeys:
                 )
 
     async def _read(self, store: Store, named: KeyName) -> SealedKey:
-        """Read a sealed identity, and open it: only this shows whose it is.
+        """Read a sealed identity, and open it: only this shows that it is the tenant's.
 
         Raises:
             BackupNotFoundError, BackupDamagedError, SecretError, SecretProviderError: it is none, or cannot be opened.
@@ -492,7 +492,7 @@ class BackupKeys:
 
     @staticmethod
     async def _lock_owner(connection: AsyncConnection, tenant_id: UUID | None) -> str | None:
-        """Lock whose keys are written, and return the tenant's slug.
+        """Lock the tenant, or the control database's keys where None, and return the slug.
 
         Raises:
             TenantNotFoundError: there is no such tenant, or it has been purged.
