@@ -56,6 +56,7 @@ from .quotas.rates import Rates
 from .registry.registry import Registry
 from .restores import RegistryRebuilding, RestoreManager
 from .restores.recovery import RecoveryManager
+from .restores.tombstones import Tombstones
 from .routing import Router
 from .routing.consistency import ConsistencyTokens
 from .routing.sessions import detours
@@ -343,7 +344,8 @@ class Assembly:
         operations = Operations(self.control)
         self.operations = OperationManager(operations, self.registry)
         self._build_backups()
-        self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events, self.backups)
+        tombstones = Tombstones(config, self.control, self.audit, self.signer, self.backups)
+        self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events, tombstones)
         self.rebuilding = RegistryRebuilding(
             config=config,
             control=self.control,
@@ -352,7 +354,7 @@ class Assembly:
             operations=operations,
             provisioner=self.provisioner,
             secrets=self.secrets,
-            backups=self.backups,
+            tombstones=tombstones,
             leases=self.leases,
             data_keys=self._data_keys,
         )
@@ -366,7 +368,6 @@ class Assembly:
             placer=placer,
             control=self.control,
         )
-        self._build_backups()
         self.erasures = ErasureManager(
             config=config,
             control=self.control,

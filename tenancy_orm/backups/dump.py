@@ -66,6 +66,33 @@ SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.reln
                       AND e.objid = c.oid AND e.deptype = 'e')
  ORDER BY 1
 """
+# Row security of the current role, by the rules of PostgreSQL: one permissive policy has to let all rows through, and
+# no restrictive one may keep any. Nobody changes a policy of a table that is locked.
+_FILTERED = """
+SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ CROSS JOIN LATERAL (
+   SELECT COALESCE(pg_catalog.bool_or(p.polpermissive AND p.condition = 'true'), false) AS lets_all_through,
+          COALESCE(pg_catalog.bool_or(NOT p.polpermissive AND p.condition <> 'true'), false) AS keeps_some
+     FROM (SELECT o.polpermissive, pg_catalog.pg_get_expr(o.polqual, o.polrelid) AS condition
+             FROM pg_catalog.pg_policy o WHERE o.polrelid = c.oid AND o.polcmd IN ('r', '*')
+              AND EXISTS (SELECT FROM pg_catalog.unnest(o.polroles) AS r (oid)
+                           WHERE CASE WHEN r.oid = 0 THEN true ELSE pg_catalog.pg_has_role(r.oid, 'USAGE') END)) p
+ ) policies
+ WHERE pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) = ANY ($1::text[])
+   AND pg_catalog.row_security_active(c.oid) AND (NOT policies.lets_all_through OR policies.keeps_some)
+ ORDER BY 1
+"""
+# what a partitioned table shows has to be in partitions that are dumped
+_ELSEWHERE = """
+SELECT t.relid::pg_catalog.regclass::text || ' of ' || c.oid::pg_catalog.regclass::text AS name
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ CROSS JOIN LATERAL pg_catalog.pg_partition_tree(c.oid) t
+  JOIN pg_catalog.pg_class l ON l.oid = t.relid JOIN pg_catalog.pg_namespace m ON m.oid = l.relnamespace
+ WHERE c.relkind = 'p' AND n.nspname = ANY ($2::text[]) AND t.isleaf
+   AND pg_catalog.quote_ident(m.nspname) || '.' || pg_catalog.quote_ident(l.relname) <> ALL ($1::text[])
+ ORDER BY 1
+"""
 _EXTENSIONS = """
 SELECT e.extname::text AS name, n.nspname::text AS schema, e.extversion AS version
   FROM pg_catalog.pg_extension e JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
@@ -121,20 +148,21 @@ class Scope:
         left_out: Schemas that are not.
         schemas: Only these schemas; all where None.
         without_rows: Tables that are dumped without their rows, as quoted names.
-        arguments: Further arguments of ``pg_dump``.
+        row_security: Whether the tables are read under row security, which must not keep a row from the login.
     """
 
     left_out: tuple[str, ...] = ()
     schemas: tuple[str, ...] | None = None
     without_rows: tuple[str, ...] = ()
-    arguments: tuple[str, ...] = ()
+    row_security: bool = False
 
     def to_arguments(self) -> Iterator[str]:
         """Return ``pg_dump``'s arguments."""
         yield from (f"--exclude-schema={pattern(name)}" for name in self.left_out)
         yield from (f"--schema={pattern(name)}" for name in self.schemas or ())
         yield from (f"--exclude-table-data={name}" for name in self.without_rows)
-        yield from self.arguments
+        if self.row_security:
+            yield "--enable-row-security"
 
 
 class Dump:
@@ -182,7 +210,7 @@ class Dump:
         """Dump it. An error or a cancellation leaves nothing in the store or in the temporary space.
 
         Raises:
-            BackupError: the store or the temporary space does not take it.
+            BackupError: the store or the temporary space does not take it, or the login does not see all rows.
             ProvisioningError: ``pg_dump`` failed.
             asyncpg.PostgresError, OSError: the server refuses, or does not answer.
         """
@@ -198,15 +226,42 @@ class Dump:
             facts, tables = await self._facts(holding)
             if facts["hides"]:
                 await self._source.see_all_rows()
+            await self._refuse_partial(holding, tables)
             with self._spool.open(max((size for _, size in tables), default=0)) as directory:
-                return await self._transfer(
+                dumped = await self._transfer(
                     programs, facts["snapshot"], directory / "dump", lambda: self._count(holding, facts, tables)
                 )
+            # what the login is a member of is no part of the snapshot
+            await self._refuse_partial(holding, tables)
+            return dumped
         finally:
             await run_to_completion(connections.close(holding))
 
     async def _facts(self, holding: Connection) -> tuple[Any, list[tuple[str, int]]]:
         return await holding.fetchrow(_FACTS), await read_tables(holding, self._scope)
+
+    async def _refuse_partial(self, holding: Connection, tables: Sequence[tuple[str, int]]) -> None:
+        """Refuse tables of which the dump, and the counts that it is compared with, would lack rows.
+
+        Raises:
+            BackupError: there are some.
+        """
+        if not self._scope.row_security:
+            return  # pg_dump refuses it itself
+        names = [name for name, _ in tables]
+        if filtered := [row["name"] for row in await holding.fetch(_FILTERED, names)]:
+            role = await holding.fetchval("SELECT current_user")
+            raise BackupError(
+                f"row security keeps rows of {', '.join(filtered)} from role {role!r}, and the backup would lack them; "
+                "as the owner of the tables, run grant_application for the role again, and drop policies that are not "
+                "this package's"
+            )
+        schemas = list(self._scope.schemas or ())
+        if elsewhere := [row["name"] for row in await holding.fetch(_ELSEWHERE, names, schemas)]:
+            raise BackupError(
+                "the backup would lack the rows of partitions that it does not dump, since they are foreign tables or "
+                f"in another schema: {', '.join(elsewhere)}; detach them, or bring them back"
+            )
 
     async def _count(self, holding: Connection, facts: Any, tables: Sequence[tuple[str, int]]) -> tuple[Snapshot, Any]:
         counts = await count_rows(holding, [name for name, _ in tables])

@@ -4,14 +4,16 @@ Each tenant has an age key of its own. Its recipient encrypts. Its identity, whi
 installation's encryption keys and bound to the tenant and to the key's id, as a tenant's password is. It is in two
 places: a row of the control database, and an object in the store, so that backups can be read after the control
 database was lost. Backups of the control database leave the identities out: whoever destroys a key removes it from both
-places, and no older backup of the control database brings it back.
+places, and no older backup of the control database brings it back. Base backups and WAL of that database's server have
+them, as long as these are kept.
+
+So a control database that was restored has no keys. They are taken up again from the stores, each once it was opened:
+what an object says of itself is not believed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +22,10 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import Row, func, insert, select, text, update
+from sqlalchemy import Row, bindparam, func, insert, select, text, update
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.types import Text, Uuid
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
@@ -34,18 +39,17 @@ from ..errors import (
     BackupNotFoundError,
     ConfigurationError,
     SecretError,
+    SecretProviderError,
     TenantNotFoundError,
 )
 from ..secrets.data_keys import DataKeys
 from ..secrets.keyring import Keyring
 from ..tenant import Status
-from .encryption import new_identity
+from .encryption import new_identity, recipient_of
+from .key_objects import KeyName, SealedKey, associated, keys_directory, named_key, read_object, unseal, write_object
 from .stores import Store, Stores
 
 logger = logging.getLogger("tenancy_orm.backups")
-
-CONTROL = "control"
-"""What stands in a path where a tenant's id would, for the control database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,30 +169,134 @@ class BackupKeys:
                 open backups.
         """
         refuse_while_bound("destroying the keys of backups")
-        if any(key.destroyed_at is None for key in await self.of(tenant_id)):
-            for store in await self._all_stores(tenant_id):
-                # it is not where the key is to be removed
-                await self._refuse_unmounted(store)
+        for store in await self.stores_of(tenant_id):
+            # it is not where the keys are to be removed, which a control database that was restored does not know
+            await self._refuse_unmounted(store)
+        unknown = await self._unknown_keys(tenant_id)
         await self._delete_stored(tenant_id)
         async with self._control.transaction() as connection:
+            for key_id, recipient in unknown.items():
+                await connection.execute(_NOTE, {"id": key_id, "tenant": tenant_id, "recipient": recipient})
             destroyed = update(backup_keys).where(_is_of(tenant_id), backup_keys.c.destroyed_at.is_(None))
             values = {"sealed_identity": None, "destroyed_at": func.clock_timestamp()}
             changed = (await connection.execute(destroyed.values(values).returning(backup_keys.c.id))).all()
-            if changed:
+            if changed or unknown:
                 await self._audit.append(
                     connection,
                     action="backup_key.destroy",
                     tenant_id=tenant_id,
                     slug=await connection.scalar(select(tenants.c.slug).where(tenants.c.id == tenant_id)),
                     actor=actor,
-                    detail={"keys": sorted(row.id for row in changed)},
+                    detail={"keys": sorted({*unknown, *(row.id for row in changed)})},
                 )
         # a backup that ran until now may have put it there again
         await self._delete_stored(tenant_id)
         return await self.of(tenant_id)
 
+    async def _unknown_keys(self, tenant_id: UUID) -> dict[str, str]:
+        """Return the recipients of a tenant's keys that have no row, by id: of backups, and of objects that open.
+
+        Recipients of keys that are in no store any more are empty.
+        """
+        async with self._control.connect() as connection:
+            query = select(backups.c.key_id).where(backups.c.tenant_id == tenant_id).distinct()
+            found = dict.fromkeys(await connection.scalars(query), "")
+        for store in await self.stores_of(tenant_id):
+            for one in await store.list(self._directory(tenant_id)):
+                named = named_key(one)
+                if named is None:
+                    continue
+                try:
+                    found[named.id] = (await self._read(store, named)).recipient
+                except _UNUSABLE as exc:
+                    # it is deleted all the same
+                    logger.warning("%s in %s is no key that can be opened: %s", one.path, store.url, exc)
+        known = {key.id for key in await self.of(tenant_id)}
+        return {key_id: recipient for key_id, recipient in found.items() if key_id not in known}
+
+    # --- keys of a store that the control database does not know ----------------------------------------------------
+
+    async def take_up_all(self, store: Store, tenant_id: UUID | None = None, *, actor: Actor = SYSTEM) -> list[str]:
+        """Write the rows of the keys in a store that have none, as after an older control database was restored.
+
+        Args:
+            store: The store.
+            tenant_id: Of this tenant alone; of all, and of the control database, where None.
+            actor: Who does this.
+
+        Returns:
+            What could not be taken up, and why.
+        """
+        refuse_while_bound("taking up the keys of backups")
+        async with self._control.connect() as connection:
+            known = set(await connection.scalars(select(backup_keys.c.id)))
+        errors: list[str] = []
+        directory = f"{self._control.installation}/keys" if tenant_id is None else self._directory(tenant_id)
+        for one in await store.list(directory):
+            named = named_key(one)
+            if named is None or named.id in known:
+                continue
+            try:
+                await self._take_up(store, named, one.modified_at, actor)
+            except _UNUSABLE as exc:
+                logger.warning("%s was not taken up: %s", one.path, exc)
+                errors.append(f"{one.path}: {exc}")
+        return errors
+
+    async def _take_up(self, store: Store, named: KeyName, made_at: datetime, actor: Actor) -> None:
+        found = await self._read(store, named)
+        values = {
+            "id": named.id,
+            "tenant_id": named.tenant_id,
+            "recipient": found.recipient,
+            "sealed_identity": found.sealed,
+            "created_at": made_at,
+        }
+        async with self._control.transaction() as connection:
+            try:
+                slug = await self._lock_owner(connection, named.tenant_id)
+            except TenantNotFoundError:
+                return  # not known, or purged: what is left of its keys is not used any more
+            added = pg_insert(backup_keys).values(values).on_conflict_do_nothing().returning(backup_keys.c.id)
+            if (await connection.execute(added)).first() is None:
+                return
+            detail = {"key": named.id, "recipient": found.recipient, "store": store.url}
+            await self._audit.append(
+                connection,
+                action="backup_key.take_up",
+                tenant_id=named.tenant_id,
+                slug=slug,
+                actor=actor,
+                detail=detail,
+            )
+        try:
+            await store.get(self._path(named.id, named.tenant_id))
+        except BackupNotFoundError:
+            # destroyed since it was read
+            async with self._control.transaction() as connection:
+                gone = {"sealed_identity": None, "destroyed_at": func.clock_timestamp()}
+                await connection.execute(
+                    update(backup_keys)
+                    .where(backup_keys.c.id == named.id, backup_keys.c.destroyed_at.is_(None))
+                    .values(gone)
+                )
+
+    async def _read(self, store: Store, named: KeyName) -> SealedKey:
+        """Read a sealed identity, and open it: only this shows that it is the tenant's.
+
+        Raises:
+            BackupNotFoundError, BackupDamagedError, SecretError, SecretProviderError: it is none, or cannot be opened.
+            BackupError: the store does not answer.
+        """
+        sealed = read_object(await store.get(self._path(named.id, named.tenant_id)), named.id, named.tenant_id)
+        if self._data_keys is not None and not self._keyring.has_key_of(sealed):
+            await self._data_keys.update(self._keyring)
+        return SealedKey(sealed, recipient_of(unseal(self._keyring, sealed, named.id, named.tenant_id)))
+
+    # --- the stores -------------------------------------------------------------------------------------------------
+
     async def _delete_stored(self, tenant_id: UUID) -> None:
-        for store in await self._all_stores(tenant_id):
+        for store in await self.stores_of(tenant_id):
             listed = [found.path for found in await store.list(self._directory(tenant_id))]
             await store.delete(*listed)
 
@@ -214,10 +322,10 @@ class BackupKeys:
                     continue
                 renewed = self._keyring.seal(
                     unseal(self._keyring, sealed, row.id, row.tenant_id).encode(),
-                    associated=_associated(row.id, row.tenant_id),
+                    associated=associated(row.id, row.tenant_id),
                 )
                 # first: what the row says is in the store is there
-                for store in await self._all_stores(row.tenant_id):
+                for store in await self.stores_of(row.tenant_id):
                     await self._put(store, renewed, row.id, row.tenant_id, row.recipient)
                     await self._remove_if_destroyed(store, row.id, row.tenant_id)
             except (SecretError, BackupError, ConfigurationError) as exc:
@@ -239,7 +347,7 @@ class BackupKeys:
     async def _correct_stored(self, row: Row[Any], written: bytes) -> None:
         """Write what the row says to all stores: another process has sealed the identity again, or destroyed it."""
         with suppress(BackupKeyDestroyedError):
-            for store in await self._all_stores(row.tenant_id):
+            for store in await self.stores_of(row.tenant_id):
                 await self._put_as_recorded(store, row.id, row.tenant_id, row.recipient, written)
 
     async def keys_in_use(self) -> frozenset[str]:
@@ -254,8 +362,13 @@ class BackupKeys:
             found = [bytes(sealed) for sealed in await connection.scalars(usable)]
         return frozenset(self._keyring.key_id(sealed) for sealed in found)
 
-    async def _all_stores(self, tenant_id: UUID | None) -> list[Store]:
-        """Return the stores that have had backups of a tenant, and the configured one."""
+    async def stores_of(self, tenant_id: UUID | None) -> list[Store]:
+        """Return the stores that have had backups of a tenant (None: the control database), and the configured one.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound("the stores of backups")
         async with self._control.connect() as connection:
             query = select(backups.c.store).where(
                 backups.c.tenant_id.is_(None) if tenant_id is None else backups.c.tenant_id == tenant_id
@@ -346,7 +459,7 @@ class BackupKeys:
             await self._data_keys.update(self._keyring)
         key_id = uuid4().hex
         identity, recipient = new_identity()
-        sealed = self._keyring.seal(identity.encode(), associated=_associated(key_id, tenant_id))
+        sealed = self._keyring.seal(identity.encode(), associated=associated(key_id, tenant_id))
         del identity  # the frames of a traceback would contain it
         # before the row: a backup that was made with a key that is not in the store is lost with the control database
         await self._put(store, sealed, key_id, tenant_id, recipient)
@@ -362,18 +475,7 @@ class BackupKeys:
     async def _insert(self, values: Mapping[str, Any], tenant_id: UUID | None, actor: Actor) -> BackupKey:
         """Insert a key's row, or return the one that another process has inserted."""
         async with self._control.transaction() as connection:
-            slug = None
-            if tenant_id is not None:
-                # the row is locked: a purge that destroys the keys comes before this, or sees the new one
-                query = select(tenants.c.slug, tenants.c.status, tenants.c.purge_started_at)
-                found = (
-                    await connection.execute(query.where(tenants.c.id == tenant_id).with_for_update())
-                ).one_or_none()
-                if found is None or found.status == Status.PURGED or found.purge_started_at is not None:
-                    raise TenantNotFoundError(tenant_id)
-                slug = found.slug
-            else:
-                await connection.execute(_LOCK_CONTROL)
+            slug = await self._lock_owner(connection, tenant_id)
             usable = select(backup_keys).where(_is_of(tenant_id), backup_keys.c.destroyed_at.is_(None))
             row = (await connection.execute(usable.order_by(backup_keys.c.created_at.desc()).limit(1))).one_or_none()
             if row is None:
@@ -388,83 +490,28 @@ class BackupKeys:
                 )
         return _key(row)
 
+    @staticmethod
+    async def _lock_owner(connection: AsyncConnection, tenant_id: UUID | None) -> str | None:
+        """Lock the tenant, or the control database's keys where None, and return the slug.
+
+        Raises:
+            TenantNotFoundError: there is no such tenant, or it has been purged.
+        """
+        if tenant_id is None:
+            await connection.execute(_LOCK_CONTROL)
+            return None
+        # the row is locked: a purge that destroys the keys comes before this, or sees the new one
+        query = select(tenants.c.slug, tenants.c.status, tenants.c.purge_started_at)
+        found = (await connection.execute(query.where(tenants.c.id == tenant_id).with_for_update())).one_or_none()
+        if found is None or found.status == Status.PURGED or found.purge_started_at is not None:
+            raise TenantNotFoundError(tenant_id)
+        return str(found.slug)
+
     def _directory(self, tenant_id: UUID | None) -> str:
         return keys_directory(self._control.installation, tenant_id)
 
     def _path(self, key_id: str, tenant_id: UUID | None) -> str:
         return f"{self._directory(tenant_id)}/{key_id}.json"
-
-
-def keys_directory(installation: UUID, tenant_id: UUID | None) -> str:
-    """Return where the sealed identities of a tenant's keys are in a store."""
-    return f"{installation}/keys/{tenant_id or CONTROL}"
-
-
-async def check_store(store: Store, installation: UUID | str) -> None:
-    """Refuse a store that has no key of the installation: each store with backups has some.
-
-    Raises:
-        BackupError: it has none: a directory that is not mounted looks like that.
-    """
-    if not await store.list(f"{installation}/keys"):
-        raise BackupError(f"the store {store.url} has nothing of this installation; mount it, or correct backup.store")
-
-
-def write_object(
-    sealed: bytes, key_id: str, tenant_id: UUID | None, recipient: str, *, data_key: tuple[str, bytes] | None = None
-) -> bytes:
-    """Return a sealed identity as an object in a store, with the wrapped data key that it is sealed under."""
-    values = {
-        "format": "tenancy-backup-key-1",
-        "id": key_id,
-        "tenant_id": None if tenant_id is None else str(tenant_id),
-        "recipient": recipient,
-        "sealed": base64.b64encode(sealed).decode(),
-        "data_key": data_key and {"id": data_key[0], "wrapped": base64.b64encode(data_key[1]).decode()},
-    }
-    return json.dumps(values, indent=2).encode() + b"\n"
-
-
-def read_object(data: bytes, key_id: str, tenant_id: UUID | None) -> bytes:
-    """Return the sealed identity in such an object. What else is in it says nothing: sealing binds it to its names.
-
-    Raises:
-        BackupDamagedError: it is none.
-    """
-    try:
-        return base64.b64decode(json.loads(data)["sealed"], validate=True)
-    except (ValueError, KeyError, TypeError) as exc:
-        raise BackupDamagedError(f"the object of the key {key_id} of {tenant_id or CONTROL} is damaged") from exc
-
-
-def read_data_key(data: bytes, key_id: str, tenant_id: UUID | None) -> tuple[str, bytes] | None:
-    """Return the id and the wrapped form of the data key in such an object; None where it is sealed without one.
-
-    Raises:
-        BackupDamagedError: it is none.
-    """
-    try:
-        given = json.loads(data)["data_key"]
-        return None if given is None else (str(given["id"]), base64.b64decode(given["wrapped"], validate=True))
-    except (ValueError, KeyError, TypeError) as exc:
-        raise BackupDamagedError(f"the object of the key {key_id} of {tenant_id or CONTROL} is damaged") from exc
-
-
-def unseal(keyring: Keyring, sealed: bytes, key_id: str, tenant_id: UUID | None) -> str:
-    """Return the age identity.
-
-    Raises:
-        SecretError: it cannot be opened.
-    """
-    try:
-        return keyring.open(sealed, associated=_associated(key_id, tenant_id)).decode()
-    except SecretError as exc:
-        raise SecretError(f"the backup key {key_id}: {exc}") from None
-
-
-def _associated(key_id: str, tenant_id: UUID | None) -> bytes:
-    owner = b"control" if tenant_id is None else tenant_id.bytes
-    return b"backup-key:" + key_id.encode() + b":" + owner
 
 
 def _is_of(tenant_id: UUID | None) -> Any:
@@ -476,6 +523,14 @@ def _key(row: Row[Any] | Mapping[str, Any]) -> BackupKey:
     return BackupKey(found.id, found.tenant_id, found.recipient, found.created_at, found.destroyed_at)
 
 
+# what is wrong with one object, and not with the store
+_UNUSABLE = (BackupNotFoundError, BackupDamagedError, SecretError, SecretProviderError)
+# one that was destroyed with its object, and that the control database did not know
+_NOTE = text(
+    "INSERT INTO tenancy.backup_keys (id, tenant_id, recipient, created_at, destroyed_at) "
+    "SELECT :id, t.id, :recipient, COALESCE((SELECT min(b.started_at) FROM tenancy.backups b WHERE b.key_id = :id), "
+    "clock_timestamp()), clock_timestamp() FROM tenancy.tenants t WHERE t.id = :tenant ON CONFLICT DO NOTHING"
+).bindparams(bindparam("id", type_=Text), bindparam("tenant", type_=Uuid))
 _LOCK_CONTROL = text("SELECT pg_advisory_xact_lock(hashtextextended('tenancy backup key of the control database', 0))")
 
-__all__ = ["CONTROL", "BackupKey", "BackupKeys"]
+__all__ = ["BackupKey", "BackupKeys", "ResealedKeys"]

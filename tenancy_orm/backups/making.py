@@ -34,7 +34,8 @@ from ..runs import FleetMigrator
 from ..servers import Servers
 from ..tenant import Tenant
 from .dump import Dump, Dumped, Scope, Source
-from .keys import CONTROL, BackupKey, BackupKeys
+from .key_objects import CONTROL
+from .keys import BackupKey, BackupKeys
 from .manifest import Manifest
 from .records import Backup, BackupRecords
 from .sources import CONTROL_SCOPE, TENANT_SCOPE, ControlSource, Facts, facts_of

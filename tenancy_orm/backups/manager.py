@@ -20,7 +20,8 @@ from ..migrations.failures import describe
 from ..migrations.selection import Selection
 from ..tenant import Tenant, TenantRef
 from .drill import DrillReport, RestoreDrill
-from .keys import CONTROL, BackupKeys
+from .key_objects import CONTROL
+from .keys import BackupKeys
 from .making import FAILURES, BackupMaker, BackupServices
 from .manifest import Manifest
 from .opening import BackupReader, OpenBackup
@@ -68,9 +69,11 @@ class BackupManager:
         self._records = records = BackupRecords(services.control, services.audit)
         self._stores = stores = services.stores
         self._maker = BackupMaker(services, records)
-        self._reader = BackupReader(self._config, services.control.installation, services.audit, services.keys, stores)
+        self._reader = BackupReader(
+            self._config, services.control.installation, services.audit, services.keys, stores, records
+        )
         self._verifier = BackupVerifier(services, records, self._reader)
-        self._scanner = BackupScanner(records, self._reader, services.control.installation)
+        self._scanner = BackupScanner(records, self._reader, services.keys, services.control.installation)
         self._pruner = BackupPruner(self._config, records, stores, self._scanner, services.events)
         self._drill = RestoreDrill(services, records, self._verifier)
         self._home = HomeLoop()
@@ -398,19 +401,32 @@ class BackupManager:
         """
         return await self._records.keep(await self._find(backup), until, actor)
 
-    async def scan(self, *, actor: Actor = SYSTEM) -> ScanReport:
+    async def scan(self, tenant: TenantRef | None = None, *, actor: Actor = SYSTEM) -> ScanReport:
         """Find the backups in the store that the control database does not know, and list them from then on.
 
         After an older backup of the control database was restored, there are some. Those of tenants that it does not
-        know, either, are left alone.
+        know, either, are left alone. So are the keys, which no backup of the control database has.
+
+        Args:
+            tenant: Look for this tenant's alone, in all stores that have had backups of it; for all where None.
+            actor: Who does this.
 
         Raises:
-            ConfigurationError: ``backup.store`` is not set.
+            ConfigurationError: ``backup.store`` is not set, unless a tenant is given.
             BackupError: the store does not answer.
+            TenantNotFoundError: there is no such tenant.
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("looking for backups")
-        return await self._scanner.scan(self.store, actor=actor)
+        if tenant is None:
+            return await self._scanner.scan(self.store, actor=actor)
+        tenant_id = await resolve_tenant_id(self._services.control, tenant)
+        stores = await self._services.keys.stores_of(tenant_id)
+        reports = [await self._scanner.scan(store, tenant_id, actor=actor) for store in stores]
+        return ScanReport(
+            tuple(one for report in reports for one in report.found),
+            tuple(error for report in reports for error in report.errors),
+        )
 
     async def prune(self, *, dry_run: bool = False, actor: Actor = SYSTEM) -> PruneReport:
         """Remove the backups that ``backup.keep_*`` do not keep, and what failed ones have left in the store.
@@ -418,7 +434,7 @@ class BackupManager:
         On this machine, the files of processes that were killed are removed as well.
 
         The newest good backup of each tenant always stays, and so does the newest one that was restored for a proof.
-        Backups with a key that was destroyed go at once.
+        Backups with a key that was destroyed, and those of tenants that were erased, go at once.
 
         Args:
             dry_run: Whether to say what would be removed, and to remove nothing.

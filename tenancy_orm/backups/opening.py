@@ -16,7 +16,7 @@ from .dump import in_thread
 from .encryption import decrypt
 from .keys import BackupKeys
 from .manifest import Manifest
-from .records import Backup
+from .records import Backup, BackupRecords
 from .spool import Spool
 from .stores import MANIFEST_BYTES, Store, Stores
 
@@ -45,11 +45,19 @@ class BackupReader:
         audit: Knows the public keys.
         keys: The keys of backups.
         stores: The stores.
+        records: Where it is recorded which backups are decrypted now.
     """
 
     def __init__(
-        self, config: BackupConfig, installation: UUID, audit: AuditLog, keys: BackupKeys, stores: Stores
+        self,
+        config: BackupConfig,
+        installation: UUID,
+        audit: AuditLog,
+        keys: BackupKeys,
+        stores: Stores,
+        records: BackupRecords,
     ) -> None:
+        self._records = records
         self._spool = Spool(config.directory, config.max_temporary_bytes)
         self._installation = installation
         self._audit = audit
@@ -116,10 +124,12 @@ class BackupReader:
         """
         manifest = await self.manifest(backup)
         store = self._stores.at(backup.store)
-        identity = await self._keys.open(manifest.key_id, manifest.tenant_id, store)
-        with self._spool.open(manifest.dump_bytes) as directory:
-            await fetch(store, backup.archive_path, manifest, identity, directory)
-            yield OpenBackup(backup, manifest, directory)
+        # before the key is read: whoever destroys it knows that it may be in use
+        async with self._records.reading(backup):
+            identity = await self._keys.open(manifest.key_id, manifest.tenant_id, store)
+            with self._spool.open(manifest.dump_bytes) as directory:
+                await fetch(store, backup.archive_path, manifest, identity, directory)
+                yield OpenBackup(backup, manifest, directory)
 
 
 class _Reading:

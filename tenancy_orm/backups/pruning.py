@@ -13,7 +13,7 @@ from ..config import BackupConfig
 from ..errors import BackupDamagedError, BackupNotFoundError, TenancyError
 from ..events import BackupPruned, EventBus
 from ..jobs import Claimant
-from .keys import check_store
+from .key_objects import check_store
 from .records import Backup, BackupRecords
 from .retention import expired
 from .scanning import BackupScanner
@@ -73,12 +73,12 @@ class BackupPruner:
 
     async def to_prune(self) -> list[Backup]:
         """Return the backups that the policy does not keep, and those that nobody can read any more."""
-        lost, over, now = list[Backup](), list[Backup](), datetime.now(UTC)
-        destroyed = await self._records.destroyed_keys()
+        gone, over, now = list[Backup](), list[Backup](), datetime.now(UTC)
+        lost = await self._records.lost()
         async for done in self._records.done_by_tenant():
-            lost += [one for one in done if one.key_id in destroyed]
-            over += expired([one for one in done if one.key_id not in destroyed], self._config, now=now)
-        return [*lost, *over]
+            gone += [one for one in done if one.id in lost]
+            over += expired([one for one in done if one.id not in lost], self._config, now=now)
+        return [*gone, *over]
 
     async def _remove(self, backup: Backup, actor: Actor) -> str | None:
         """Remove a backup's objects, the manifest first; returns why that failed."""

@@ -7,7 +7,9 @@ failed from then on.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Collection, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -21,12 +23,15 @@ from sqlalchemy.types import BigInteger, Text, Uuid
 
 from ..audit.actor import Actor
 from ..audit.log import AuditLog
+from ..cancellation import run_to_completion
 from ..context import refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
-from ..errors import BackupNotFoundError, BackupUnderWayError, JobLostError
-from ..jobs import CLAIM_SECONDS, Claimant
+from ..errors import BackupNotFoundError, BackupUnderWayError, ControlUnavailableError, JobLostError
+from ..jobs import CLAIM_SECONDS, Claimant, keep_claims
 from .manifest import Manifest
 from .status import BackupStatus
+
+logger = logging.getLogger("tenancy_orm.backups")
 
 BackupState = Literal["running", "done", "failed", "pruned"]
 
@@ -312,6 +317,39 @@ class BackupRecords:
                 {"backup": backup.id, "good": error is None, "restored": restored},
             )
 
+    @asynccontextmanager
+    async def reading(self, backup: Backup) -> AsyncIterator[None]:
+        """Record that this process has a backup decrypted, while the body runs.
+
+        What was recorded stays if the process is killed: it has left what it had decrypted.
+
+        Raises:
+            BackupNotFoundError: its row is gone.
+            JobLostError: the control database has not answered for too long; the body was cancelled.
+        """
+        claimant = Claimant()
+        reader = {"id": backup.id, "reader": str(claimant.id)}
+        begun = {**reader, "host": claimant.host, "seconds": CLAIM_SECONDS}
+
+        async def renew() -> bool:
+            async with self._control.transaction() as connection:
+                return bool((await connection.execute(_READING, begun)).rowcount)
+
+        if not await renew():
+            raise BackupNotFoundError(f"the backup {backup.id} is not there any more")
+        try:
+            async with keep_claims(renew):
+                yield
+        finally:
+            await run_to_completion(self._end_reading(reader))
+
+    async def _end_reading(self, reader: dict[str, Any]) -> None:
+        try:
+            async with self._control.transaction() as connection:
+                await connection.execute(_READ, reader)
+        except ControlUnavailableError as exc:
+            logger.warning("the end of the reading of the backup %s was not recorded: %s", reader["id"], exc)
+
     async def keep(self, backup: Backup, until: datetime | None, actor: Actor) -> Backup:
         """Set until when a backup is kept whatever the policy says.
 
@@ -406,10 +444,10 @@ class BackupRecords:
         async with self._control.connect() as connection:
             return tuple((await connection.execute(_FINGERPRINT)).one())
 
-    async def destroyed_keys(self) -> frozenset[str]:
-        """Return the ids of the keys that were destroyed."""
+    async def lost(self) -> frozenset[UUID]:
+        """Return the ids of the backups that are done and of no use: their tenant or their key is gone."""
         async with self._control.connect() as connection:
-            return frozenset(await connection.scalars(_DESTROYED))
+            return frozenset(await connection.scalars(_LOST))
 
     async def _write_audit(
         self,
@@ -519,6 +557,14 @@ _DONE_BY_TENANT = text(
 _VERIFIED = text(
     "UPDATE tenancy.backups SET verified_at = clock_timestamp(), verify_error = :error WHERE id = :id"
 ).bindparams(bindparam("id", type_=Uuid), bindparam("error", type_=Text))
+_READING = text(
+    "UPDATE tenancy.backups SET readers = COALESCE(readers, '{}') || jsonb_build_object(CAST(:reader AS text), "
+    "jsonb_build_object('host', CAST(:host AS text), 'until', clock_timestamp() + make_interval(secs => :seconds))) "
+    "WHERE id = :id"
+).bindparams(bindparam("id", type_=Uuid))
+_READ = text(
+    "UPDATE tenancy.backups SET readers = NULLIF(readers - CAST(:reader AS text), '{}') WHERE id = :id"
+).bindparams(bindparam("id", type_=Uuid))
 _KEEP = text(
     "UPDATE tenancy.backups SET kept_until = :until WHERE id = :id AND state IN ('running', 'done')"
 ).bindparams(bindparam("id", type_=Uuid), bindparam("until", type_=TIMESTAMP(timezone=True)))
@@ -526,10 +572,15 @@ _STATE = text("SELECT state FROM tenancy.backups WHERE id = :id").bindparams(bin
 _LOCK_DONE = text(
     f"SELECT b.id FROM tenancy.backups b WHERE {_IS_OF} AND b.state = 'done' ORDER BY b.id FOR UPDATE"  # noqa: S608
 ).bindparams(_TENANT)
+# what is found in a store after an erasure has a key that no row tells of
+_IS_LOST = (
+    "(EXISTS (SELECT FROM tenancy.backup_keys k WHERE k.id = b.key_id AND k.destroyed_at IS NOT NULL) "
+    "OR EXISTS (SELECT FROM tenancy.operations o WHERE o.tenant_id = b.tenant_id AND o.kind = 'erasure' "
+    "AND o.state = 'done'))"
+)
 _PRUNE = text(
-    "UPDATE tenancy.backups b SET state = 'pruned' WHERE b.id = :id AND b.state = 'done' "
-    "AND (EXISTS (SELECT FROM tenancy.backup_keys k WHERE k.id = b.key_id AND k.destroyed_at IS NOT NULL) "
-    "OR ((b.kept_until IS NULL OR b.kept_until <= clock_timestamp()) "
+    "UPDATE tenancy.backups b SET state = 'pruned' WHERE b.id = :id AND b.state = 'done' "  # noqa: S608 - constants
+    f"AND ({_IS_LOST} OR ((b.kept_until IS NULL OR b.kept_until <= clock_timestamp()) "
     "AND EXISTS (SELECT FROM tenancy.backups n WHERE n.tenant_id IS NOT DISTINCT FROM b.tenant_id "
     "AND n.state = 'done' AND n.verify_error IS NULL AND (n.started_at, n.id) > (b.started_at, b.id))))"
 ).bindparams(bindparam("id", type_=Uuid))
@@ -600,10 +651,11 @@ SELECT count(*) AS tenants, count(done) AS backed_up, count(verified) AS verifie
 _FINGERPRINT = text(
     "SELECT count(*), sum(uuid_hash_extended(b.id, 0)), max(b.verified_at), "
     "count(*) FILTER (WHERE b.kept_until > clock_timestamp()), "
-    "(SELECT count(*) FROM tenancy.backup_keys WHERE destroyed_at IS NOT NULL) "
+    "(SELECT count(*) FROM tenancy.backup_keys WHERE destroyed_at IS NOT NULL), "
+    "(SELECT count(*) FROM tenancy.operations WHERE kind = 'erasure' AND state = 'done') "
     "FROM tenancy.backups b WHERE b.state = 'done'"
 )
-_DESTROYED = text("SELECT id FROM tenancy.backup_keys WHERE destroyed_at IS NOT NULL")
+_LOST = text(f"SELECT b.id FROM tenancy.backups b WHERE b.state = 'done' AND {_IS_LOST}")  # noqa: S608
 
 
 def _backup(row: Row[Any]) -> Backup:

@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..secrets.keyring import Keyring
 from ..secrets.providers import read_secrets
-from .keys import CONTROL, keys_directory, read_data_key, read_object, unseal
+from .key_objects import CONTROL, keys_directory, read_data_key, read_object, unseal
 from .manifest import Manifest
 from .opening import fetch
 from .stores import MANIFEST_BYTES, Store, Stores

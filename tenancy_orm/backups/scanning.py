@@ -1,4 +1,4 @@
-"""Backups that are complete in a store, and that the control database does not know, since it was restored."""
+"""Backups, and their keys, that are in a store and that the control database does not know, since it was restored."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from uuid import UUID
 
 from ..audit.actor import Actor
 from ..errors import BackupDamagedError, TenancyError
+from .keys import BackupKeys
 from .manifest import Manifest
 from .opening import BackupReader
 from .records import Backup, BackupRecords
@@ -33,18 +34,28 @@ class BackupScanner:
     Args:
         records: The rows of backups.
         reader: Reads backups.
+        keys: The keys of backups.
         installation: The installation's id.
     """
 
-    def __init__(self, records: BackupRecords, reader: BackupReader, installation: UUID) -> None:
+    def __init__(self, records: BackupRecords, reader: BackupReader, keys: BackupKeys, installation: UUID) -> None:
         self._records = records
         self._reader = reader
+        self._keys = keys
         self._installation = installation
 
-    async def scan(self, store: Store, *, actor: Actor) -> ScanReport:
-        """Write the rows of all complete backups of this installation in a store that have none."""
-        known, found, errors = await self._records.known(), list[Backup](), list[str]()
-        listed = {one.path: one for one in await store.list(str(self._installation))}
+    async def scan(self, store: Store, tenant_id: UUID | None = None, *, actor: Actor) -> ScanReport:
+        """Write the rows of all keys and complete backups of this installation in a store that have none.
+
+        Args:
+            store: The store.
+            tenant_id: Of this tenant alone; of all where None.
+            actor: Who does this.
+        """
+        errors = await self._keys.take_up_all(store, tenant_id, actor=actor)
+        known, found = await self._records.known(), list[Backup]()
+        below = str(self._installation) if tenant_id is None else f"{self._installation}/{tenant_id}"
+        listed = {one.path: one for one in await store.list(below)}
         for path in sorted(path for path in listed if path.endswith(_MANIFEST)):
             if _backup_id(path) in known:
                 continue
@@ -61,6 +72,8 @@ class BackupScanner:
         self, store: Store, path: str, listed: Iterable[StoredObject], *, actor: Actor
     ) -> Manifest | None:
         """Write the row of one backup, if it is complete; None if it is known, or its tenant is not.
+
+        Its key is taken up by ``scan``: it opens the backup from the store as well.
 
         Raises:
             BackupNotFoundError: there is no manifest.

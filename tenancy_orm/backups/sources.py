@@ -22,8 +22,8 @@ CONTROL_SCOPE = Scope(
     schemas=("tenancy",),
     # the identities that decrypt tenants' backups: destroying one must destroy it everywhere
     without_rows=("tenancy.backup_keys",),
-    # the control database's tables have row security, which lets its own role read all rows
-    arguments=("--enable-row-security",),
+    # its tables have it, and let their owner and the application's role read all rows
+    row_security=True,
 )
 
 # what only an administrator can make, and what says who may do what: a restore has its own

@@ -25,7 +25,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.restoring import check_rows, connected, programs_for, restore_archive
 from ..provisioning.scratch import ScratchDatabase
-from .keys import check_store
+from .key_objects import check_store
 from .making import BackupServices
 from .manifest import Manifest
 from .opening import BackupReader, OpenBackup

@@ -202,7 +202,13 @@ class CloneManager:
             server=server,
             region=found.region,
             seed=False,
-            filling=Filling(fill=fill, policy=policy, timeout=self._config.backup.timeout, extensions=extensions),
+            filling=Filling(
+                fill=fill,
+                policy=policy,
+                timeout=self._config.backup.timeout,
+                extensions=extensions,
+                copied_from=found.id,
+            ),
             actor=actor,
         )
         return await self._finished(created, found, policy, made, started)

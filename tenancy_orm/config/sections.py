@@ -583,9 +583,13 @@ class ErasureConfig(Section, frozen=True):
 
     server_backup_seconds: Seconds | None = None
     """For how long base backups and WAL of whole servers are kept at most, in seconds, by whatever makes them. Not
-    known where None, which a certificate says."""
+    known where None, which a certificate says. Those of ``recovery.provider`` are kept for as long as
+    ``recovery.keep_seconds`` and the time between two base backups together."""
     control_backup_seconds: Seconds | None = None
-    """The same of backups of the control database."""
+    """The same of backups of the control database that this package makes."""
+    control_server_backup_seconds: Seconds | None = None
+    """The same of base backups and WAL of the control database's server, and of dumps of that database by other means:
+    they have the sealed keys of backups."""
 
 
 class ExportConfig(Section, frozen=True):

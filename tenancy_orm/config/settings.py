@@ -226,9 +226,23 @@ class TenancyConfig(_Checked, BaseSettings):
         known = self.keys.peppers is not None or "key_peppers" not in (self.secrets.options or ())
         if known and current not in (None, "0", *peppers):
             problems["keys.pepper_current"] = f"{current!r} is not among keys.peppers"
+        problems |= self._check_erasure()
         if problems:
             raise SettingError(problems)
         return self
+
+    def _check_erasure(self) -> dict[str, str]:
+        """Refuse times that certificates would promise, and that this package's own base backups do not keep."""
+        least = self.recovery.keep_seconds + self.recovery.base_seconds
+        promised = {"server_backup_seconds": self.erasure.server_backup_seconds}
+        if self.servers is None:  # the control database's own
+            promised["control_server_backup_seconds"] = self.erasure.control_server_backup_seconds
+        return {
+            f"erasure.{name}": f"must be at least {least:g}, recovery.keep_seconds and recovery.base_seconds together: "
+            "a base backup is kept until a later one is as old as keep_seconds"
+            for name, seconds in promised.items()
+            if self.recovery.base_directory is not None and seconds is not None and seconds < least
+        }
 
     @property
     def is_embedded(self) -> bool:

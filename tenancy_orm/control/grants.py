@@ -6,12 +6,13 @@ to which this module grants exactly what the code uses: it can read the audit lo
 time, hash or database role.
 
 Row-level security protects the tables that hold tenants' rows. Their owner bypasses it; the application's role does
-not, so it gets a policy on each table that shows it every row, and it may SET ROLE to the viewer role.
+not, so it gets a policy on each table that shows it every row, and it may SET ROLE to the viewer role. It can read the
+months of the audit log by their own names, and the sequences, as ``pg_dump`` does for a backup of the control database.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Final
 
@@ -97,11 +98,14 @@ _MAY_CREATE = text(
     "SELECT bool_or(has_schema_privilege(r.oid, 'tenancy', 'CREATE')) FROM pg_roles r "
     "WHERE pg_has_role(CAST(:role AS name), r.oid, 'MEMBER')"
 )
-# without the partitions, which no query of the package names
 _WITHOUT_POLICY = text(
-    "SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'tenancy'::regnamespace "
-    "AND c.relrowsecurity AND NOT c.relispartition "
+    "SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'tenancy'::regnamespace AND c.relrowsecurity "
     "AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = :policy) ORDER BY 1"
+)
+# the months of the audit log, those that retention has detached too: revision 0027 shares them in the same way
+_MONTHS = text(
+    "SELECT relname FROM pg_class WHERE relnamespace = 'tenancy'::regnamespace AND relkind = 'r' "
+    "AND relname LIKE 'audit\\_log\\_y%' ORDER BY 1"
 )
 
 
@@ -125,12 +129,14 @@ async def grant_application(connection: AsyncConnection, role: str) -> None:
         raise ConfigurationError(f"role {role!r} has or can get the rights of the control tables' owner; use another")
     if row.rolbypassrls:
         raise ConfigurationError(f"role {role!r} bypasses row-level security; run: ALTER ROLE ... NOBYPASSRLS")
-    for statement in (*_revokes(role), *await _grants(connection, role)):
+    months = (await connection.scalars(_MONTHS)).all()
+    for statement in (*_revokes(role), *await _grants(connection, role, months)):
         await connection.exec_driver_sql(statement)
     policy = application_policy(role)
     for table in (await connection.scalars(_WITHOUT_POLICY, {"policy": policy})).all():
         # where the role may only read, so may the policy
-        verb, check = ("SELECT", "") if _is_read_only(table) else ("ALL", "WITH CHECK (true)")
+        is_read_only = table in months or APPLICATION_TABLES.get(table) == "SELECT"
+        verb, check = ("SELECT", "") if is_read_only else ("ALL", "WITH CHECK (true)")
         await connection.exec_driver_sql(
             f"CREATE POLICY {policy} ON {_qualified(table)} FOR {verb} TO {quote_identifier(role)} USING (true) {check}"
         )
@@ -158,10 +164,6 @@ async def _check(connection: AsyncConnection, role: str) -> None:
         )
 
 
-def _is_read_only(table: str) -> bool:
-    return APPLICATION_TABLES.get(table) == "SELECT"
-
-
 def _qualified(table: str) -> str:
     return f"{SCHEMA}.{quote_identifier(table)}"
 
@@ -177,13 +179,15 @@ def _revokes(role: str) -> list[str]:
     ]
 
 
-async def _grants(connection: AsyncConnection, role: str) -> list[str]:
+async def _grants(connection: AsyncConnection, role: str, months: Sequence[str]) -> list[str]:
     grantee = quote_identifier(role)
     database = quote_identifier(str(await connection.scalar(text("SELECT current_database()"))))
     statements = [
         # revoked from PUBLIC where tenants' databases share the server
         f"GRANT CONNECT ON DATABASE {database} TO {grantee}",
         f"GRANT USAGE ON SCHEMA {SCHEMA} TO {grantee}",
+        f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA {SCHEMA} TO {grantee}",
+        *(f"GRANT SELECT ON {_qualified(month)} TO {grantee}" for month in months),
     ]
     statements += [
         f"GRANT {privileges} ON {_qualified(table)} TO {grantee}" for table, privileges in APPLICATION_TABLES.items()

@@ -159,6 +159,8 @@ tenants = Table(
     Column("held_at", DateTime(timezone=True), nullable=True),
     # until when its sessions wait, since its database is being exchanged for another one
     Column("paused_until", DateTime(timezone=True), nullable=True),
+    # the tenant that its first contents were copied from, which an erasure names; None: none
+    Column("copied_from", Uuid, nullable=True),
     CheckConstraint("region ~ '^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$'", name="region"),
     CheckConstraint(r"slug ~ '^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$'", name="slug"),
     CheckConstraint(
@@ -810,6 +812,8 @@ backups = Table(
     # never pruned before; None: by the retention policy alone
     Column("kept_until", DateTime(timezone=True), nullable=True),
     Column("pruned_at", DateTime(timezone=True), nullable=True),
+    # the processes that have it decrypted: for each its host, and until when unless it renews that
+    Column("readers", JSONB, nullable=True),
     CheckConstraint("state IN ('running', 'done', 'failed', 'pruned')", name="state"),
     Index("backups_tenant_id_idx", "tenant_id", "started_at"),
     Index("backups_running_idx", "server", postgresql_where=text("state = 'running'")),

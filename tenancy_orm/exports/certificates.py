@@ -20,7 +20,7 @@ class Remaining:
 
     Attributes:
         what: What it is.
-        is_readable: Whether anybody who has it can read the tenant's data in it.
+        is_readable: Whether whoever has it, and nothing else, can read the tenant's data in it.
         until: Until when at the latest; None where that is not known, or for ever: see ``note``.
         note: What ends it, or why it is kept.
     """
@@ -157,7 +157,7 @@ class ErasureCertificate:
             "Remains:",
         ]
         for one in self.remains:
-            readable = "readable" if one.is_readable else "not readable by anybody"
+            readable = "readable" if one.is_readable else "not readable alone"
             until = "" if one.until is None else f", until {one.until.astimezone(UTC):%Y-%m-%d}"
             lines.append(f"- {one.what} ({readable}{until}): {one.note}")
         return "\n".join(lines)

@@ -1,8 +1,8 @@
 """``ErasureManager``: completes the erasure of purged tenants, and certifies it (``tenancy.erasures``).
 
 A purge removes what this installation has of a tenant. Its backups may be copied to places that nobody remembers. They
-become unreadable by the destruction of their keys, in the control database and in the stores. Only then a certificate
-is signed. Whatever is killed or does not answer, housekeeping repeats it.
+become unreadable by the destruction of their keys, in the control database and in the stores, to all who have no older
+copy of these. Only then a certificate is signed. Whatever is killed or does not answer, housekeeping repeats it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
@@ -35,14 +35,13 @@ from ..postgres.failures import SERVER_FAILURES
 from ..registry.databases import FORGET_DATABASE
 from ..registry.registry import Registry
 from ..tenant import Status, Tenant, TenantRef
-from .certificates import ErasureCertificate, Remaining
+from .certificates import ErasureCertificate
+from .remaining import copies_elsewhere, copy_of, interrupted_reading, lost_database, records
 
 logger = logging.getLogger("tenancy_orm.exports")
 
 _AT_ONCE = 100  # tenants of one run
 _FORGOTTEN = 100  # databases that a certificate names
-_USAGE_DAYS = 400  # after that long, housekeeping removes usage records that were sent
-_MONTH = timedelta(days=31)  # audit entries are removed by months
 
 _REACHED = "its databases on the servers that exist"
 _ERASED = (
@@ -76,6 +75,8 @@ SELECT t.id FROM tenancy.tenants t
 _COPIES = text("""
 WITH RECURSIVE made AS (
   SELECT o.tenant_id, o.detail->>'of' AS origin FROM tenancy.operations o WHERE o.kind = 'clone'
+   UNION SELECT c.id, c.copied_from::text FROM tenancy.tenants c WHERE c.copied_from IS NOT NULL
+   -- of before there was that column
    UNION SELECT a.tenant_id, a.detail->>'of' FROM tenancy.audit_log a WHERE a.action = 'tenant.restored_as'),
 copies AS (
   SELECT tenant_id FROM made WHERE origin = CAST(:id AS text)
@@ -84,6 +85,10 @@ SELECT t.slug, (SELECT max((o.detail->>'expires_at')::timestamptz) FROM tenancy.
                  WHERE o.tenant_id = t.id AND o.kind = 'clone') AS expires_at
   FROM tenancy.tenants t JOIN copies ON copies.tenant_id = t.id WHERE t.status <> 'purged' ORDER BY t.id
 """)
+_READERS = text(
+    "SELECT b.id, r.value->>'host' AS host, (r.value->>'until')::timestamptz > clock_timestamp() AS is_reading "
+    "FROM tenancy.backups b CROSS JOIN LATERAL jsonb_each(b.readers) r WHERE b.tenant_id = :id ORDER BY b.id, 2"
+)
 _NAMED = text("SELECT id FROM tenancy.tenants WHERE slug = :slug AND status = 'purged' ORDER BY updated_at DESC")
 _UPDATED = text("SELECT updated_at FROM tenancy.tenants WHERE id = :id")
 
@@ -222,8 +227,8 @@ class ErasureManager:
         operation = await self._begin(tenant, claimant, actor)
         try:
             async with self._operations.keep(operation, claimant):
-                keys, left = await self._destroy_keys(tenant, actor)
-                certificate = await self._sign(tenant, keys, left)
+                keys = await self._destroy_keys(tenant, actor)
+                certificate = await self._sign(tenant, keys, await self._left_in_stores(tenant))
                 written = certificate.to_bytes().decode()
                 detail = {
                     "operation": operation.id,
@@ -273,19 +278,41 @@ class ErasureManager:
         except TenancyError as exc:
             logger.warning("the end of operation %d was not recorded: %s", operation.id, exc)
 
-    async def _destroy_keys(self, tenant: Tenant, actor: Actor) -> tuple[tuple[BackupKey, ...], int]:
-        """Destroy the keys of all backups, in every store; return them, and how many backups are in stores still."""
+    async def _destroy_keys(self, tenant: Tenant, actor: Actor) -> tuple[BackupKey, ...]:
+        """Destroy the keys of all backups, in every store, and return them."""
         made = await self._backups.list(tenant.id, states=None)
         urls = dict.fromkeys(one.store for one in made)
         if self._config.backup.store is not None:
             urls.setdefault(self._config.backup.store)
         keys: BackupKeys = self._backups.keys
-        if made or any(key.destroyed_at is None for key in await keys.of(tenant.id)):
+        known = await keys.of(tenant.id)
+        # else an earlier attempt has removed them from each store
+        if {key.id for key in known if key.destroyed_at is None} or (
+            {one.key_id for one in made} - {key.id for key in known}
+        ):
             for url in urls:
                 kept = [one for one in made if one.store == url and one.state == "done" and one.pruned_at is None]
                 await self._check_store(tenant, self._stores.at(url), kept)
-        found = await keys.destroy(tenant.id, actor=actor)
-        return found, sum(one.state != "running" and one.pruned_at is None for one in made)
+        # those that a control database does not know since it was restored: nobody would remove them
+        await self._backups.scan(tenant.id, actor=actor)
+        return await keys.destroy(tenant.id, actor=actor)
+
+    async def _left_in_stores(self, tenant: Tenant) -> int:
+        """Return how many backups are in stores still, and delete what no prune would."""
+        prunable = {str(one.id) for one in await self._backups.list(tenant.id, states=None) if one.pruned_at is None}
+        left = 0
+        for store in await self._backups.keys.stores_of(tenant.id):
+            below = f"{self._control.installation}/{tenant.id}/"
+            found: dict[str, list[str]] = {}
+            for one in await store.list(below.rstrip("/")):
+                found.setdefault(one.path.removeprefix(below).partition("/")[0], []).append(one.path)
+            for name, paths in found.items():
+                if name in prunable:
+                    left += 1
+                else:
+                    # parts without a manifest, or what came late
+                    await store.delete(*paths)
+        return left
 
     async def _check_store(self, tenant: Tenant, store: Store, kept: Sequence[Backup]) -> None:
         """Refuse a store that looks empty: a directory that is not mounted, or a bucket of another installation.
@@ -314,8 +341,15 @@ class ErasureManager:
             usage = (await connection.execute(_USAGE, {"id": tenant.id})).one()
             updated_at = await connection.scalar(_UPDATED, {"id": tenant.id})
             copies = (await connection.execute(_COPIES, {"id": str(tenant.id)})).all()
+            readers = (await connection.execute(_READERS, {"id": tenant.id})).all()
         if left:
             raise ErasureError(f"the purge of tenant {tenant.slug!r} has left something: run tenancy reconcile")
+        if reading := [row for row in readers if row.is_reading]:
+            raise ErasureError(
+                f"backup {reading[0].id} of tenant {tenant.slug!r} is decrypted on {reading[0].host}, by a "
+                "verification for example; its key is destroyed, and housekeeping issues the certificate once that has "
+                "ended"
+            )
         entries = await self._audit.events(tenant=tenant.id, action="tenant.purge", limit=1)
         forgotten = await self._audit.events(tenant=tenant.id, action=FORGET_DATABASE, limit=_FORGOTTEN)
         lost = [entry.detail for entry in forgotten if entry.detail is not None]
@@ -328,67 +362,14 @@ class ErasureManager:
             purged_at=purged_at,
             erased=(_REACHED, *_ERASED[1:]) if lost else _ERASED,
             backup_keys={key.id: key.destroyed_at for key in keys if key.destroyed_at is not None},
-            remains=(*map(_lost, lost), *map(_copy, copies), *self._remains(purged_at, backups, usage)),
+            remains=(
+                *map(lost_database, lost),
+                *map(copy_of, copies),
+                *map(interrupted_reading, readers),
+                *copies_elsewhere(self._config, purged_at, keys, backups=backups),
+                *records(self._config, purged_at, usage),
+            ),
         )
-
-    def _remains(self, purged_at: datetime, backups: int, usage: Any) -> tuple[Remaining, ...]:
-        erasure, retention = self._config.erasure, self._config.retention
-        audit_seconds = retention.audit_seconds
-        found = [
-            Remaining(
-                what=f"{backups} encrypted backups of its database in this installation's stores, and their copies",
-                is_readable=False,
-                until=None,
-                note="their keys are destroyed; those in the stores are removed when backups are pruned next",
-            ),
-            Remaining(
-                what="base backups and WAL of its whole server",
-                is_readable=True,
-                until=_after(purged_at, erasure.server_backup_seconds),
-                note="they have the pages of all tenants' databases, and end with their own retention"
-                + _unknown(erasure.server_backup_seconds, "erasure.server_backup_seconds"),
-            ),
-            Remaining(
-                what="backups of the control database",
-                is_readable=True,
-                until=_after(purged_at, erasure.control_backup_seconds),
-                note="they have its name, metadata and audit entries, and neither rows of its database nor a key of "
-                "its backups" + _unknown(erasure.control_backup_seconds, "erasure.control_backup_seconds"),
-            ),
-            Remaining(
-                what="audit entries",
-                is_readable=True,
-                until=purged_at + timedelta(seconds=audit_seconds) + _MONTH if audit_seconds else None,
-                note="who did what to the tenant, with the metadata of then, without rows of its database"
-                + ("" if audit_seconds else "; they are kept for ever (retention.audit_seconds is 0)"),
-            ),
-            Remaining(
-                what="records of its operations, backups and migrations",
-                is_readable=True,
-                until=None,
-                note="times, names of tables, numbers of rows, and messages of errors, which may quote a value",
-            ),
-            Remaining(
-                what="the tombstone: its id, slug and times",
-                is_readable=True,
-                until=None,
-                note="kept for ever, so that no old backup brings the tenant back",
-            ),
-        ]
-        if backups == 0:
-            found.pop(0)
-        if usage.count:
-            sent = None if usage.unsent else usage.sent_at + timedelta(days=_USAGE_DAYS)
-            note = f"{usage.unsent} are not sent yet; each is kept {_USAGE_DAYS} days after that"
-            found.append(
-                Remaining(
-                    what=f"{usage.count} usage records for billing",
-                    is_readable=True,
-                    until=sent,
-                    note=note if usage.unsent else "amounts by period",
-                )
-            )
-        return tuple(found)
 
     # --- finding ----------------------------------------------------------------------------------------------------
 
@@ -415,32 +396,6 @@ class ErasureManager:
 
 def _certificate(detail: Mapping[str, Any]) -> ErasureCertificate:
     return ErasureCertificate.from_bytes(str(detail["certificate"]).encode())
-
-
-def _lost(database: Mapping[str, Any]) -> Remaining:
-    return Remaining(
-        what=f"database {database['database']} on server {database['server']}",
-        is_readable=True,
-        until=None,
-        note="not dropped, since an operator has said that the server does not exist any more",
-    )
-
-
-def _copy(row: Any) -> Remaining:
-    return Remaining(
-        what=f"tenant {row.slug!r}, which was made of a copy of its database",
-        is_readable=True,
-        until=row.expires_at,
-        note="delete and purge it as well" + ("" if row.expires_at is None else "; it is purged once it has expired"),
-    )
-
-
-def _after(moment: datetime, seconds: float | None) -> datetime | None:
-    return None if seconds is None else moment + timedelta(seconds=seconds)
-
-
-def _unknown(seconds: float | None, setting: str) -> str:
-    return "" if seconds is not None else f"; how long they are kept is not known here ({setting} is not set)"
 
 
 __all__ = ["ErasureManager", "ErasureReport"]

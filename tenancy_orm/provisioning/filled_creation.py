@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from ..tenant import Tenant
 from . import databases
@@ -28,6 +29,7 @@ class Filling:
         timeout: Seconds that all of it may take, beside ``provisioning.timeout``.
         extensions: The extensions that the database needs, beside the configured ones.
         finish: Awaited with the tenant before its first login: runs missing revisions, for example.
+        copied_from: The tenant that they are a copy of, which its row says from the first.
     """
 
     fill: Callable[[NewDatabase], Awaitable[None]]
@@ -35,6 +37,7 @@ class Filling:
     timeout: float
     extensions: Sequence[InstalledExtension] = ()
     finish: Callable[[Tenant], Awaitable[None]] | None = None
+    copied_from: UUID | None = None
 
 
 class FilledCreation(LongCreation):

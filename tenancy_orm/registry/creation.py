@@ -37,10 +37,10 @@ claimed AS (
 added AS (
     INSERT INTO tenancy.tenants (
         id, slug, status, tier, server, database_name, role_name, sealed_password, metadata, quotas, timezone, region,
-        trial_ends_at, next_status, step)
+        trial_ends_at, next_status, copied_from, step)
     SELECT $1::uuid, $2::text, $3::text, $4::text, coalesce(place.name, $5::text), coalesce(claimed.name, $6::text),
            coalesce(claimed.name, $7::text), $8::bytea, $9::text::jsonb, $10::text::jsonb, $11::text, $12::text,
-           $13::timestamptz, $14::text,
+           $13::timestamptz, $14::text, $24::uuid,
            CASE WHEN claimed.name IS NULL THEN $15::text ELSE coalesce($23::text, $15::text) END
       FROM (VALUES (1)) AS one LEFT JOIN place ON true LEFT JOIN claimed ON true
     RETURNING {RETURNED})
@@ -135,7 +135,9 @@ class Creation(TenantTable):
         entry = entry_parameters(action="tenant.create", actor=actor, after=_snapshot(draft))
         about = (entry[name] for name in ("action", "actor_kind", "actor_id", "after", "request_id", "source"))
         try:
-            (row,) = await self._control.fetch(_REGISTER, *values.values(), recipe, *about, claimed_step)
+            (row,) = await self._control.fetch(
+                _REGISTER, *values.values(), recipe, *about, claimed_step, draft.copied_from
+            )
         except asyncpg.IntegrityConstraintViolationError as exc:
             raise constraint_error(exc, values) from exc
         except asyncpg.PostgresError as exc:

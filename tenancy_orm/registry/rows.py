@@ -119,7 +119,10 @@ def tenant_from_row(row: Row[*tuple[Any, ...]] | ControlRow) -> Tenant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantDraft:
-    """A tenant that is about to be created. ``target_status`` is its status once it is usable."""
+    """A tenant that is about to be created.
+
+    ``target_status`` is its status once it is usable, ``copied_from`` the tenant that its contents are a copy of.
+    """
 
     id: UUID
     slug: str
@@ -134,6 +137,7 @@ class TenantDraft:
     timezone: str = "UTC"
     region: str | None = None
     trial_ends_at: datetime | None = None
+    copied_from: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)

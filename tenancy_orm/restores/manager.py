@@ -12,7 +12,6 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..audit.actor import SYSTEM, Actor
-from ..backups import BackupManager
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
@@ -71,7 +70,7 @@ class RestoreManager:
         tenants: Creates tenants.
         migrations: Loads the migrations.
         events: Receives ``TenantRestored``.
-        backups: Has the store with tombstones.
+        tombstones: Know who was purged, as the store of backups says.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class RestoreManager:
         tenants: TenantManager,
         migrations: FleetMigrator,
         events: EventBus,
-        backups: BackupManager,
+        tombstones: Tombstones,
     ) -> None:
         services = migrations.services
         self._config = config
@@ -90,7 +89,7 @@ class RestoreManager:
         self._registry = services.registry
         self._provisioner = services.provisioner
         self._events = events
-        self._tombstones = Tombstones(config, services.control, backups)
+        self._tombstones = tombstones
         self._connections = Connections(services)
         self._making = Making(config, migrations, self._connections)
         self._switching = Switching(config, services.registry, services.provisioner, self._connections)
@@ -251,6 +250,7 @@ class RestoreManager:
                     timeout=self._config.backup.timeout,
                     extensions=extensions,
                     finish=finish,
+                    copied_from=origin.id,
                 ),
                 actor=actor,
             )

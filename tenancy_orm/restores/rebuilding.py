@@ -27,7 +27,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
-from ..backups import BackupManager
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..connections import ConnectionLeases
@@ -145,7 +144,7 @@ class RegistryRebuilding:
         operations: The records of operations.
         provisioner: Knows the servers.
         secrets: Rotates passwords.
-        backups: Has the store with tombstones.
+        tombstones: Know who was purged, as the store of backups says.
         leases: Tells this process from others.
         data_keys: With envelope encryption.
     """
@@ -160,7 +159,7 @@ class RegistryRebuilding:
         operations: Operations,
         provisioner: Provisioner,
         secrets: SecretManager,
-        backups: BackupManager,
+        tombstones: Tombstones,
         leases: ConnectionLeases,
         data_keys: DataKeys | None = None,
     ) -> None:
@@ -172,7 +171,7 @@ class RegistryRebuilding:
         self._servers = services_of(provisioner).servers
         self._marked = MarkedDatabases(services_of(provisioner))
         self._secrets = secrets
-        self._tombstones = Tombstones(config, control, backups)
+        self._tombstones = tombstones
         self._leases = leases
         self._data_keys = data_keys
 

@@ -187,6 +187,8 @@ class TenantManager(TenantLifecycle):
             "timezone": check_timezone(timezone),
             "trial_ends_at": check_aware("trial_ends_at", trial_ends_at),
             "region": None if region is None else check_region(region),
+            # with the row itself: no copy is ever without it
+            "copied_from": filling.copied_from if isinstance(filling, Filling) else None,
         }
         key = generate_key(
             self._config.keys.prefix, KeyDigester(self._config.keys.decoded_peppers, self._config.keys.pepper_current)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import Backup
@@ -24,6 +26,13 @@ PRESENT = """
 SELECT datname::text FROM pg_database WHERE starts_with(datname::text, $1)
 UNION SELECT rolname::text FROM pg_roles WHERE starts_with(rolname::text, $1)
 """
+
+
+# as if the time for which they hold had passed
+CLAIMS_END = text(
+    "UPDATE tenancy.backups SET readers = (SELECT jsonb_object_agg(key, jsonb_set(value, '{until}', "
+    "to_jsonb(now() - interval '1 second'))) FROM jsonb_each(readers))"
+)
 
 
 async def present(tenancy: Tenancy) -> set[str]:
@@ -68,3 +77,15 @@ async def test_what_a_killed_drill_leaves_is_cleared_away(
     assert drilled.is_good and drilled.verification is not None and drilled.verification.rows == 100
     assert await present(tenancy) == before and list(spool.iterdir()) == []
     assert len(await tenancy.audit.events(tenant="acme", action="backup.drill")) == 1
+    # nobody knows here that it was cleared away: each machine does so for itself
+    async with tenancy.internals.control.transaction() as connection:
+        await connection.execute(CLAIMS_END)
+    await tenancy.tenants.delete("acme")
+    await tenancy.tenants.purge("acme")
+    assert backup.tenant_id is not None
+    found = await tenancy.erasures.complete(backup.tenant_id)
+    left = (
+        f"what a process on {socket.gethostname()} may have left of backup {backup.id}, decrypted, when it was killed"
+    )
+    # at the last point nothing is decrypted any more
+    assert [one.is_readable for one in found.remains if one.what == left] == [True] * (len(POINTS) - 1)

@@ -371,7 +371,7 @@ async def test_an_upgrade_of_the_package_passes_over_a_server_that_is_down(
         return await run_module("tenancy_orm.cli", "init", *arguments, cwd=tmp_path, env=variables)
 
     await downgrade(house)
-    upgrade = "the control database is upgraded from 0014_schedules to 0026_usage_headroom"
+    upgrade = "the control database is upgraded from 0014_schedules to 0027_control_backups"
     with frozen(other):
         planned = await init("--dry-run")
         assert (planned.status, upgrade in planned.out) == (0, True), planned.err

@@ -78,9 +78,14 @@ async def test_tenants_and_their_backups_are_there_again(
         assert (report.pruned, report.errors) == ((), ())
         assert [one.id for one in (await again.backups.scan()).found] == [later.id]
         assert (await again.backups.scan()).found == ()
+        # with their keys, which no backup of the control database has
+        assert backup.tenant_id is not None
+        for tenant_id, key_id in ((backup.tenant_id, backup.key_id), (None, control.key_id)):
+            assert [key.id for key in await again.backups.keys.of(tenant_id)] == [key_id]
+        assert [one.key_id for one in (await again.backups.run(["acme"])).done] == [backup.key_id]
         for one in (control, backup, later):
             assert (await again.backups.verify(one.id)).error is None
-        assert [one.id for one in await again.backups.list()] == [later.id, backup.id]
+        assert [one.id for one in await again.backups.list()][1:] == [later.id, backup.id]
 
 
 async def test_whoever_may_only_write_to_the_store_brings_no_older_backup_back(

@@ -6,8 +6,10 @@ import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy import text
@@ -15,12 +17,19 @@ from sqlalchemy import text
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.audit.checkpoints import Signer, Verifier
 from tenancy_orm.backups import Backup
-from tenancy_orm.errors import BackupKeyDestroyedError, BackupNotFoundError, CrossTenantError, ErasureError
+from tenancy_orm.errors import (
+    BackupError,
+    BackupKeyDestroyedError,
+    BackupNotFoundError,
+    CrossTenantError,
+    ErasureError,
+)
 from tenancy_orm.exports import ErasureCertificate, erasure
 from tenancy_orm.operations import Operations
+from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.restores import BackupSource
 from tests.integration.backups.conftest import acme, backup, tenancy_config
-from tests.integration.backups.test_backups import pg_restore
+from tests.integration.backups.test_backups import pg_restore, statement
 from tests.integration.cli.test_cli import Cli, cli
 from tests.support.postgres import Postgres
 
@@ -79,7 +88,8 @@ async def test_a_certificate_says_what_was_erased_and_what_remains(
     tenancy: Tenancy, tenancy_config: TenancyConfig, backup: Backup
 ) -> None:
     config = tenancy_config.replace(
-        erasure={"server_backup_seconds": 14 * 86_400.0}, retention={"audit_seconds": 400 * 86_400.0}
+        erasure={"server_backup_seconds": 14 * 86_400.0, "control_server_backup_seconds": 35 * 86_400.0},
+        retention={"audit_seconds": 400 * 86_400.0},
     )
     tenancy.erasures._config = config
     tenant_id = backup.tenant_id
@@ -103,12 +113,16 @@ async def test_a_certificate_says_what_was_erased_and_what_remains(
         "1 encrypted backups of its database in this installation's stores, and their copies"
     ].is_readable
     assert remains["base backups and WAL of its whole server"].until == found.purged_at + timedelta(days=14)
+    # with the sealed keys in them, copies of the encrypted backups can be read
+    control = remains["base backups and WAL of the control database's server, and dumps of it by other means"]
+    assert control.is_readable and "sealed keys" in control.note
+    assert control.until == found.backup_keys[backup.key_id] + timedelta(days=35)
     assert remains["audit entries"].until == found.purged_at + timedelta(days=431)
     assert remains["backups of the control database"].until is None
     assert "erasure.control_backup_seconds is not set" in remains["backups of the control database"].note
     (entry,) = await tenancy.audit.events(tenant=tenant_id, action="tenant.erase")
     assert entry.detail is not None and entry.detail["backup_keys"] == 1
-    assert "not readable by anybody" in found.text()
+    assert "not readable alone" in found.text() and "by anybody" not in found.text()
 
     # verified with public keys alone, and by nothing else
     data = found.to_bytes()
@@ -164,8 +178,11 @@ async def test_what_fails_each_time_is_in_nobodys_way(
 ) -> None:
     """However many fail in one run, the others have their turn; and a run goes on as long as it completes some."""
     monkeypatch.setattr(erasure, "_AT_ONCE", 1)
-    store = tmp_path / "store"
-    moved = store.rename(tmp_path / "moved")
+    # its backups are in the former store, which is not mounted
+    former = tmp_path / "former"
+    moved = (tmp_path / "store").rename(tmp_path / "moved")
+    await statement(tenancy, "UPDATE tenancy.backups SET store = :url", url=f"file:{former}")
+    await tenancy.backups.run_control()
     for slug in ("one", "two", "three"):
         await tenancy.tenants.create(slug)
         await purge(tenancy, slug)
@@ -179,9 +196,115 @@ async def test_what_fails_each_time_is_in_nobodys_way(
         errors += report.errors
     assert completed == {"one", "two", "three"}
     assert errors and all(str(backup.tenant_id) in error for error in errors)
+    moved.rename(former)
+    assert (await tenancy.erasures.run()).completed == ("acme",)
+
+
+async def test_what_a_restored_control_database_does_not_know_is_destroyed_and_removed_too(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path
+) -> None:
+    """Keys, which no backup of it has, and the backups that were made since it was backed up, whole or in part."""
+    tenant_id, keys = backup.tenant_id, tenancy.backups.keys
+    assert tenant_id is not None
+    (later,) = (await tenancy.backups.run(["acme"])).done
+    await statement(tenancy, "DELETE FROM tenancy.backup_keys")
+    await statement(tenancy, "DELETE FROM tenancy.backups WHERE id = :id", id=later.id)
+    (again,) = (await tenancy.backups.run(["acme"])).done
+    assert again.key_id != backup.key_id == later.key_id
+    # what a killed process had begun; and what somebody has put there, which is no key
+    below = f"{tenancy.internals.control.installation}"
+    await tenancy.backups.store.put(f"{below}/{tenant_id}/{uuid7()}/dump.tar.age", b"a part")
+    await tenancy.backups.store.put(f"{below}/keys/{tenant_id}/{'0' * 32}.json", b"{}")
+    await purge(tenancy)
+    certificate = await tenancy.erasures.complete(tenant_id)
+    assert certificate.backup_keys.keys() == {backup.key_id, again.key_id}
+    assert {key.id: key.destroyed_at for key in await keys.of(tenant_id)} == certificate.backup_keys
+    assert certificate.remains[0].what.startswith("3 encrypted backups")
+    left = {path.parent.name for path in (tmp_path / "store" / below / str(tenant_id)).rglob("*.age")}
+    assert left == {str(one.id) for one in (backup, later, again)}
+    report = await tenancy.backups.prune()
+    assert {one.id for one in report.pruned} == {backup.id, later.id, again.id}
+    assert not [path for path in (tmp_path / "store" / below).rglob(f"*{tenant_id}*/**/*") if path.is_file()]
+
+
+async def test_a_backup_that_is_found_after_the_erasure_is_removed(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path
+) -> None:
+    """As the newest good one it would be kept for ever, and until a time that was set."""
+    tenant_id, store = backup.tenant_id, tmp_path / "store"
+    assert tenant_id is not None
+    await tenancy.backups.keep(backup, datetime.now(UTC) + timedelta(days=30))
+    await asyncio.to_thread(shutil.copytree, store / backup.path, tmp_path / "copy")
+    await statement(tenancy, "DELETE FROM tenancy.backup_keys")
+    await purge(tenancy)
+    # not before the keys are destroyed: its row says in which store they are
+    assert (await tenancy.backups.prune()).pruned == ()
+    assert list((await tenancy.erasures.complete(tenant_id)).backup_keys) == [backup.key_id]
+    assert [one.id for one in (await tenancy.backups.prune()).pruned] == [backup.id]
+    await statement(tenancy, "DELETE FROM tenancy.backup_keys")
+    await statement(tenancy, "DELETE FROM tenancy.backups")
+    await asyncio.to_thread(shutil.copytree, tmp_path / "copy", store / backup.path)
+    assert [one.id for one in (await tenancy.backups.scan()).found] == [backup.id]
+    assert [one.id for one in (await tenancy.backups.prune()).pruned] == [backup.id]
+    assert not list((store / backup.path).rglob("*.age"))
+
+
+async def test_a_store_that_is_not_mounted_may_have_what_a_restored_control_database_does_not_know(
+    tenancy: Tenancy, backup: Backup, tmp_path: Path
+) -> None:
+    """No row says that the tenant has ever been backed up."""
+    tenant_id, store = backup.tenant_id, tmp_path / "store"
+    assert tenant_id is not None
+    await tenancy.tenants.create("globex")
+    assert (await tenancy.backups.run(["globex"])).reasons == {}
+    await statement(tenancy, "DELETE FROM tenancy.backup_keys WHERE tenant_id = :id", id=tenant_id)
+    await statement(tenancy, "DELETE FROM tenancy.backups WHERE tenant_id = :id", id=tenant_id)
+    moved = store.rename(tmp_path / "moved")
+    await purge(tenancy)
+    with pytest.raises(BackupError, match="is empty, and has backups"):
+        await tenancy.erasures.complete(tenant_id)
     shutil.rmtree(store, ignore_errors=True)
     moved.rename(store)
-    assert (await tenancy.erasures.run()).completed == ("acme",)
+    certificate = await tenancy.erasures.complete(tenant_id)
+    assert list(certificate.backup_keys) == [backup.key_id]
+    assert certificate.remains[0].what.startswith("1 encrypted backups")
+
+
+async def test_nothing_is_certified_while_a_backup_is_decrypted(tenancy: Tenancy, backup: Backup) -> None:
+    """A verification has the rows in files and in a scratch database, which a certificate does not know."""
+    tenant_id = backup.tenant_id
+    assert tenant_id is not None
+    async with tenancy.backups.open(backup):
+        await purge(tenancy)
+        with pytest.raises(ErasureError, match=f"backup {backup.id} of tenant 'acme' is decrypted on"):
+            await tenancy.erasures.complete(tenant_id)
+        # no later reader comes
+        with pytest.raises(UNREADABLE):
+            await read(tenancy, backup)
+    certificate = await tenancy.erasures.complete(tenant_id)
+    assert "decrypted" not in certificate.text()
+    assert await statement(tenancy, "SELECT readers FROM tenancy.backups") == [(None,)]
+
+
+async def test_a_copy_is_named_although_nothing_was_recorded_after_it(
+    tenancy: Tenancy, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its process is killed right then, or once retention has removed the entry."""
+    tenant_id, record = backup.tenant_id, tenancy.internals.registry.record
+    assert tenant_id is not None
+
+    async def dies(about: UUID, action: str, **values: Any) -> None:
+        if action == "tenant.restored_as":
+            raise ConnectionResetError
+        await record(about, action, **values)
+
+    monkeypatch.setattr(tenancy.internals.registry, "record", dies)
+    with pytest.raises(ConnectionResetError):
+        await tenancy.restores.restore_as("copy", BackupSource(tenancy.backups, backup))
+    assert await tenancy.audit.events(action="tenant.restored_as") == []
+    await purge(tenancy)
+    found = {one.what for one in (await tenancy.erasures.complete(tenant_id)).remains}
+    assert "tenant 'copy', which was made of a copy of its database" in found
 
 
 async def test_a_certificate_names_what_was_made_of_copies(tenancy: Tenancy, backup: Backup) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ import sqlalchemy as sa
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tenancy_orm.audit.actor import Actor
+from tenancy_orm.audit.checkpoints import Signer
 from tenancy_orm.clones import CloneReport
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.errors import AdministratorNeededError, ConfigurationError, MarkerMismatchError
@@ -356,8 +358,18 @@ async def test_a_purged_tenant_stays_purged(
     """As the store of backups says, where the control database knows nothing of it any more."""
     config = tenancy_config.replace(backup={"store": f"file:{tmp_path}"})
     async with losing(config, postgres) as lost, taken_over(lost.config, lost.installation) as tenancy:
-        tombstone = b'{"purged_at": "2026-11-28T14:03:00+00:00"}'
-        await tenancy.backups.store.put(f"{lost.installation}/tombstones/{lost.acme.id}.json", tombstone)
+        fields = {
+            "installation": str(lost.installation),
+            "tenant_id": str(lost.acme.id),
+            "purged_at": "2026-11-28T14:03:00+00:00",
+        }
+        path = f"{lost.installation}/tombstones/{lost.acme.id}.json"
+        # one that is not signed says nothing, and is not passed over
+        await tenancy.backups.store.put(path, json.dumps(fields).encode())
+        (found,) = [one for one in (await tenancy.rebuilding.look()).databases if one.tenant_id == lost.acme.id]
+        assert found.state == "refused" and f"{path} in file:{tmp_path} is no tombstone" in (found.reason or "")
+        signed = Signer(config.sealing_keys).sign_statement("tenancy-tombstone-1", fields)
+        await tenancy.backups.store.put(path, signed.to_bytes())
         report = await tenancy.rebuilding.run(slugs=lost.slugs)
         assert {one.slug: one.state for one in report.databases} == {"acme": "refused", "globex": "taken"}
         assert "was purged (2026-11-28" in next(one.reason for one in report.databases if one.slug == "acme")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ import pytest
 import sqlalchemy as sa
 
 from tenancy_orm.config import BackupConfig, TenancyConfig
-from tenancy_orm.errors import BackupError, ContentsRefusedError, OperationError, TenantNotFoundError
+from tenancy_orm.errors import (
+    BackupDamagedError,
+    BackupError,
+    ContentsRefusedError,
+    OperationError,
+    TenantNotFoundError,
+)
 from tenancy_orm.protocols import GrantHook
 from tenancy_orm.provisioning import restoring
 from tenancy_orm.restores import BackupSource, DumpSource, making
@@ -19,6 +26,7 @@ from tests.support.dumps import dump
 from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.own_objects import MAKE, NAMES, OWNERS, sandbox, watched_sandbox
 from tests.support.postgres import Postgres
+from tests.support.processes import opened
 from tests.support.projects import Project
 from tests.support.provisioning import plain_administrator
 
@@ -93,6 +101,42 @@ async def test_a_purged_tenant_has_a_tombstone_whatever_is_left_of_its_backups(f
     assert [one.id for one in (await tenancy.backups.prune()).pruned] == [backup.id]
     assert (await tenancy.restores.settle()).errors == ()
     assert [path.stem for path in (tmp_path / "store").rglob("tombstones/*.json")] == [str(backup.tenant_id)]
+
+
+async def test_a_tombstone_counts_if_it_is_signed(fleet: Fleet, tmp_path: Path) -> None:
+    """One that somebody has put there, and a damaged one, are named: neither passes, nor says that it was purged."""
+    tenancy = fleet.tenancy
+    (backup, other) = (await tenancy.backups.run(["acme", "globex"])).done
+    source = BackupSource(tenancy.backups, backup if backup.slug == "acme" else other)
+    acme, globex = await fleet.registry.find("acme"), await fleet.registry.find("globex")
+    tombstones = tmp_path / "store" / str(tenancy.internals.control.installation) / "tombstones"
+    await tenancy.tenants.delete("globex")
+    await tenancy.tenants.purge("globex")
+    assert (await tenancy.restores.settle()).errors == ()
+    signed = (tombstones / f"{globex.id}.json").read_bytes()
+    forged = {
+        "not signed": json.dumps({"tenant_id": str(acme.id), "purged_at": "2026-11-29T22:14:03+00:00"}).encode(),
+        "malformed": b"{",
+        "empty": b"",
+        "a list": b"[]",
+        "another tenant's": signed,
+        "changed": signed.replace(str(globex.id).encode(), str(acme.id).encode()),
+    }
+    path = tombstones / f"{acme.id}.json"
+    before = await databases(fleet)
+    for name, data in forged.items():
+        path.write_bytes(data)
+        with pytest.raises(BackupDamagedError, match="is no tombstone that this installation has signed") as caught:
+            await tenancy.restores.restore("acme", source)
+        assert str(acme.id) in str(caught.value) and "delete the object" in str(caught.value), name
+    path.unlink()
+    assert await databases(fleet) == before
+    assert (await tenancy.restores.restore("acme", source)).state == "done"
+    # what an earlier version has written is signed by the next housekeeping, in each process once
+    (tombstones / f"{globex.id}.json").write_bytes(forged["not signed"])
+    async with opened(tenancy.config) as later:
+        assert (await later.restores.settle()).errors == ()
+    assert (tombstones / f"{globex.id}.json").read_bytes() == signed
 
 
 async def test_another_tenant_is_made_where_the_first_ones_database_is_lost(fleet: Fleet, postgres: Postgres) -> None:

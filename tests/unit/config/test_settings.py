@@ -244,6 +244,23 @@ def test_the_constructor_reads_its_arguments_alone(directory: Path, monkeypatch:
     assert (config.pool, config.default_tier) == (PoolConfig(), "free")
 
 
+def test_a_certificate_promises_no_time_that_base_backups_outlive() -> None:
+    """One is kept until a later one is as old as ``keep_seconds``; the control database may be on the same server."""
+    recovery = {"provider": "directory:/var/backups/recovery", "keep_seconds": 700.0, "base_seconds": 100.0}
+    short = {"server_backup_seconds": 799.0, "control_server_backup_seconds": 799.0}
+    enough = dict.fromkeys(short, 800.0)
+    config = TenancyConfig(control_url=URL).replace(recovery=recovery, erasure=enough)
+    with pytest.raises(SettingError) as caught:
+        config.replace(erasure=short)
+    assert list(caught.value.problems) == [f"erasure.{name}" for name in short]
+    assert "must be at least 800" in str(caught.value)
+    with pytest.raises(SettingError) as caught:
+        config.replace(servers={"eu": URL}, erasure=short)
+    assert list(caught.value.problems) == ["erasure.server_backup_seconds"]
+    # others keep their own
+    assert config.replace(recovery={"provider": "barman"}, erasure=short).erasure.server_backup_seconds == 799.0
+
+
 def test_a_pepper_may_come_later() -> None:
     """Which one is current is checked once they are known."""
     config = TenancyConfig(
