@@ -67,6 +67,13 @@ TEXTS: Mapping[str, str] = {
     "row_security": "off",
 }
 """Settings of both connections, by which a value that one writes as text is the same for the other."""
+# their order may differ in the copy: a dump has the columns that a table inherits before its own
+_COLUMNS = """
+SELECT ARRAY(SELECT a.attname::text FROM pg_attribute a
+              WHERE a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+              ORDER BY a.attnum) AS names
+  FROM unnest($1::text[]::regclass[]) WITH ORDINALITY t (oid, number) ORDER BY t.number
+"""
 _LARGE_OBJECTS = "SELECT oid::text FROM pg_largeobject_metadata ORDER BY oid"
 
 
@@ -176,16 +183,17 @@ async def copy_tables(source: Connection, target: Connection, tables: Sequence[t
         return
     quoted = [f"{quote_identifier(schema)}.{quote_identifier(name)}" for schema, name in tables]
     async with connections.transaction(target):
+        columns = [row["names"] for row in await source.fetch(_COLUMNS, quoted)]
         triggers = await target.fetch(_TRIGGERS, quoted)
         for row in triggers:
             await target.execute(f"ALTER TABLE {row['table']} DISABLE TRIGGER {row['name']}")
         await target.execute(f"TRUNCATE {', '.join(f'ONLY {one}' for one in quoted)}")
-        for schema, name in tables:
+        for (schema, name), names in zip(tables, columns, strict=True):
             with tempfile.SpooledTemporaryFile(max_size=_SPOOLED_BYTES) as file:
                 # as text: the binary form has the numbers of types, which are others there
-                await source.copy_from_table(name, schema_name=schema, output=file)
+                await source.copy_from_table(name, schema_name=schema, columns=names, output=file)
                 file.seek(0)
-                await target.copy_to_table(name, schema_name=schema, source=file)
+                await target.copy_to_table(name, schema_name=schema, columns=names, source=file)
         for row in triggers:
             await target.execute(f"ALTER TABLE {row['table']} ENABLE {row['when']} TRIGGER {row['name']}")
 

@@ -193,6 +193,23 @@ async def test_unlogged_tables_come_without_their_triggers_and_in_the_order_of_t
             server.query("SELECT pg_reload_conf()")
 
 
+async def test_the_columns_of_an_unlogged_child_keep_their_values(plane: Tenancy, pair: Pair) -> None:
+    """A dump has the columns that a table inherits before its own, and the table itself need not."""
+    acme = (await plane.tenants.create("acme")).tenant
+    made = """
+        CREATE TABLE base (a text);
+        CREATE UNLOGGED TABLE child (x text, twice text GENERATED ALWAYS AS (x || x) STORED) INHERITS (base);
+        ALTER TABLE base ADD b text;
+        INSERT INTO child (a, x, b) VALUES ('A', 'X', 'B');
+    """
+    in_database(pair, acme, made, role=plane.internals.provisioner.names.owner)
+    facts = "SELECT a, b, x, twice FROM child"
+    await plane.moves.move("acme", to="two")
+    assert in_database(pair, await plane.tenants.get("acme"), facts) == ("A", "B", "X", "XX")
+    await plane.moves.rollback("acme")
+    assert in_database(pair, acme, facts) == ("A", "B", "X", "XX")
+
+
 async def test_readers_of_a_materialized_view_with_a_unique_index_are_not_kept_waiting(
     plane: Tenancy, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
