@@ -51,7 +51,7 @@ SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name,
 _SEQUENCES = f"""
 SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind = 'S' AND {_OWN} ORDER BY 1
+ WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND {_OWN} ORDER BY 1
 """  # noqa: S608 - constants
 _TRIGGERS = """
 SELECT t.tgrelid::regclass::text AS "table", quote_ident(t.tgname) AS name,

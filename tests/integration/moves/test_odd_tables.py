@@ -210,6 +210,19 @@ async def test_the_columns_of_an_unlogged_child_keep_their_values(plane: Tenancy
     assert in_database(pair, acme, facts) == ("A", "B", "X", "XX")
 
 
+@pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
+async def test_temporary_tables_of_open_sessions_hinder_no_move(plane: Tenancy, pair: Pair, offline: bool) -> None:
+    """Their sequences can be read by nobody else, and what the tenant's role owns of them ends with its session."""
+    acme = (await plane.tenants.create("acme")).tenant
+    assert acme.placement is not None
+    database, role = acme.placement.database, acme.placement.role
+    with psycopg.connect(pair.one.url(database), autocommit=True) as session:
+        session.execute(f'GRANT TEMPORARY ON DATABASE "{database}" TO "{role}"'.encode())
+        for name, user in (("owners", plane.internals.provisioner.names.owner), ("tenants", role)):
+            session.execute(f'SET ROLE "{user}"; CREATE TEMPORARY TABLE {name} (id serial); RESET ROLE'.encode())
+        await plane.moves.move("acme", to="two", offline=offline)
+
+
 async def test_readers_of_a_materialized_view_with_a_unique_index_are_not_kept_waiting(
     plane: Tenancy, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
