@@ -32,6 +32,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import find_programs
 from ..provisioning import Provisioner, roles
 from ..provisioning.copy_logins import CopyLogin
+from ..provisioning.database_properties import read_properties
 from ..provisioning.differences import enumeration
 from ..provisioning.empty_databases import read_extensions
 from ..provisioning.pipeline import describe
@@ -260,6 +261,7 @@ class Move:
             self.new.server,
             self.new.database,
             extensions_of=extensions,
+            like=await read_properties(source),
             timeout=config.provisioning.timeout,
             valid_for=self._config.timeout,
             lock_held=lock_held,

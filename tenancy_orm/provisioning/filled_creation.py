@@ -12,6 +12,7 @@ from typing import Any
 
 from ..tenant import Tenant
 from . import databases
+from .database_properties import DatabaseProperties
 from .empty_databases import InstalledExtension
 from .long_creation import LongCreation
 from .new_databases import ContentsPolicy, NewDatabase, NewDatabases
@@ -28,6 +29,7 @@ class Filling:
         timeout: Seconds that all of it may take, beside ``provisioning.timeout``.
         extensions: The extensions that the database needs, beside the configured ones.
         finish: Awaited with the tenant before its first login: runs missing revisions, for example.
+        like: The locale and the settings that the database gets, where it is a copy of one.
     """
 
     fill: Callable[[NewDatabase], Awaitable[None]]
@@ -35,6 +37,7 @@ class Filling:
     timeout: float
     extensions: Sequence[InstalledExtension] = ()
     finish: Callable[[Tenant], Awaitable[None]] | None = None
+    like: DatabaseProperties | None = None
 
 
 class FilledCreation(LongCreation):
@@ -66,6 +69,7 @@ class FilledCreation(LongCreation):
             draft.server,
             draft.database,
             extensions_of=filling.extensions,
+            like=filling.like,
             timeout=self._services.config.provisioning.timeout,
             valid_for=filling.timeout,
             lock_held=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
@@ -13,12 +14,15 @@ from ..migrations.beside import upgrade_beside
 from ..migrations.connections import Connections
 from ..migrations.scripts import Environment
 from ..postgres import connections as postgres_connections
+from ..provisioning.database_properties import DatabaseProperties, find_properties
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.restoring import Restored, check_rows, connected, extensions_in, programs_for, restore_archive
 from ..runs import FleetMigrator
 from ..tenant import Placement, Tenant
 from .sources import Archive, RestoreSource
+
+_READ_ONLY = "default_transaction_read_only"
 
 
 class Making:
@@ -47,11 +51,13 @@ class Making:
             policy = self.policy(environment, archive, accept=accept)
             self.check_archive(environment, archive)
             extensions = await self.extensions(tenant, archive)
+            like = await self._properties(place)
             async with self._provisioner.new_databases.open(
                 tenant,
                 place.server,
                 database,
                 extensions_of=extensions,
+                like=like,
                 timeout=self._config.provisioning.timeout,
                 valid_for=self._config.backup.timeout,
             ) as new:
@@ -120,6 +126,21 @@ class Making:
             await run_to_completion(postgres_connections.close(connection))
         programs = await programs_for(self._config, version)
         return await extensions_in(programs, archive.path, present | set(self._config.extensions))
+
+    async def _properties(self, place: Placement) -> DatabaseProperties | None:
+        """The locale and the settings of the database in use, which an archive lacks; None where that is lost."""
+        connection = await self._provisioner.connect_admin(place.server, purpose="tenancy-restore")
+        try:
+            # without a setting that the administrator may not set, a tenant is restored all the same
+            found = await find_properties(connection, place.database, required=False)
+            if found is None:
+                return None
+            # who has stopped the writers of a broken database in this way wants them back with the restored one
+            return replace(
+                found, settings={name: value for name, value in found.settings.items() if name != _READ_ONLY}
+            )
+        finally:
+            await run_to_completion(postgres_connections.close(connection))
 
     async def environment(self) -> Environment | None:
         """Load the migrations; None without any."""
