@@ -36,7 +36,7 @@ from ..tenant import Placement, Tenant
 from . import archives, databases, event_trigger, removal
 from .admin_connections import HOLDING
 from .blockers import Blockers
-from .copy_logins import CopyLogin, create_reader, end_login
+from .copy_logins import HIDES_ROWS, CopyLogin, create_reader, end_login, see_all_rows
 from .database_properties import read_properties
 from .empty_databases import InstalledExtension, create_for_login, read_extensions
 
@@ -305,6 +305,8 @@ class _Copying:
                 await holding.execute("SET transaction_timeout = 0")
             await begin_snapshot(holding, readable_tables)
             snapshot = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
+            if content == "data" and await holding.fetchval(HIDES_ROWS):
+                await see_all_rows(self._connection, reader.role)
             filled = {row["name"] for row in await holding.fetch(_MATERIALIZED, True)}
             dump = (
                 programs.path("pg_dump"),
