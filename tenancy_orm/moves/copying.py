@@ -89,6 +89,7 @@ class Copying:
         schemas: The schemas of extensions, which the target has already.
         exact: Whether both servers are of the programs' version, so that every error counts.
         everything: Whether unlogged tables and large objects are copied as well.
+        without_rows: Tables and sequences of extensions, quoted, which the restorer may not write.
     """
 
     programs: Programs
@@ -98,6 +99,7 @@ class Copying:
     schemas: frozenset[str]
     exact: bool
     everything: bool = False
+    without_rows: tuple[str, ...] = ()
 
     async def run(self, *, connect_timeout: float) -> tuple[str, ...]:
         """Copy; returns what is left out, as ``pg_restore`` lists it.
@@ -120,7 +122,10 @@ class Copying:
             "--no-acl",
             f"--dbname={self.restorer.database}",
         ]
-        carried = [] if self.everything else ["--no-blobs", "--no-unlogged-table-data"]
+        carried = [
+            *([] if self.everything else ["--no-blobs", "--no-unlogged-table-data"]),
+            *(f"--exclude-table-data={name}" for name in self.without_rows),
+        ]
         filled = await self._filled(connect_timeout)
         with tempfile.TemporaryDirectory(prefix="tenancy-move-") as directory:
             schema, listing = f"{directory}/schema.dump", Path(directory, "list")
