@@ -39,6 +39,8 @@ _SETTINGS: Mapping[str, str] = {
     "search_path": "pg_catalog, pg_temp",
     "statement_timeout": "0",
     "synchronous_commit": "local",
+    # what a database is set to keeps the tenant's sessions from writing, not a move
+    "default_transaction_read_only": "off",
 }
 
 # the position is that of a record of its own, which the commit flushes: the end of what others have written may be in
