@@ -28,6 +28,7 @@ from ..postgres.login import reason_of
 from ..postgres.programs import Programs, find_programs
 from ..postgres.quoting import quote_identifier
 from ..provisioning.copy_logins import CopyLogin
+from ..provisioning.database_properties import find_properties, read_properties
 from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.new_databases import SAFE_PATH
 from ..tenant import Tenant
@@ -110,6 +111,7 @@ class Looking:
         heads, stamp = await self._heads(opened)
         contents = await self.contents(opened)
         self.check_extensions(opened, contents)
+        lost = await self._lost_properties(opened, server)
         tell("compare its schema")
         expected = await self._references.read(server, heads)
         schema = _schema_of(expected, self._environment) if opened.source.schema is not None else "public"
@@ -126,7 +128,7 @@ class Looking:
             schema=schema,
             differences=(*differences(expected, found, left_out), *named),
             refused=tuple(code_of(comparable(expected), comparable(found))),
-            notes=(*contents.notes, *unused),
+            notes=(*contents.notes, *unused, *lost),
         )
 
     def end(self, heads: Heads) -> Heads:
@@ -167,6 +169,25 @@ class Looking:
             ) from exc
 
     # --- what a source says -----------------------------------------------------------------------------------------
+
+    async def _lost_properties(self, opened: OpenSource, server: str) -> list[str]:
+        """Say what a copy does not have of the source's database: settings, and a locale that the server's is not."""
+        source = await read_properties(opened.connection)
+        connection = await self._services.provisioner.connect_admin(server, purpose="tenancy-adopt")
+        try:
+            made = await find_properties(connection, "template0")
+        finally:
+            await run_to_completion(plain_connections.close(connection))
+        notes = []
+        if source.settings:
+            notes.append(
+                f"settings of the source's database do not come along: {', '.join(sorted(source.settings))}; give them "
+                "to the tenant's by ALTER DATABASE ... SET"
+            )
+        if made is not None and made.locale != source.locale:
+            says = f"texts are sorted and compared by the locale {made.locale}"
+            notes.append(f"{says}, and in the source by {source.locale}")
+        return notes
 
     async def _server_version(self, opened: OpenSource, server: str) -> int:
         connection = await self._services.provisioner.connect_admin(server, purpose="tenancy-adopt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -128,6 +129,7 @@ def _show(found: Operation) -> None:
         console.print(f"{found.slug} is on {target}, it was on {source}{waited}", highlight=False)
         if ended := detail.get("ended_sessions"):
             note(f"{ended} sessions were ended, since their transactions were longer than move.drain_seconds")
+        _show_notes(detail)
         if detail.get("reverse") == "following":
             note(f"until {detail['confirm_by']}: tenancy move {found.slug} --rollback; or: --confirm")
         else:
@@ -139,6 +141,18 @@ def _show(found: Operation) -> None:
         console.print(f"{found.slug} stays on {target}; its database on {source} was dropped", highlight=False)
     else:
         console.print(f"{found.slug} is on {source}: move {found.id} is {found.state}: {found.error}", highlight=False)
+
+
+def _show_notes(detail: Mapping[str, Any]) -> None:
+    objects, tables = detail.get("large_objects", 0), detail.get("unlogged_tables", 0)
+    if objects or tables:
+        how = "with the dump" if detail["offline"] else "within the pause"
+        note(f"copied {how}: {objects} large objects, {tables} unlogged tables")
+    if inexact := detail.get("found_by_equal_values"):
+        note(
+            f"no key: {', '.join(inexact)}; where rows were equal but not the same, as 1.0 and 1.00 are, the row that "
+            "was updated or deleted during the move may be another one there"
+        )
 
 
 def _plan_fields(plan: MovePlan) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.snapshots import begin_snapshot
 from ..provisioning import clone_marks
 from ..provisioning.clone_marks import METADATA, CloneMark
+from ..provisioning.database_properties import DatabaseProperties, read_properties
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.filled_creation import Filling
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
@@ -186,7 +187,7 @@ class CloneManager:
         made = _Made()
 
         tell("reading the tables")
-        tables, extensions = await self._look(found, parsed, environment, require_rules)
+        tables, extensions, like = await self._look(found, parsed, environment, require_rules)
         columns = tuple(name for table in tables for name in _replaced(table))
         mark = CloneMark(of=found.id, of_slug=found.slug, expires_at=datetime.now(UTC) + ttl, columns=columns)
 
@@ -207,6 +208,7 @@ class CloneManager:
                 policy=policy,
                 timeout=self._config.backup.timeout,
                 extensions=extensions,
+                like=like,
                 copied_from=found.id,
             ),
             actor=actor,
@@ -249,14 +251,16 @@ class CloneManager:
 
     async def _look(
         self, tenant: Tenant, rules: AnonymisationRules | None, environment: Environment | None, require_rules: bool
-    ) -> tuple[tuple[Table, ...], tuple[InstalledExtension, ...]]:
-        """Refuse rules that cannot be followed before anything is made, and read the extensions."""
+    ) -> tuple[tuple[Table, ...], tuple[InstalledExtension, ...], DatabaseProperties]:
+        """Refuse rules that cannot be followed before anything is made, and read what else a copy needs."""
         try:
             async with self._provisioner.readers.open(tenant, seconds=self._config.provisioning.timeout) as reader:
                 connection = await reader.connect(timeout=self._config.pool.connect_timeout, settings=READING)
                 try:
                     tables = await self._plan(connection, rules, environment, require_rules)
-                    return tables, await read_extensions(connection)
+                    # its settings may be a superuser's, and a clone has its use without them
+                    like = await read_properties(connection, required=False)
+                    return tables, await read_extensions(connection), like
                 finally:
                     await run_to_completion(postgres_connections.close(connection))
         except SERVER_FAILURES as exc:

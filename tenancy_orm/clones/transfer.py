@@ -25,7 +25,7 @@ from ..postgres.programs import Programs, run_piped, run_program
 from ..postgres.quoting import quote_identifier
 from ..postgres.snapshots import LOCK_WAIT
 from ..provisioning import archives, event_trigger
-from ..provisioning.copy_logins import CopyLogin
+from ..provisioning.copy_logins import HIDES_ROWS, CopyLogin
 from ..provisioning.readers import Reader
 from ..provisioning.restoring import check_rows, connected
 from .plan import Table
@@ -63,7 +63,6 @@ SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.reln
                       AND d.objid = c.oid AND d.deptype = 'e')
  ORDER BY c.oid
 """
-_HIDDEN = "SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE relrowsecurity AND relforcerowsecurity)"
 _OF_VALUES = ("22", "23", "P0")  # data exception, integrity constraint violation, RAISE in a CHECK's function
 _COLUMN = re.compile(r"^COPY [^\n]*, line \d+, column ([^:\n]+)", re.MULTILINE)
 
@@ -104,7 +103,7 @@ class CloneTransfer:
             OperationError: rows are missing.
             ProvisioningError: one of PostgreSQL's programs failed.
         """
-        if await self.source.fetchval(_HIDDEN):
+        if await self.source.fetchval(HIDES_ROWS):
             await self.reader.see_all_rows()
         snapshot = await self.source.fetchval("SELECT pg_catalog.pg_export_snapshot()")
         views = [row["name"] for row in await self.source.fetch(_MATERIALIZED)]

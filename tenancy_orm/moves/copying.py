@@ -51,7 +51,7 @@ SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name,
 _SEQUENCES = f"""
 SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind = 'S' AND {_OWN} ORDER BY 1
+ WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND {_OWN} ORDER BY 1
 """  # noqa: S608 - constants
 _TRIGGERS = """
 SELECT t.tgrelid::regclass::text AS "table", quote_ident(t.tgname) AS name,
@@ -67,6 +67,13 @@ TEXTS: Mapping[str, str] = {
     "row_security": "off",
 }
 """Settings of both connections, by which a value that one writes as text is the same for the other."""
+# their order may differ in the copy: a dump has the columns that a table inherits before its own
+_COLUMNS = """
+SELECT ARRAY(SELECT a.attname::text FROM pg_attribute a
+              WHERE a.attrelid = t.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+              ORDER BY a.attnum) AS names
+  FROM unnest($1::text[]::regclass[]) WITH ORDINALITY t (oid, number) ORDER BY t.number
+"""
 _LARGE_OBJECTS = "SELECT oid::text FROM pg_largeobject_metadata ORDER BY oid"
 
 
@@ -82,6 +89,7 @@ class Copying:
         schemas: The schemas of extensions, which the target has already.
         exact: Whether both servers are of the programs' version, so that every error counts.
         everything: Whether unlogged tables and large objects are copied as well.
+        without_rows: Tables and sequences of extensions, quoted, which the restorer may not write.
     """
 
     programs: Programs
@@ -91,6 +99,7 @@ class Copying:
     schemas: frozenset[str]
     exact: bool
     everything: bool = False
+    without_rows: tuple[str, ...] = ()
 
     async def run(self, *, connect_timeout: float) -> tuple[str, ...]:
         """Copy; returns what is left out, as ``pg_restore`` lists it.
@@ -113,7 +122,10 @@ class Copying:
             "--no-acl",
             f"--dbname={self.restorer.database}",
         ]
-        carried = [] if self.everything else ["--no-blobs", "--no-unlogged-table-data"]
+        carried = [
+            *([] if self.everything else ["--no-blobs", "--no-unlogged-table-data"]),
+            *(f"--exclude-table-data={name}" for name in self.without_rows),
+        ]
         filled = await self._filled(connect_timeout)
         with tempfile.TemporaryDirectory(prefix="tenancy-move-") as directory:
             schema, listing = f"{directory}/schema.dump", Path(directory, "list")
@@ -176,16 +188,17 @@ async def copy_tables(source: Connection, target: Connection, tables: Sequence[t
         return
     quoted = [f"{quote_identifier(schema)}.{quote_identifier(name)}" for schema, name in tables]
     async with connections.transaction(target):
+        columns = [row["names"] for row in await source.fetch(_COLUMNS, quoted)]
         triggers = await target.fetch(_TRIGGERS, quoted)
         for row in triggers:
             await target.execute(f"ALTER TABLE {row['table']} DISABLE TRIGGER {row['name']}")
         await target.execute(f"TRUNCATE {', '.join(f'ONLY {one}' for one in quoted)}")
-        for schema, name in tables:
+        for (schema, name), names in zip(tables, columns, strict=True):
             with tempfile.SpooledTemporaryFile(max_size=_SPOOLED_BYTES) as file:
                 # as text: the binary form has the numbers of types, which are others there
-                await source.copy_from_table(name, schema_name=schema, output=file)
+                await source.copy_from_table(name, schema_name=schema, columns=names, output=file)
                 file.seek(0)
-                await target.copy_to_table(name, schema_name=schema, source=file)
+                await target.copy_to_table(name, schema_name=schema, columns=names, source=file)
         for row in triggers:
             await target.execute(f"ALTER TABLE {row['table']} ENABLE {row['when']} TRIGGER {row['name']}")
 

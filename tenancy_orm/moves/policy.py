@@ -21,9 +21,10 @@ _SHOWN = 5
 # 'o' is SHARED_DEPENDENCY_OWNER
 _OWNED = """
 SELECT pg_describe_object(s.classid, s.objid, 0) AS what FROM pg_shdepend s
-  JOIN pg_roles r ON r.oid = s.refobjid
+  JOIN pg_roles r ON r.oid = s.refobjid CROSS JOIN LATERAL pg_identify_object(s.classid, s.objid, 0) i
  WHERE s.refclassid = 'pg_authid'::regclass AND s.deptype = 'o' AND r.rolname = $1
-   AND s.classid <> 'pg_largeobject'::regclass
+   AND s.classid <> 'pg_largeobject'::regclass AND i.identity IS NOT NULL
+   AND coalesce(i.schema, '') !~ '^pg_temp'  -- those of open sessions end with them
    AND s.dbid = (SELECT oid FROM pg_database WHERE datname = current_database()) ORDER BY 1 LIMIT 6
 """
 

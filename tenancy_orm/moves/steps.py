@@ -32,6 +32,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import find_programs
 from ..provisioning import Provisioner, databases, roles
 from ..provisioning.copy_logins import CopyLogin
+from ..provisioning.database_properties import read_properties
 from ..provisioning.differences import enumeration
 from ..provisioning.empty_databases import read_extensions
 from ..provisioning.pipeline import describe
@@ -44,7 +45,7 @@ from ..tenants.manager import TenantManager
 from .copying import MATERIALIZED, TEXTS, Copying, copy_large_objects, copy_sequences, copy_tables
 from .policy import SamePolicy, refuse_own_objects, schema_differences
 from .streams import Stream
-from .survey import Survey, survey
+from .survey import Survey, refuse_configured, survey
 
 logger = logging.getLogger("tenancy_orm.moves")
 
@@ -191,7 +192,7 @@ class Move:
             reader = await self._forward.create_login(seconds=2 * self._config.timeout)
             await self._advance("copying")
             async with self._forward.begin(reader, timeout=_SLOT_SECONDS) as snapshot:
-                await self._copy(source, reader, expected, snapshot=snapshot.name)
+                await self._copy(source, reader, expected, found, snapshot=snapshot.name)
             await self._advance("replicating")
             await self._forward.restrict_login()
             await self._forward.subscribe(reader)
@@ -200,7 +201,7 @@ class Move:
                 await self._forward.wait(source, timeout=self._config.timeout)
             back = await self._prepare_return(found)
             await self._forward.wait(source, timeout=self._config.timeout)
-            await self._advance("switching", reverse=back)
+            await self._advance("switching", reverse=back, **found.notes)
             await self._switch(source, found, expected)
 
     async def _look(self, source: Connection) -> Survey:
@@ -250,6 +251,7 @@ class Move:
         source: Connection,
         reader: CopyLogin,
         expected: Catalogue,
+        found: Survey,
         *,
         snapshot: str | None,
         lock_held: bool = False,
@@ -262,6 +264,7 @@ class Move:
             self.new.server,
             self.new.database,
             extensions_of=extensions,
+            like=await read_properties(source),
             timeout=config.provisioning.timeout,
             valid_for=self._config.timeout,
             lock_held=lock_held,
@@ -278,6 +281,7 @@ class Move:
                 schemas=frozenset(one.schema for one in extensions),
                 exact={*versions} == {programs.version},
                 everything=not self._online,
+                without_rows=found.configured,
             )
             async with asyncio.timeout(self._config.timeout):
                 left_out = await copying.run(connect_timeout=config.pool.connect_timeout)
@@ -360,7 +364,8 @@ class Move:
         )
 
     async def _carry(self, four: _Four, found: Survey) -> None:
-        """Copy what replication does not carry."""
+        """Copy what replication does not carry, and refuse what is not copied."""
+        await refuse_configured(four.from_admin, self._tenant.slug)
         await copy_tables(four.from_owner, four.to_owner, found.unlogged)
         await copy_large_objects(four.from_admin, four.to_admin, self.new.role)
 
@@ -421,11 +426,13 @@ class Move:
         try:
             # until the end: a migration of the old database would be lost, and recorded as done
             await lock_migrations(source, timeout=self._provisioning.config.provisioning.timeout)
-            await self._look(source)
+            found = await self._look(source)
             # large objects belong to the tenant's role
             reader = await self._forward.create_login(
                 seconds=2 * self._config.timeout, replicates=False, member_of=[self.old.role]
             )
+            if found.hides_rows:
+                await self._forward.see_all_rows()
             before = self._tenant.status
             await self._advance("copying", status=before.value, maintenance=before in _SERVED)
             if before in _SERVED:
@@ -437,12 +444,13 @@ class Move:
                 self._tenant, seconds=self._config.timeout, drain=self._config.drain_seconds
             ) as paused:
                 await self._refuse_prepared(source)
+                await refuse_configured(source, self._tenant.slug)
                 self._refuse_changed(paused.tenant)
                 expected = await self._read(self.old, source)
-                await self._copy(source, reader, expected, snapshot=None)
+                await self._copy(source, reader, expected, found, snapshot=None)
                 async with _Four(self._forward, self.old, self.new, self._provisioning.names.owner) as four:
                     await copy_sequences(four.from_owner, four.to_owner)
-                await self._advance("switching", reverse="it was moved by a dump")
+                await self._advance("switching", reverse="it was moved by a dump", **found.notes)
                 # it still has the lock that keeps migrations away, for as long as the copy took
                 await self._refuse_prepared(source)
                 await self._renew_password(paused.tenant, self.new)

@@ -25,7 +25,7 @@ from ..postgres.quoting import quote_identifier, quote_literal
 from ..provisioning import databases, removal, roles
 from ..provisioning.admin_connections import HOLDING
 from ..provisioning.blockers import Blockers
-from ..provisioning.copy_logins import CopyLogin, create_login, end_login
+from ..provisioning.copy_logins import CopyLogin, create_login, end_login, see_all_rows
 from ..provisioning.pipeline import ProvisioningServices, describe
 from ..provisioning.scram import scram_verifier
 from ..servers import Server
@@ -39,6 +39,8 @@ _SETTINGS: Mapping[str, str] = {
     "search_path": "pg_catalog, pg_temp",
     "statement_timeout": "0",
     "synchronous_commit": "local",
+    # what a database is set to keeps the tenant's sessions from writing, not a move
+    "default_transaction_read_only": "off",
 }
 
 # the position is that of a record of its own, which the commit flushes: the end of what others have written may be in
@@ -169,6 +171,19 @@ class Stream:
     async def _let_connect(self, connection: Connection) -> None:
         database, login = quote_identifier(self.source.database), quote_identifier(self.login_name)
         await connection.execute(f"GRANT CONNECT ON DATABASE {database} TO {login}")
+
+    async def see_all_rows(self) -> None:
+        """Let the login read rows that row security hides from owners as well, until it is dropped.
+
+        Raises:
+            ProvisioningError: the administrator may not do that.
+        """
+        _, blockers = self._server(self.source)
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            await see_all_rows(connection, self.login_name)
+        finally:
+            await run_to_completion(connections.close(connection))
 
     async def _let_replicate(self, connection: Connection, server: Server) -> None:
         quoted = quote_identifier(self.login_name)

@@ -36,7 +36,8 @@ from ..tenant import Placement, Tenant
 from . import archives, databases, event_trigger, removal
 from .admin_connections import HOLDING
 from .blockers import Blockers
-from .copy_logins import CopyLogin, create_reader, end_login
+from .copy_logins import HIDES_ROWS, CopyLogin, create_reader, end_login, see_all_rows
+from .database_properties import read_properties
 from .empty_databases import InstalledExtension, create_for_login, read_extensions
 
 Content = Literal["data", "schema", "nothing"]
@@ -194,8 +195,8 @@ class _Copying:
         version = connections.version(self._connection)
         for name in (self._name, self._reader):
             await locks.lock(self._connection, locks.lock_key(name), timeout=self._config.provisioning.timeout)
-        extensions = () if content == "nothing" else await self._extensions()
-        restorer = await self._create(seconds, extensions, wanted)
+        extensions, locale = ((), None) if content == "nothing" else await self._look()
+        restorer = await self._create(seconds, extensions, wanted, locale)
         if content == "nothing":
             return self._copy(restorer, content, (), started)
         # in a thread: it looks at many directories, and starts the programs
@@ -252,7 +253,11 @@ class _Copying:
     # --- databases and roles ----------------------------------------------------------------------------------------
 
     async def _create(
-        self, seconds: float, extensions: Sequence[InstalledExtension], wanted: Sequence[str]
+        self,
+        seconds: float,
+        extensions: Sequence[InstalledExtension],
+        wanted: Sequence[str],
+        locale: databases.Locale | None,
     ) -> CopyLogin:
         return await create_for_login(
             self._connection,
@@ -264,12 +269,13 @@ class _Copying:
             seconds=seconds,
             extensions=extensions,
             wanted=wanted,
+            locale=locale,
         )
 
-    async def _extensions(self) -> tuple[InstalledExtension, ...]:
+    async def _look(self) -> tuple[tuple[InstalledExtension, ...], databases.Locale]:
         inside = await self._blockers.connect(self._place.database, purpose="tenancy-copy")
         try:
-            return await read_extensions(inside)
+            return await read_extensions(inside), (await read_properties(inside)).locale
         finally:
             await run_to_completion(connections.close(inside))
 
@@ -299,6 +305,8 @@ class _Copying:
                 await holding.execute("SET transaction_timeout = 0")
             await begin_snapshot(holding, readable_tables)
             snapshot = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
+            if content == "data" and await holding.fetchval(HIDES_ROWS):
+                await see_all_rows(self._connection, reader.role)
             filled = {row["name"] for row in await holding.fetch(_MATERIALIZED, True)}
             dump = (
                 programs.path("pg_dump"),

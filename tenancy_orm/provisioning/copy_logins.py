@@ -20,7 +20,10 @@ from datetime import datetime
 from functools import partial
 from types import MappingProxyType
 
+import asyncpg
+
 from ..control.names import Names
+from ..errors import ProvisioningError
 from ..postgres import connections, login
 from ..postgres.connections import Connection
 from ..postgres.dsn import Dsn
@@ -37,6 +40,11 @@ SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r O
   WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o' AND r.rolname = $1
     AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = $2))
 """
+HIDES_ROWS = (
+    "SELECT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relrowsecurity AND c.relforcerowsecurity "
+    "AND c.relkind IN ('r', 'p') AND c.relpersistence <> 't')"
+)
+"""Whether row security of a table in the database holds for its owner as well: a reader needs ``see_all_rows``."""
 _ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE INHERIT NOREPLICATION NOBYPASSRLS"
 _CONNECTIONS = 8
 
@@ -120,6 +128,26 @@ async def create_reader(
     owns = await connection.fetchval(_OWNS, place.role, place.database)
     member_of = [names.owner, *([place.role] if owns else [])]
     return await create_login(connection, dsn, role, place.database, seconds=seconds, member_of=member_of)
+
+
+async def see_all_rows(connection: Connection, role: str) -> None:
+    """Let a login read rows that row security hides from owners as well (FORCE ROW LEVEL SECURITY).
+
+    Args:
+        connection: An administrative one.
+        role: The login's name.
+
+    Raises:
+        ProvisioningError: the administrator may not do that.
+    """
+    try:
+        await connection.execute(f"ALTER ROLE {quote_identifier(role)} BYPASSRLS")
+    except asyncpg.InsufficientPrivilegeError as exc:
+        raise ProvisioningError(
+            "a table has FORCE ROW LEVEL SECURITY, and the administrator may let nobody read all of its rows; run "
+            "as a superuser: ALTER ROLE the_administrator BYPASSRLS",
+            step="reader",
+        ) from exc
 
 
 async def end_login(connection: Connection, blockers: Blockers, role: str) -> None:

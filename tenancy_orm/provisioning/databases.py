@@ -23,6 +23,14 @@ Strategy = Literal["wal_log", "file_copy"]
 checkpoints, but twice as many databases a second when thousands are created in a row)."""
 
 
+# of a locale, of an encoding that does not go with it, of a provider, of one that was not built in, of an option
+_NO_LOCALE = frozenset({"42809", "22023", "42P17", "0A000", "42601"})
+
+
+class LocaleMissingError(Exception):
+    """A server does not have a locale; its text is the locale."""
+
+
 @dataclass(frozen=True, slots=True)
 class DatabaseState:
     """A database's row in ``pg_database``. ``comment`` is its marker, if it has one."""
@@ -30,6 +38,42 @@ class DatabaseState:
     name: str
     is_template: bool
     comment: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Locale:
+    """How a database sorts and compares texts, by the columns of ``pg_database``.
+
+    Attributes:
+        provider: "libc", "icu" (PostgreSQL 15 and later) or "builtin" (17 and later).
+        collate: The C library's locale for the order of texts.
+        ctype: The C library's locale for kinds of characters.
+        name: The locale of another provider than "libc".
+        rules: Further rules of ICU (16 and later).
+    """
+
+    provider: str
+    collate: str
+    ctype: str
+    name: str | None = None
+    rules: str | None = None
+
+    def __str__(self) -> str:
+        """Return the provider and its locale, for messages."""
+        own = self.collate if self.collate == self.ctype else f"{self.collate}, {self.ctype}"
+        return f"{self.provider} {self.name or own!r}"
+
+    def options(self, version: int) -> list[str]:
+        """Return the options of CREATE DATABASE on a server of this major version."""
+        found = [f"LC_COLLATE {quote_literal(self.collate)}", f"LC_CTYPE {quote_literal(self.ctype)}"]
+        if version >= 15:
+            found.append(f"LOCALE_PROVIDER {self.provider}")
+        if self.name is not None:
+            option = "BUILTIN_LOCALE" if self.provider == "builtin" else "ICU_LOCALE"
+            found.append(f"{option} {quote_literal(self.name)}")
+        if self.rules is not None:
+            found.append(f"ICU_RULES {quote_literal(self.rules)}")
+        return found
 
 
 async def create(
@@ -40,6 +84,7 @@ async def create(
     owner: str,
     strategy: Strategy = "wal_log",
     open_to_connections: bool = True,
+    locale: Locale | None = None,
 ) -> None:
     """Create a database as a clone of ``template``. It cannot run in a transaction (25001).
 
@@ -51,9 +96,11 @@ async def create(
         strategy: See ``Strategy``. PostgreSQL 14 has FILE_COPY only.
         open_to_connections: False lets nobody connect before ``open_to_role``. PUBLIC may CONNECT to every new
             database, and a connection made before the REVOKE would outlive it.
+        locale: Its locale, where ``template`` is template0; that of the template where None.
 
     Raises:
         DatabaseExistsError: a database of that name exists.
+        LocaleMissingError: the server does not have the locale.
         asyncpg.ObjectInUseError: somebody is connected to the template.
         asyncpg.InvalidCatalogNameError: there is no such template.
     """
@@ -61,6 +108,7 @@ async def create(
     if template == "template0":
         # the only template that may be cloned with another encoding than its own
         options.append("ENCODING 'UTF8'")
+        options += [] if locale is None else locale.options(version(connection))
     if not open_to_connections:
         options.append("ALLOW_CONNECTIONS false")
     if version(connection) >= 15:
@@ -70,6 +118,8 @@ async def create(
     except asyncpg.PostgresError as exc:
         if sqlstate_of(exc) in (DUPLICATE_DATABASE, UNIQUE_VIOLATION):
             raise DatabaseExistsError(f"database {name!r} exists already, and is not adopted") from exc
+        if locale is not None and sqlstate_of(exc) in _NO_LOCALE:
+            raise LocaleMissingError(str(locale)) from exc
         raise
 
 

@@ -13,6 +13,7 @@ import asyncpg
 
 from ..cancellation import run_to_completion
 from ..control.names import Names
+from ..errors import OperationError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier, quote_literal
@@ -20,6 +21,7 @@ from ..servers import Server
 from . import databases, roles
 from .blockers import Blockers
 from .copy_logins import CopyLogin, create_login
+from .databases import Locale, LocaleMissingError
 from .extensions import install
 
 _EXTENSIONS = """
@@ -57,6 +59,7 @@ async def create_for_login(
     seconds: float,
     extensions: Iterable[InstalledExtension] = (),
     wanted: Sequence[str] = (),
+    locale: Locale | None = None,
 ) -> CopyLogin:
     """Create an empty database with extensions, and the login that owns what comes into it.
 
@@ -70,13 +73,24 @@ async def create_for_login(
         seconds: For how long the login is valid.
         extensions: Extensions that another database has, and this one gets.
         wanted: Names of further extensions.
+        locale: The database's locale; that of template0 where None.
 
     Raises:
         DatabaseExistsError: there is such a database.
+        OperationError: the server does not have the locale.
         ProvisioningError: the administrator may not create one of ``wanted``.
     """
     made = await create_login(connection, server.dsn, login, database, seconds=seconds)
-    await databases.create(connection, database, template="template0", owner=names.owner, open_to_connections=False)
+    try:
+        await databases.create(
+            connection, database, template="template0", owner=names.owner, open_to_connections=False, locale=locale
+        )
+    except LocaleMissingError as exc:
+        raise OperationError(
+            f"server {server.name!r} does not have the locale {exc}, which the database has that is copied: texts "
+            "would be sorted and compared in another way there; install the locale on that server, or choose another "
+            "one"
+        ) from exc
     quoted, role = quote_identifier(database), quote_identifier(login)
     await connections.execute_unflushed(
         connection,

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from ..tenant import Tenant
 from . import databases
+from .database_properties import DatabaseProperties
 from .empty_databases import InstalledExtension
 from .long_creation import LongCreation
 from .new_databases import ContentsPolicy, NewDatabase, NewDatabases
@@ -29,6 +30,7 @@ class Filling:
         timeout: Seconds that all of it may take, beside ``provisioning.timeout``.
         extensions: The extensions that the database needs, beside the configured ones.
         finish: Awaited with the tenant before its first login: runs missing revisions, for example.
+        like: The locale and the settings that the database gets, where it is a copy of one.
         copied_from: The tenant that they are a copy of, which its row says from the first.
     """
 
@@ -37,6 +39,7 @@ class Filling:
     timeout: float
     extensions: Sequence[InstalledExtension] = ()
     finish: Callable[[Tenant], Awaitable[None]] | None = None
+    like: DatabaseProperties | None = None
     copied_from: UUID | None = None
 
 
@@ -69,6 +72,7 @@ class FilledCreation(LongCreation):
             draft.server,
             draft.database,
             extensions_of=filling.extensions,
+            like=filling.like,
             timeout=self._services.config.provisioning.timeout,
             valid_for=filling.timeout,
             lock_held=True,

@@ -19,7 +19,8 @@ UNION ALL
 SELECT CASE WHEN relkind = 'S' THEN 'sequence' WHEN c.oid IN (TABLE versions) THEN 'version' ELSE 'table' END,
        quote_ident(nspname) || '.' || quote_ident(relname)
   FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
- WHERE relowner = (TABLE owner) AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND nspname <> 'tenancy_migration'
+ WHERE relowner = (TABLE owner) AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND relpersistence <> 't'
+   AND nspname <> 'tenancy_migration'
  ORDER BY 1, 2
 """
 

@@ -38,6 +38,7 @@ from ..tenant import Placement, Status, Tenant
 from . import advisory_locks, databases, event_trigger, grants, removal, roles
 from .contents_check import ContentsCheck
 from .copy_logins import CopyLogin, end_login
+from .database_properties import DatabaseProperties
 from .differences import enumeration
 from .empty_databases import InstalledExtension, create_for_login
 from .pipeline import ProvisioningServices, describe, prove, tenant_key
@@ -110,7 +111,14 @@ class NewDatabase:
     """
 
     def __init__(
-        self, services: ProvisioningServices, server: str, name: str, login: CopyLogin, connection: Connection
+        self,
+        services: ProvisioningServices,
+        server: str,
+        name: str,
+        login: CopyLogin,
+        connection: Connection,
+        *,
+        like: DatabaseProperties | None = None,
     ) -> None:
         self.server = server
         self.name = name
@@ -119,6 +127,7 @@ class NewDatabase:
         self._services = services
         self._blockers = services.blockers(services.servers[server])
         self._connection = connection  # an administrative one, which holds the lock of the login
+        self._like = like
 
     @property
     def server_version(self) -> int:
@@ -193,6 +202,9 @@ class NewDatabase:
                 )
         finally:
             await run_to_completion(connections.close(connection))
+        if self._like is not None:
+            # last: they hold for the sessions that fill the database as well
+            await self._like.apply(self._connection, self.name, server=self.server)
         self.handed_over = True
 
     async def _give_large_objects(self, connection: Connection, role: str) -> None:
@@ -241,6 +253,7 @@ class NewDatabases:
         name: str,
         *,
         extensions_of: Sequence[InstalledExtension] | None = None,
+        like: DatabaseProperties | None = None,
         timeout: float,
         valid_for: float,
         lock_held: bool = False,
@@ -255,12 +268,15 @@ class NewDatabases:
             server: The server's name.
             name: The database's name, of ``new_name``.
             extensions_of: The extensions that it gets, beside the configured ones.
+            like: The locale and the settings that it gets, those of a database that it is a copy of; the server's own
+                locale and no settings where None.
             timeout: Seconds that making it may take.
             valid_for: Seconds for which the login is valid after that.
             lock_held: Whether the caller holds the tenant's lock on this server.
 
         Raises:
             OperationStateError: the database has no row any more.
+            OperationError: the server does not have the locale, or refuses the settings.
             DatabaseExistsError: there is such a database.
             ProvisioningError: the server refused, or did not finish in time.
             TenantNotFoundError: the tenant has been purged.
@@ -291,7 +307,11 @@ class NewDatabases:
                             seconds=timeout + valid_for,
                             extensions=extensions_of or (),
                             wanted=services.config.extensions,
+                            locale=None if like is None else like.locale,
                         )
+                        if like is not None and like.required:
+                            # before it is filled, which may take hours
+                            await like.apply(connection, name, server=server, trial=True)
             except TenancyError:
                 raise
             except SERVER_FAILURES as exc:
@@ -300,7 +320,7 @@ class NewDatabases:
                     tenant=tenant.slug,
                     step="database",
                 ) from exc
-            new = NewDatabase(services, server, name, login, connection)
+            new = NewDatabase(services, server, name, login, connection, like=like)
             yield new
         finally:
             keep = new is not None and new.handed_over

@@ -9,13 +9,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-import asyncpg
-
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
 from ..control.names import Names
-from ..errors import ProvisioningError, TenantNotFoundError
+from ..errors import TenantNotFoundError
 from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
@@ -26,7 +24,7 @@ from ..tenant import Tenant
 from . import removal
 from .admin_connections import AdminConnections
 from .blockers import Blockers
-from .copy_logins import CopyLogin, create_reader, end_login
+from .copy_logins import CopyLogin, create_reader, end_login, see_all_rows
 from .replaced_databases import refuse_replaced
 
 _END = """
@@ -66,14 +64,7 @@ class Reader:
         Raises:
             ProvisioningError: the administrator may not do that.
         """
-        try:
-            await self._connection.execute(f"ALTER ROLE {quote_identifier(self.login.role)} BYPASSRLS")
-        except asyncpg.InsufficientPrivilegeError as exc:
-            raise ProvisioningError(
-                "a table has FORCE ROW LEVEL SECURITY, and the administrator may let nobody read all of its rows; run "
-                "as a superuser: ALTER ROLE the_administrator BYPASSRLS",
-                step="reader",
-            ) from exc
+        await see_all_rows(self._connection, self.login.role)
 
 
 class Readers:

@@ -11,6 +11,7 @@ may not change ``temp_file_limit``; the watchdog bounds what the others do not.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 _BATCH = 100  # databases in one transaction
 # the value of these is a list of names, which PostgreSQL stores quoted where necessary
 _LISTS = frozenset({"search_path", "temp_tablespaces", "local_preload_libraries", "session_preload_libraries"})
+_PART = re.compile(r'\s*"(?:[^"]|"")*"|[^,]+')
 # the sources, in pg_settings, of values that apply to the whole server and not only to this session
 _SERVER_WIDE = ("default", "configuration file", "command line", "environment variable")
 
@@ -55,7 +57,7 @@ class RoleSettings:
     def statements(self, role: str) -> list[str]:
         """The statements that set these for ``role``, which has no settings."""
         quoted = quote_identifier(role)
-        return [f"ALTER ROLE {quoted} SET {_name(name)} TO {_value(name, self.values[name])}" for name in self.values]
+        return [f"ALTER ROLE {quoted} SET {assignment(name, value)}" for name, value in self.values.items()]
 
     def differs_from(self, found: CurrentSettings) -> bool:
         """Whether a role has other settings than these, settings for a database, or members."""
@@ -288,6 +290,16 @@ def _revocations(connection: Connection, found: CurrentSettings) -> list[str]:
     return statements
 
 
+def assignment(name: str, value: str) -> str:
+    """Return what follows SET in ALTER ROLE and ALTER DATABASE.
+
+    Args:
+        name: The setting's name.
+        value: Its value, as configured or as PostgreSQL stores it.
+    """
+    return f"{_name(name)} TO {_value(name, value)}"
+
+
 def _name(name: str) -> str:
     return ".".join(quote_identifier(part) for part in name.split("."))
 
@@ -300,4 +312,5 @@ def _plain(name: str, value: str) -> tuple[str, ...]:
     """The value in a form to compare: in a list, PostgreSQL stores names quoted where necessary."""
     if name not in _LISTS:
         return (value,)
-    return tuple(part.strip().strip('"') for part in value.split(","))
+    parts = [part.strip() for part in _PART.findall(value)] or [""]
+    return tuple(part[1:-1].replace('""', '"') if part.startswith('"') else part for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 
 import asyncpg
@@ -18,6 +19,7 @@ from ..migrations.scripts import Environment
 from ..postgres import connections as postgres_connections
 from ..postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
+from ..provisioning.database_properties import DatabaseProperties, find_properties
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.pipeline import describe
@@ -28,6 +30,7 @@ from .sources import Archive, RestoreSource
 
 # the database was dropped, or the DROP was interrupted; or it is closed
 _LOST = (INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE)
+_READ_ONLY = "default_transaction_read_only"
 
 
 class Making:
@@ -56,11 +59,13 @@ class Making:
             policy = self.policy(environment, archive, accept=accept)
             self.check_archive(environment, archive)
             extensions = await self.extensions(tenant, archive)
+            like = await self._properties(place)
             async with self._provisioner.new_databases.open(
                 tenant,
                 place.server,
                 database,
                 extensions_of=extensions,
+                like=like,
                 timeout=self._config.provisioning.timeout,
                 valid_for=self._config.backup.timeout,
             ) as new:
@@ -145,6 +150,21 @@ class Making:
         try:
             found = () if is_lost else await read_extensions(connection)
             return frozenset(one.name for one in found), postgres_connections.version(connection)
+        finally:
+            await run_to_completion(postgres_connections.close(connection))
+
+    async def _properties(self, place: Placement) -> DatabaseProperties | None:
+        """The locale and the settings of the database in use, which an archive lacks; None where that is lost."""
+        connection = await self._provisioner.connect_admin(place.server, purpose="tenancy-restore")
+        try:
+            # without a setting that the administrator may not set, a tenant is restored all the same
+            found = await find_properties(connection, place.database, required=False)
+            if found is None:
+                return None
+            # who has stopped the writers of a broken database in this way wants them back with the restored one
+            return replace(
+                found, settings={name: value for name, value in found.settings.items() if name != _READ_ONLY}
+            )
         finally:
             await run_to_completion(postgres_connections.close(connection))
 

@@ -74,6 +74,23 @@ class Fleet:
         async with self.connect(slug) as connection:
             return [tuple(row) for row in await connection.fetch(sql)]
 
+    async def change_properties(self, slug: str) -> None:
+        """Give a tenant's database another locale, for the order of texts by the C library, and a time zone."""
+        place = (await self.registry.find(slug)).placement
+        assert place is not None
+        change = "UPDATE pg_database SET datcollate = CASE datcollate WHEN 'C' THEN 'C.UTF-8' ELSE 'C' END"
+        await self.execute(slug, f"{change} WHERE datname = '{place.database}'")
+        await self.execute(slug, f"ALTER DATABASE \"{place.database}\" SET TimeZone = 'Asia/Kathmandu'")
+
+    async def properties(self, slug: str) -> tuple[Any, ...]:
+        """The locale of a tenant's database, and the settings of its sessions."""
+        query = """
+            SELECT datcollate::text, datctype::text,
+                   ARRAY(SELECT unnest(setconfig) FROM pg_db_role_setting WHERE setdatabase = d.oid AND setrole = 0)
+              FROM pg_database d WHERE datname = current_database()
+        """
+        return (await self.fetch(slug, query))[0]
+
     async def execute(self, slug: str, sql: str) -> None:
         """Do something to a tenant's database, as the administrator."""
         async with self.connect(slug) as connection:

@@ -51,12 +51,18 @@ async def state_of(source: ForeignDatabase) -> list[tuple[Any, ...]]:
 async def test_a_copy_of_a_database_becomes_a_tenant(fleet: Fleet, postgres: Postgres, caplog: Any) -> None:
     """With its rows, at the newest revision, with sequences past its rows; and the source is as it was."""
     async with foreign_database(postgres, OLD) as source:
+        await source.execute(f"ALTER DATABASE \"{source.name}\" SET TimeZone = 'Asia/Kathmandu'")
+        change = "UPDATE pg_database SET datcollate = CASE datcollate WHEN 'C' THEN 'C.UTF-8' ELSE 'C' END"
+        await postgres.administer(f"{change} WHERE datname = '{source.name}'")
         before = await state_of(source)
         seen: list[str] = []
         looked = await fleet.tenancy.adoption.check("acme", source.url)
         with pytest.raises(TenantNotFoundError):
             await fleet.tenancy.tenants.get("acme")
         assert (looked.differences, looked.refused, looked.revision, looked.pending) == ((), (), "0001", "0002")
+        settings, locale = looked.notes
+        assert settings.startswith("settings of the source's database do not come along: TimeZone; give them")
+        assert locale.startswith("texts are sorted and compared by the locale ")
         report = await fleet.tenancy.adoption.adopt("acme", source.url, tier="pro", tell=seen.append)
         assert {table.source: table.rows for table in report.tables} == {
             "public.alembic_version": 1,

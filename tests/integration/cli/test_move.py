@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.moving import Pair, pair_of_servers
+from tests.support.moving import Pair, pair_of_servers, rows
 from tests.support.shell import ROOT, environment
 from tests.support.warm import Finished, run_module
 
@@ -50,6 +50,11 @@ async def test_a_tenant_is_moved_back_and_confirmed_by_command(
         return json.loads(done.out)
 
     await told("create", "acme")
+    (database,) = (one.partition(":")[2] for one in pair.databases(name_prefix))
+    owner = rows(
+        pair.one, database, "SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = current_database()"
+    )[0][0]
+    rows(pair.one, database, f'SET ROLE "{owner}"; CREATE UNLOGGED TABLE cart (id int); CREATE TABLE paid (n numeric)')
     for arguments in (("acme", "--all-from", "one"), ("acme", "--rollback", "--confirm")):
         refused = await cli("move", *arguments)
         assert refused.status == 1 and "error:" in refused.err
@@ -57,7 +62,10 @@ async def test_a_tenant_is_moved_back_and_confirmed_by_command(
     assert moved.status == 0 and moved.out.startswith("acme is on two, it was on one; its sessions waited for "), (
         moved.err
     )
-    assert "tenancy move acme --rollback; or: --confirm" in moved.err + moved.out
+    told_of = " ".join((moved.err + moved.out).split())
+    assert "tenancy move acme --rollback; or: --confirm" in told_of
+    assert "copied within the pause: 0 large objects, 1 unlogged tables" in told_of
+    assert "no key: public.paid; where rows were equal but not the same" in told_of
     number = str((await told("operations", "list"))["items"][0]["operation"])
     for steered in (("show", number), ("resume", number), ("undo", number, "--yes")):
         advised = await cli("operations", *steered)

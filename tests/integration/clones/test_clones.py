@@ -392,6 +392,13 @@ async def test_rows_that_row_security_hides_are_never_left_out_in_silence(fleet:
         )
 
 
+async def test_a_clone_has_the_locale_and_the_settings_of_the_database(fleet: Fleet) -> None:
+    await fleet.change_properties("acme")
+    await fleet.tenancy.clones.create("acme", "clone", ttl=timedelta(1))
+    assert await fleet.properties("clone") == await fleet.properties("acme")
+    assert (await fleet.properties("clone"))[2] == ["TimeZone=Asia/Kathmandu"]
+
+
 async def test_unique_indexes_of_some_rows_and_views_of_views_are_made(fleet: Fleet) -> None:
     """Faker makes values that differ; a materialized view is filled after those that it reads."""
     await as_owner(

@@ -91,6 +91,7 @@ async def test_everything_that_a_database_has_is_moved(
         await session.execute(text("INSERT INTO notes (body) VALUES ('written there')"))
         await session.commit()
     assert await plane.internals.provisioner.reconcile(check=True) is not None
+    assert (operation.detail["large_objects"], operation.detail["unlogged_tables"]) == (1, 1)
     if offline:
         assert "by a dump" in operation.detail["reverse"]
         with pytest.raises(OperationStateError, match="cannot be rolled back, since its former database does not"):

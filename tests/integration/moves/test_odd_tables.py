@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -10,6 +13,7 @@ import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import OperationError
+from tenancy_orm.moves.survey import survey
 from tenancy_orm.operations import Switch
 from tenancy_orm.operations.switch import Paused
 from tenancy_orm.tenant import Tenant
@@ -191,6 +195,149 @@ async def test_unlogged_tables_come_without_their_triggers_and_in_the_order_of_t
         for server in (pair.one, pair.two):
             server.query("ALTER SYSTEM RESET DateStyle")
             server.query("SELECT pg_reload_conf()")
+
+
+async def test_the_columns_of_an_unlogged_child_keep_their_values(plane: Tenancy, pair: Pair) -> None:
+    """A dump has the columns that a table inherits before its own, and the table itself need not."""
+    acme = (await plane.tenants.create("acme")).tenant
+    made = """
+        CREATE TABLE base (a text);
+        CREATE UNLOGGED TABLE child (x text, twice text GENERATED ALWAYS AS (x || x) STORED) INHERITS (base);
+        ALTER TABLE base ADD b text;
+        INSERT INTO child (a, x, b) VALUES ('A', 'X', 'B');
+    """
+    in_database(pair, acme, made, role=plane.internals.provisioner.names.owner)
+    facts = "SELECT a, b, x, twice FROM child"
+    await plane.moves.move("acme", to="two")
+    assert in_database(pair, await plane.tenants.get("acme"), facts) == ("A", "B", "X", "XX")
+    await plane.moves.rollback("acme")
+    assert in_database(pair, acme, facts) == ("A", "B", "X", "XX")
+
+
+async def test_rows_that_their_owner_may_not_see_are_moved_by_a_dump(plane: Tenancy, pair: Pair) -> None:
+    """Replication writes as the owner, so the tables are refused by name, before anything is made."""
+    acme = (await plane.tenants.create("acme")).tenant
+    made = """
+        CREATE TABLE hidden (id int PRIMARY KEY);
+        CREATE UNLOGGED TABLE cart (id int REFERENCES hidden);
+        INSERT INTO hidden VALUES (1), (2);
+        INSERT INTO cart VALUES (1), (2);
+        ALTER TABLE hidden ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+        ALTER TABLE cart ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+        CREATE POLICY first_only ON hidden USING (id = 1);
+    """
+    in_database(pair, acme, made, role=plane.internals.provisioner.names.owner)
+    with pytest.raises(OperationError, match=r"tables public\.cart, public\.hidden have FORCE ROW LEVEL SECURITY"):
+        await plane.moves.move("acme", to="two")
+    assert [one.step for one in await plane.moves.list("acme")] == ["begun"]
+    await plane.moves.move("acme", to="two", offline=True)
+    facts = """
+        SELECT (SELECT count(*) FROM hidden), (SELECT count(*) FROM cart),
+               (SELECT bool_and(relforcerowsecurity) FROM pg_class WHERE relname IN ('hidden', 'cart'))
+    """
+    assert in_database(pair, await plane.tenants.get("acme"), facts) == (2, 2, True)
+
+
+@pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
+async def test_temporary_tables_of_open_sessions_hinder_no_move(plane: Tenancy, pair: Pair, offline: bool) -> None:
+    """Their sequences can be read by nobody else, and what the tenant's role owns of them ends with its session."""
+    acme = (await plane.tenants.create("acme")).tenant
+    assert acme.placement is not None
+    database, role = acme.placement.database, acme.placement.role
+    with psycopg.connect(pair.one.url(database), autocommit=True) as session:
+        session.execute(f'GRANT TEMPORARY ON DATABASE "{database}" TO "{role}"'.encode())
+        for name, user in (("owners", plane.internals.provisioner.names.owner), ("tenants", role)):
+            session.execute(f'SET ROLE "{user}"; CREATE TEMPORARY TABLE {name} (id serial); RESET ROLE'.encode())
+        await plane.moves.move("acme", to="two", offline=offline)
+
+
+EXACT = {
+    "plain": "n int, t text, c varchar, b bytea, u uuid, r int4range, at timestamptz, mood text[], bits varbit",
+    "unique": "n numeric NOT NULL, UNIQUE (n) DEFERRABLE",
+    "keyed": "n numeric, id int PRIMARY KEY",
+    "labels": "t text COLLATE caseless NOT NULL UNIQUE",
+}
+INEXACT = {
+    "amounts": "n numeric",
+    "domains": "n amount",
+    "lists": "n interval[]",
+    "parts": "p part",
+    "ranges": "r nummultirange",
+    "documents": "j jsonb",
+    "names": "t text COLLATE caseless",
+    "indexed": "t text COLLATE caseless NOT NULL",
+    "twice": "n numeric, UNIQUE (n)",
+}
+
+
+async def test_tables_in_which_rows_are_found_by_equal_values_are_named(plane: Tenancy, pair: Pair) -> None:
+    """With a NULL, or by another collation, rows can be equal in spite of a unique index."""
+    acme = (await plane.tenants.create("acme")).tenant
+    assert acme.placement is not None
+    made = """
+        CREATE DOMAIN amount AS numeric;
+        CREATE TYPE part AS (f float8);
+        CREATE COLLATION caseless (provider = libc, locale = 'C');
+    """
+    tables = "".join(f'CREATE TABLE "{name}" ({columns});' for name, columns in {**EXACT, **INEXACT}.items())
+    tables += 'CREATE UNIQUE INDEX ON indexed (t COLLATE "C");'
+    names = plane.internals.provisioner.names
+    in_database(pair, acme, made + tables, role=names.owner)
+    # a server that was built without ICU makes none
+    in_database(pair, acme, "UPDATE pg_collation SET collisdeterministic = false WHERE collname = 'caseless'")
+    connection = await plane.internals.provisioner.connect_admin("one", acme.placement.database)
+    try:
+        found = await survey(
+            connection, tenant="acme", owner=names.owner, stem=names.stream_stem, online=True, most=0, version=18
+        )
+    finally:
+        await connection.close()
+    assert sorted(found.inexact) == sorted(f"public.{name}" for name in INEXACT)
+
+
+@pytest.fixture
+def extension(pair: Pair) -> Iterator[str]:
+    """An extension with a table and a sequence that users write to, on both servers."""
+    script = """
+        CREATE TABLE kept (name text PRIMARY KEY, own boolean NOT NULL DEFAULT true);
+        INSERT INTO kept VALUES ('of the extension', false);
+        CREATE SEQUENCE numbers;
+        SELECT pg_extension_config_dump('kept', 'WHERE own');
+        SELECT pg_extension_config_dump('numbers', '');
+        GRANT SELECT ON kept, numbers TO PUBLIC;
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        (files := Path(directory, "extension")).mkdir()
+        (files / "keeping.control").write_text("default_version = '1.0'\n")
+        (files / "keeping--1.0.sql").write_text(script)
+        for server in (pair.one, pair.two):
+            server.query(f"ALTER SYSTEM SET extension_control_path = '$system:{directory}'")
+            server.query("SELECT pg_reload_conf()")
+        yield "keeping"
+        for server in (pair.one, pair.two):
+            server.query("ALTER SYSTEM RESET extension_control_path")
+            server.query("SELECT pg_reload_conf()")
+
+
+async def test_rows_of_users_in_tables_of_an_extension_are_refused_whenever_they_are_written(
+    plane: Tenancy, pair: Pair, extension: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever restores may not write them, and they are not replicated; without such rows it is moved."""
+    acme = (await plane.tenants.create("acme")).tenant
+    in_database(pair, acme, f"CREATE EXTENSION {extension}")
+    with monkeypatch.context() as patched:
+        replicating(patched, pair, acme, "INSERT INTO kept VALUES ('mine')", "postgres")
+        with pytest.raises(OperationError, match=r": public\.kept of extensions have rows of your own"):
+            await plane.moves.move("acme", to="two")
+    in_database(pair, acme, "SELECT nextval('numbers')")
+    for offline in (False, True):
+        with pytest.raises(OperationError, match=r": public\.kept, public\.numbers of extensions have rows of your"):
+            await plane.moves.move("acme", to="two", offline=offline)
+    assert [one.step for one in await plane.moves.list("acme")] == ["begun", "begun", "switching"]
+    in_database(pair, acme, "DELETE FROM kept WHERE own; ALTER SEQUENCE numbers RESTART")
+    await plane.moves.move("acme", to="two", offline=True)
+    assert in_database(pair, await plane.tenants.get("acme"), "SELECT name FROM kept") == ("of the extension",)
 
 
 async def test_readers_of_a_materialized_view_with_a_unique_index_are_not_kept_waiting(

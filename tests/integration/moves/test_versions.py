@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.errors import OperationError
 from tests.support.moving import Pair, pair_of_servers, writing
 from tests.support.waiting import until
 
@@ -39,4 +40,17 @@ async def test_a_tenant_moves_from_16_to_18_and_back(plane: Tenancy, moving: Ten
     await plane.moves.confirm("acme")
     now = await plane.tenants.get("acme")
     assert sorted(row[0] for row in pair.rows(now, "SELECT body FROM notes")) == found
+    assert pair.left(moving.name_prefix) == []
+
+
+async def test_a_server_that_lacks_the_locale_is_refused_by_name(
+    plane: Tenancy, moving: TenancyConfig, pair: Pair
+) -> None:
+    """PostgreSQL has locales of its own from 17 on."""
+    acme = (await plane.tenants.create("acme", server="two")).tenant
+    for offline in (False, True):
+        with pytest.raises(OperationError, match=r"server 'one' does not have the locale builtin 'C\.UTF-8'"):
+            await plane.moves.move("acme", to="one", offline=offline)
+    now = await plane.tenants.get("acme")
+    assert (now.placement, now.status) == (acme.placement, acme.status)
     assert pair.left(moving.name_prefix) == []

@@ -219,8 +219,23 @@ async def test_what_cannot_be_copied_is_an_error_and_nothing_is_left(
     assert await leftovers(fleet, postgres) == []
 
 
-async def test_the_program_that_failed_is_the_one_in_the_message(fleet: Fleet, copies: Copies) -> None:
+async def test_rows_that_their_owner_may_not_see_are_copied(fleet: Fleet, copies: Copies) -> None:
+    await fleet.execute("acme", "INSERT INTO notes (body) VALUES ('hidden')")
+    await as_owner(fleet, "ALTER TABLE notes ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+    async with copies.open(fleet.tenants["acme"], timeout=60, valid_for=60) as copy:
+        await fetch(copy, "ALTER TABLE notes NO FORCE ROW LEVEL SECURITY")
+        assert await fetch(copy, "SELECT count(*) FROM notes WHERE body = 'hidden'") == [(1,)]
+
+
+async def test_the_program_that_failed_is_the_one_in_the_message(
+    fleet: Fleet, copies: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other one fails as well, since its input ends or nobody reads its output."""
+
+    async def refuse(connection: Any, role: str) -> None:
+        """Leave the login without the right to read all rows."""
+
+    monkeypatch.setattr("tenancy_orm.provisioning.copies.see_all_rows", refuse)
     await as_owner(fleet, "ALTER TABLE notes ENABLE ROW LEVEL SECURITY; ALTER TABLE notes FORCE ROW LEVEL SECURITY")
     with pytest.raises(ProvisioningError, match=r"pg_dump: .*row-level security policy for table \"notes\""):
         async with copies.open(fleet.tenants["acme"], timeout=60, valid_for=60):

@@ -198,6 +198,19 @@ async def test_missing_revisions_run_and_newer_contents_are_refused(
     assert await notes(fleet, "acme") == 100
 
 
+async def test_the_locale_and_the_settings_of_the_database_are_kept(fleet: Fleet, tmp_path: Path) -> None:
+    """An archive has neither; whoever has stopped the writers by a setting gets a database that takes writes."""
+    archive = await dump(fleet, "acme", tmp_path / "dump")
+    await fleet.change_properties("acme")
+    before, tenant = await fleet.properties("acme"), await fleet.registry.find("acme")
+    assert tenant.placement is not None and before[2] == ["TimeZone=Asia/Kathmandu"]
+    frozen = f'ALTER DATABASE "{tenant.placement.database}" SET default_transaction_read_only = on'
+    await fleet.execute("acme", frozen)
+    await fleet.tenancy.restores.restore("acme", DumpSource(archive, tenant.id))
+    assert await fleet.properties("acme") == before
+    await add(fleet, "acme", "after the restore")
+
+
 async def test_another_tenant_is_made_of_a_backup(fleet: Fleet, tmp_path: Path) -> None:
     """It has a database, a role and a key of its own; the first one is as it was."""
     archive, restores = await dump(fleet, "acme", tmp_path / "dump"), fleet.tenancy.restores
