@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.backups import Backup, DirectoryStore, dump, manager, records, verification
+from tenancy_orm.backups import Backup, DirectoryStore, dump, manager, records
 from tenancy_orm.errors import BackupError, BackupNotFoundError
 from tenancy_orm.postgres.programs import run_program
 from tenancy_orm.provisioning import archives, restoring
@@ -217,17 +217,53 @@ async def test_a_server_that_is_lost_while_a_backup_is_verified_says_nothing_of_
         await tenancy.backups.verify(backup)
     found = await tenancy.backups.get(backup.id)
     assert (found.is_good, found.verified_at) == (True, None)
-    # one that cannot be restored is still found
-    monkeypatch.setattr(restoring, "run_program", run_program)
-    monkeypatch.setattr(verification, "_NOT_RESTORED", ())
+
+
+async def test_a_restore_that_fails_is_tried_again_and_says_nothing_of_the_backup(
+    tenancy: Tenancy, backup: Backup, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server may have too many connections at that moment, or lack something; a bad backup goes before its time."""
+    refusals = 1
+
+    async def refused(arguments: Any, environment: Any) -> str:
+        nonlocal refusals
+        if "--exit-on-error" not in arguments or not refusals:
+            return await run_program(arguments, environment)
+        refusals -= 1
+        role = environment["PGUSER"]
+        await postgres.administer(f'ALTER ROLE "{role}" CONNECTION LIMIT 0')
+        try:
+            return await run_program(arguments, environment)
+        finally:
+            await postgres.administer(f'ALTER ROLE "{role}" CONNECTION LIMIT -1')
+
+    monkeypatch.setattr(restoring, "run_program", refused)
+    found = await tenancy.backups.verify(backup)
+    assert (found.error, found.restored, refusals) == (None, True, 0)
+    await execute(tenancy, "UPDATE tenancy.backups SET verified_at = NULL")
+    refusals = 2
+    with pytest.raises(
+        BackupError, match=r"could not be restored on server 'default', also when.*too many connections"
+    ):
+        await tenancy.backups.verify(backup)
+    kept = await tenancy.backups.get(backup.id)
+    assert (kept.is_good, kept.verified_at, refusals) == (True, None, 0)
+
+
+async def test_what_is_missing_in_what_was_restored_is_found(
+    tenancy: Tenancy, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     select = archives.select
 
     def broken(entries: str, schemas: set[str]) -> tuple[str, tuple[str, ...]]:
         kept, left_out = select(entries, schemas)
-        return "".join(line for line in kept.splitlines(keepends=True) if " TABLE public notes " not in line), left_out
+        lines = kept.splitlines(keepends=True)
+        return "".join(line for line in lines if " TABLE DATA public notes " not in line), left_out
 
     monkeypatch.setattr(archives, "select", broken)
-    assert not (await tenancy.backups.verify(backup)).is_good
+    found = await tenancy.backups.verify(backup)
+    assert found.error is not None and "public.notes has 0 rows, not 100" in found.error
+    assert not (await tenancy.backups.get(backup.id)).is_good
 
 
 async def test_only_a_restore_takes_back_what_one_has_found(tenancy: Tenancy, backup: Backup) -> None:
