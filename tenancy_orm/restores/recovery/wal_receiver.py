@@ -24,7 +24,9 @@ from ...postgres.failures import SERVER_FAILURES
 from ...postgres.login import reason_of
 from ...postgres.programs import environment_of, find_server_programs
 from ...servers import Server
+from ...servers.identity import differ, read_identity
 from .base_backups import BackupDirectory, check_replication, connected, replication_environment
+from .kept_wal import directory_system
 
 logger = logging.getLogger("tenancy_orm.recovery")
 
@@ -170,20 +172,29 @@ class WalReceiver:
             await self._drop_lost(connection)
             row = None
         found = await asyncio.to_thread(self._directory.wal_directories)
-        if row is not None and found:
+        is_replaced = bool(found) and await self._is_replaced(connection, found[-1])
+        if row is not None and found and not is_replaced:
             last: Path = found[-1]
             return last
         if row is None:
             await connection.execute("SELECT pg_catalog.pg_create_physical_replication_slot($1, true)", self._slot)
-            if any(any(path.iterdir()) for path in found):
-                self._note(
-                    "gap",
-                    "the server did not keep what was not received; take a base backup now: only times before this and "
-                    "after that can be recovered",
-                )
+        if any(any(path.iterdir()) for path in found):
+            what = (
+                "the server is another cluster now" if is_replaced else "the server did not keep what was not received"
+            )
+            self._note(
+                "gap",
+                f"{what}; take a base backup now: only times before this and after that can be recovered",
+            )
         target = self._directory.wal / f"{int(found[-1].name) + 1 if found else 1:06d}"
         target.mkdir(mode=0o700)
         return target
+
+    async def _is_replaced(self, connection: Connection, directory: Path) -> bool:
+        """Whether the WAL in a directory is that of another cluster, as far as this can be told."""
+        identity = await read_identity(connection)
+        received = await asyncio.to_thread(directory_system, directory)
+        return received is not None and differ(f"system:{received}", identity)
 
     async def _drop_lost(self, connection: Connection) -> None:
         await self._release(connection)
