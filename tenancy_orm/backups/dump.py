@@ -27,7 +27,7 @@ from ..postgres.snapshots import LOCK_WAIT, begin_snapshot
 from .archive import Digest, pack
 from .encryption import encrypt
 from .manifest import BackupExtension, BackupFile
-from .spool import Spool, used_bytes
+from .spool import Spool, largest_bytes, used_bytes
 from .stores import Store
 
 T = TypeVar("T")
@@ -290,12 +290,13 @@ class Dump:
         )
 
     async def _dump(self, arguments: Sequence[str], directory: Path, feed: _Feed) -> None:
+        written = _Written(directory)
         async with running(arguments, self._source.environment()) as program:
             ended = asyncio.ensure_future(program.finish())
             try:
                 while not ended.done():
                     await asyncio.wait([ended], timeout=_POLL_SECONDS)
-                    feed.add(_complete(directory))
+                    feed.add(written.complete())
                     self._bound(program, directory, feed)
                 await ended
             finally:
@@ -310,7 +311,7 @@ class Dump:
             program.resume()
         elif feed.waiting:
             program.pause()
-        elif used > self._spool.max_bytes:
+        elif largest_bytes(directory) > self._spool.max_bytes:
             raise BackupError(
                 f"a table takes more than the {self._spool.max_bytes:,} bytes that backup.max_temporary_bytes allows "
                 f"in {directory.parent.parent}; raise it"
@@ -324,14 +325,43 @@ def pattern(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _complete(directory: Path) -> list[Path]:
-    """Return the files that ``pg_dump``, which writes one at a time, has closed: those older than the newest."""
-    try:
-        found = [(file.stat().st_mtime_ns, file) for file in directory.iterdir() if not file.name.endswith(".toc")]
-    except FileNotFoundError:
-        return []  # there is none yet, or one was shipped in this moment
-    newest = max((moment for moment, _ in found), default=0)
-    return [file for moment, file in sorted(found) if moment < newest and file.name != "toc.dat"]
+class _Written:
+    """Tells which files ``pg_dump`` has closed. It writes one at a time: all but the one that appeared last.
+
+    Their times say nothing where the clock was set back. Files that appear while the directory is read may be found in
+    another order; so those of the last two looks with new ones are left for later.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._seen: set[str] = set()
+        self._last: list[Path] = []
+        self._last_but_one: list[Path] = []
+        self._looks = 0
+        self._last_at = 0
+
+    def complete(self) -> list[Path]:
+        """Return the files that are known to be closed since the last call."""
+        self._looks += 1
+        try:
+            names = {file.name for file in self._directory.iterdir()}
+        except FileNotFoundError:
+            return []  # there is none yet
+        new = [self._directory / name for name in sorted(names - self._seen) if _has_rows(name)]
+        if not new:
+            return []
+        self._seen |= names
+        closed = self._last_but_one
+        if self._looks > self._last_at + 1:
+            # seen in a look before the last one: whatever was opened since is in this one
+            closed, self._last = [*closed, *self._last], []
+        self._last_but_one, self._last, self._last_at = self._last, new, self._looks
+        return closed
+
+
+def _has_rows(name: str) -> bool:
+    """Whether a file is no table of contents, which is written until the end."""
+    return not name.endswith(".toc") and name != "toc.dat"
 
 
 def _rest(directory: Path) -> list[Path]:
