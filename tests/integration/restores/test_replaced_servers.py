@@ -158,7 +158,7 @@ async def received_from(server: TestServer, directory: Path) -> AsyncIterator[Ba
 async def test_a_server_that_is_another_cluster_now_keeps_its_wal_and_is_recovered(
     tenancy_config: TenancyConfig, server: TestServer, directory: Path
 ) -> None:
-    """Its WAL begins with low numbers again, in the directory of the former one, and the base backups of that are still kept."""
+    """Its WAL begins with low numbers again, in a directory that still has the base backups of the former one."""
     advance(server, 8)
     async with received_from(server, directory) as former:
         old = await former.take()
