@@ -288,6 +288,7 @@ class BackupMaker:
             database_bytes=found.database_bytes,
             locale=found.locale,
             tables=found.tables,
+            sequences=dumped.sequences,
             large_objects=found.large_objects,
             extensions=found.extensions,
             files=dumped.files,

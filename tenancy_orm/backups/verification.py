@@ -25,12 +25,13 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.restoring import check_rows, connected, programs_for, restore_archive
 from ..provisioning.scratch import ScratchDatabase
+from .dump import read_sequences
 from .keys import check_store
 from .making import BackupServices
 from .manifest import Manifest
 from .opening import BackupReader, OpenBackup
 from .records import Backup, BackupRecords
-from .sources import facts_of
+from .sources import CONTROL_SCOPE, TENANT_SCOPE, facts_of
 
 logger = logging.getLogger("tenancy_orm.backups")
 
@@ -206,6 +207,15 @@ class BackupVerifier:
         large_objects = await connection.fetchval(_LARGE_OBJECTS)
         if large_objects != manifest.large_objects:
             raise _DiffersError(f"there are {large_objects} large objects, not {manifest.large_objects}")
+        if manifest.sequences:
+            found = await read_sequences(connection, TENANT_SCOPE if manifest.tenant_id is not None else CONTROL_SCOPE)
+            wrong = [
+                f"{name} is at {found.get(name, 'no value')}, not {value}"
+                for name, value in manifest.sequences.items()
+                if found.get(name) != value
+            ]
+            if wrong:
+                raise _DiffersError(f"sequences are not where they were: {'; '.join(wrong[:5])}")
         if manifest.structure is None:
             return
         facts = await facts_of(connection, owner=database.login.role, role=None)

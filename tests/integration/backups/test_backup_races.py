@@ -16,6 +16,7 @@ from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import Backup, DirectoryStore, dump, manager, records
+from tenancy_orm.backups.manifest import Manifest
 from tenancy_orm.errors import BackupError, BackupNotFoundError
 from tenancy_orm.postgres.programs import run_program
 from tenancy_orm.provisioning import archives, restoring
@@ -264,6 +265,42 @@ async def test_what_is_missing_in_what_was_restored_is_found(
     found = await tenancy.backups.verify(backup)
     assert found.error is not None and "public.notes has 0 rows, not 100" in found.error
     assert not (await tenancy.backups.get(backup.id)).is_good
+
+
+async def test_a_sequence_that_was_not_set_is_found(
+    tenancy: Tenancy, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next row would get the number of one that is there. One that was used during the dump is not compared."""
+    assert backup.manifest is not None
+    (name,) = backup.manifest.sequences
+    assert backup.manifest.sequences == {name: 100}
+    assert (await tenancy.backups.verify(backup)).error is None
+    select = archives.select
+
+    def broken(entries: str, schemas: set[str]) -> tuple[str, tuple[str, ...]]:
+        kept, left_out = select(entries, schemas)
+        return "".join(line for line in kept.splitlines(keepends=True) if " SEQUENCE SET " not in line), left_out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, "select", broken)
+        found = await tenancy.backups.verify(backup)
+    assert found.error == f"sequences are not where they were: {name} is at no value, not 100"
+
+    count = dump.Dump._count
+
+    async def used(*args: Any) -> Any:
+        async with tenancy.transaction("acme") as session:
+            await session.execute(text("INSERT INTO notes (body) VALUES ('another')"))
+        return await count(*args)
+
+    monkeypatch.setattr(dump.Dump, "_count", used)
+    (made,) = (await tenancy.backups.run(["acme"])).done
+    assert made.manifest is not None and made.manifest.sequences == {}
+    assert (await tenancy.backups.verify(made)).error is None
+    # what older versions of the package have signed
+    fields = made.manifest.to_fields()
+    del fields["sequences"]
+    assert Manifest.from_fields(fields) == made.manifest
 
 
 async def test_only_a_restore_takes_back_what_one_has_found(tenancy: Tenancy, backup: Backup) -> None:
