@@ -15,11 +15,14 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
+from tenancy_orm.audit.actor import SYSTEM
 from tenancy_orm.backups import Backup, DirectoryStore, dump, manager, records
 from tenancy_orm.backups.manifest import Manifest
-from tenancy_orm.errors import BackupError, BackupNotFoundError
+from tenancy_orm.errors import BackupError, BackupNotFoundError, BackupUnderWayError
+from tenancy_orm.jobs import Claimant
 from tenancy_orm.postgres.programs import run_program
 from tenancy_orm.provisioning import archives, restoring
+from tenancy_orm.registry.rows import uuid7
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 
@@ -432,6 +435,39 @@ async def test_the_control_database_does_not_wait_for_the_tenants(
     finally:
         running.cancel()
         await asyncio.wait([running])
+
+
+async def test_a_backup_that_ends_as_another_process_begins_one_is_not_made_twice(
+    tenancy: Tenancy, acme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not done yet when the other process looks for what is done, and not under way any more after that."""
+    tenant_id = (await tenancy.tenants.get(acme)).id
+    key = await tenancy.backups.keys.current(tenant_id, tenancy.backups.store, actor=SYSTEM)
+
+    async def begin(*, due: float | None) -> bool:
+        return await kept.begin(
+            uuid7(),
+            tenant_id,
+            Claimant(),
+            server="default",
+            at_most=5,
+            store="file:/store",
+            path="path",
+            key_id=key.id,
+            kept_until=None,
+            due=due,
+        )
+
+    async def end() -> None:
+        ending = "UPDATE tenancy.backups SET state = 'done', claim = NULL, claimed_until = NULL, manifest = '{}'"
+        await execute(tenancy, ending)
+
+    kept = tenancy.backups._records
+    assert await begin(due=None)
+    monkeypatch.setattr(kept, "_refuse_recent", first_then(kept._refuse_recent, end))
+    with pytest.raises(BackupUnderWayError):
+        await begin(due=3_600.0)
+    assert await execute(tenancy, "SELECT state FROM tenancy.backups") == [("done",)]
 
 
 async def test_a_tenant_with_a_bad_backup_is_due(tenancy: Tenancy, backup: Backup) -> None:
