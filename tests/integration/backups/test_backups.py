@@ -177,6 +177,24 @@ async def test_temporary_space_is_checked_first(tenancy: Tenancy, acme: str, tmp
     assert "raise it" in report.reasons["acme"] and "max_temporary_bytes" in report.reasons["acme"]
 
 
+async def test_a_backup_that_no_restore_has_room_for_says_so(
+    tenancy: Tenancy, acme: str, postgres: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It needs as much at once as its largest table, and a restore all of it: nobody would know before that day."""
+    tables = "; ".join(f"CREATE TABLE t{n} (id int PRIMARY KEY, c text NOT NULL)" for n in range(60))
+    await as_administrator(
+        tenancy, postgres, "acme", f'SET ROLE "{tenancy.internals.provisioner.names.owner}"; {tables}'
+    )
+    (first,) = (await tenancy.backups.run(["acme"])).done
+    assert first.manifest is not None and "neither restored" not in caplog.text
+    settings = tenancy.config.backup.replace(max_temporary_bytes=first.manifest.dump_bytes - 1)
+    tenancy.backups._maker._config, tenancy.backups._reader._spool.max_bytes = settings, settings.max_temporary_bytes
+    (made,) = (await tenancy.backups.run(["acme"])).done
+    assert f"the backup {made.id} of acme is done, and can be neither restored nor verified" in caplog.text
+    with pytest.raises(BackupError, match="bytes of temporary space are needed"):
+        await tenancy.backups.verify(made)
+
+
 async def test_without_a_store_nothing_is_begun(tenancy: Tenancy, acme: str) -> None:
     tenancy.backups._stores._config = tenancy.config.backup.replace(store=None)
     with pytest.raises(ConfigurationError, match=r"backup\.store is not set"):
