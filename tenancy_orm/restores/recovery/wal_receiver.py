@@ -34,6 +34,7 @@ _AGAIN_SECONDS = 1.0
 _LONGEST_AGAIN_SECONDS = 30.0
 _END_SECONDS = 10.0
 _REMOVED = "has already been removed"
+_LEFT = "is not in this server's history"
 _COMMIT = "SELECT pg_catalog.pg_logical_emit_message(true, 'tenancy', '')"
 _MAY = "SELECT rolreplication OR rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user"
 _SLOT = "SELECT active_pid, wal_status FROM pg_catalog.pg_replication_slots WHERE slot_name = $1"
@@ -161,6 +162,12 @@ class WalReceiver:
             self._note("interrupted", printed.splitlines()[-1] if printed else "pg_receivewal has ended")
             if _REMOVED in printed:
                 await self._drop_lost(connection)
+            elif _LEFT in printed:
+                # what was received last is on a timeline that this server has left before that
+                await asyncio.to_thread(self._begin_directory)
+                self._gap(
+                    "the server goes on from an earlier place than what was received: it was recovered or promoted"
+                )
         finally:
             reading.cancel()
             await asyncio.wait([reading])
@@ -179,16 +186,18 @@ class WalReceiver:
         if row is None:
             await connection.execute("SELECT pg_catalog.pg_create_physical_replication_slot($1, true)", self._slot)
         if any(any(path.iterdir()) for path in found):
-            what = (
-                "the server is another cluster now" if is_replaced else "the server did not keep what was not received"
-            )
-            self._note(
-                "gap",
-                f"{what}; take a base backup now: only times before this and after that can be recovered",
-            )
+            replaced, lost = "the server is another cluster now", "the server did not keep what was not received"
+            self._gap(replaced if is_replaced else lost)
+        return await asyncio.to_thread(self._begin_directory)
+
+    def _begin_directory(self) -> Path:
+        found = self._directory.wal_directories()
         target = self._directory.wal / f"{int(found[-1].name) + 1 if found else 1:06d}"
         target.mkdir(mode=0o700)
         return target
+
+    def _gap(self, reason: str) -> None:
+        self._note("gap", f"{reason}; take a base backup now: only times before this and after that can be recovered")
 
     async def _is_replaced(self, connection: Connection, directory: Path) -> bool:
         """Whether the WAL in a directory is that of another cluster, as far as this can be told."""

@@ -25,7 +25,7 @@ from tenancy_orm.restores.recovery.wal_receiver import WalReceiver
 from tenancy_orm.servers import Server
 from tests.support.processes import opened
 from tests.support.recovery import backup_directory, left_in, now, receiving, recovery_settings
-from tests.support.replication import TestServer, primary_server
+from tests.support.replication import TestServer, primary_server, standby_of
 from tests.support.waiting import until
 
 SECONDS = 60.0
@@ -153,6 +153,23 @@ async def received_from(server: TestServer, directory: Path) -> AsyncIterator[Ba
         task.cancel()
         await asyncio.wait([task])
         await receiver.drop_slot()
+
+
+async def test_a_standby_that_is_promoted_before_it_has_all_that_was_received_is_received(
+    server: TestServer, directory: Path
+) -> None:
+    """It has left the timeline that the directory has the end of, so that this cannot be gone on with."""
+    wal = directory / "kept" / "default" / "wal"
+    with standby_of(server) as standby:
+        standby.query("SELECT pg_create_physical_replication_slot('test', true)")
+        standby.disconnect()
+        async with received_from(server, directory):
+            advance(server, 3)
+            await until(lambda: len(list((wal / "000001").iterdir())) > 3, seconds=SECONDS)
+        standby.promote()
+        async with received_from(standby, directory):
+            await until(lambda: any((wal / "000002").glob("00000002*")), seconds=SECONDS)
+        assert sorted(path.name for path in wal.iterdir()) == ["000001", "000002"]
 
 
 async def test_a_server_that_is_another_cluster_now_keeps_its_wal_and_is_recovered(
