@@ -22,12 +22,12 @@ from ..cancellation import run_to_completion
 from ..errors import BackupError
 from ..postgres import connections
 from ..postgres.connections import Connection
-from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import Programs, running
 from ..postgres.snapshots import LOCK_WAIT, begin_snapshot
 from .archive import Digest, pack
 from .encryption import encrypt
 from .manifest import BackupExtension, BackupFile
+from .sequences import read_sequences, unchanged
 from .spool import Spool, largest_bytes, used_bytes
 from .stores import Store
 
@@ -63,17 +63,6 @@ SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.reln
    AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend e WHERE e.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
                       AND e.objid = c.oid AND e.deptype = 'e')
  ORDER BY 1
-"""
-# NULL: it was never used, or this login may not read it
-_SEQUENCES = """
-SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name,
-       CASE WHEN pg_catalog.has_sequence_privilege(c.oid, 'USAGE, SELECT')
-            THEN pg_catalog.pg_sequence_last_value(c.oid) END AS value
-  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
-   AND n.nspname <> ALL ($1::text[]) AND ($2::text[] IS NULL OR n.nspname = ANY ($2::text[]))
-   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend e WHERE e.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
-                      AND e.objid = c.oid AND e.deptype = 'e')
 """
 _EXTENSIONS = """
 SELECT e.extname::text AS name, n.nspname::text AS schema, e.extversion AS version
@@ -209,23 +198,15 @@ class Dump:
             if facts["hides"]:
                 await self._source.see_all_rows()
             with self._spool.open(max((size for _, size in tables), default=0)) as directory:
-                sequences = await read_sequences(holding, self._scope)
+                left_out, schemas = self._scope.left_out, self._scope.schemas
+                sequences = await read_sequences(holding, left_out=left_out, schemas=schemas)
                 dumped = await self._transfer(
                     programs, facts["snapshot"], directory / "dump", lambda: self._count(holding, facts, tables)
                 )
-                return replace(dumped, sequences=await self._unused(holding, sequences))
+                sequences = await unchanged(holding, sequences, left_out=left_out, schemas=schemas)
+                return replace(dumped, sequences=sequences)
         finally:
             await run_to_completion(connections.close(holding))
-
-    async def _unused(self, holding: Connection, sequences: Mapping[str, int]) -> dict[str, int]:
-        """Return those that still have the same value: what pg_dump has read of the others, nobody knows."""
-        try:
-            now = await read_sequences(holding, self._scope)
-        except SERVER_FAILURES as exc:
-            # one was dropped, say; the dump is complete
-            logger.warning("the values of sequences are not in the manifest: %s", exc)
-            return {}
-        return {name: value for name, value in sequences.items() if now.get(name) == value}
 
     async def _lockable(self, holding: Connection) -> list[str]:
         return [f"ONLY {name}" for name, _ in await self._tables(holding)]
@@ -344,16 +325,6 @@ class Dump:
             )
         else:
             program.resume()
-
-
-async def read_sequences(connection: Connection, scope: Scope) -> dict[str, int]:
-    """Return the last value of each sequence that was used, by its quoted name with the schema.
-
-    They are as they are now: no snapshot has them.
-    """
-    schemas = None if scope.schemas is None else list(scope.schemas)
-    rows = await connection.fetch(_SEQUENCES, list(scope.left_out), schemas)
-    return {row["name"]: row["value"] for row in rows if row["value"] is not None}
 
 
 def pattern(name: str) -> str:
@@ -501,4 +472,4 @@ def _flat(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-__all__ = ["Dump", "Dumped", "Scope", "Snapshot", "Source", "in_thread", "pattern", "read_sequences"]
+__all__ = ["Dump", "Dumped", "Scope", "Snapshot", "Source", "in_thread", "pattern"]

@@ -25,13 +25,13 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.restoring import check_rows, connected, programs_for, restore_archive
 from ..provisioning.scratch import ScratchDatabase
-from .dump import read_sequences
 from .keys import check_store
 from .making import BackupServices
 from .manifest import Manifest
 from .opening import BackupReader, OpenBackup
 from .records import Backup, BackupRecords
-from .sources import CONTROL_SCOPE, TENANT_SCOPE, facts_of
+from .sequences import read_sequences
+from .sources import facts_of
 
 logger = logging.getLogger("tenancy_orm.backups")
 
@@ -208,7 +208,7 @@ class BackupVerifier:
         if large_objects != manifest.large_objects:
             raise _DiffersError(f"there are {large_objects} large objects, not {manifest.large_objects}")
         if manifest.sequences:
-            found = await read_sequences(connection, TENANT_SCOPE if manifest.tenant_id is not None else CONTROL_SCOPE)
+            found = await read_sequences(connection, left_out=(), schemas=None)
             wrong = [
                 f"{name} is at {found.get(name, 'no value')}, not {value}"
                 for name, value in manifest.sequences.items()
