@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from ..provisioning.restoring import count_rows
 from .archive import Digest, pack
 from .encryption import encrypt
 from .manifest import BackupExtension, BackupFile
-from .spool import Spool, used_bytes
+from .sequences import read_sequences, unchanged
+from .spool import Spool, largest_bytes, used_bytes
 from .stores import Store
 
 T = TypeVar("T")
@@ -133,6 +134,7 @@ class Dumped:
     """What is in the store."""
 
     snapshot: Snapshot
+    sequences: Mapping[str, int]
     found: Any
     files: tuple[BackupFile, ...]
     dump_version: int
@@ -228,12 +230,15 @@ class Dump:
                 await self._source.see_all_rows()
             await self._refuse_partial(holding, tables)
             with self._spool.open(max((size for _, size in tables), default=0)) as directory:
+                left_out, schemas = self._scope.left_out, self._scope.schemas
+                sequences = await read_sequences(holding, left_out=left_out, schemas=schemas)
                 dumped = await self._transfer(
                     programs, facts["snapshot"], directory / "dump", lambda: self._count(holding, facts, tables)
                 )
-            # what the login is a member of is no part of the snapshot
-            await self._refuse_partial(holding, tables)
-            return dumped
+                # what the login is a member of is no part of the snapshot
+                await self._refuse_partial(holding, tables)
+                sequences = await unchanged(holding, sequences, left_out=left_out, schemas=schemas)
+                return replace(dumped, sequences=sequences)
         finally:
             await run_to_completion(connections.close(holding))
 
@@ -327,6 +332,7 @@ class Dump:
         found, extra = counting.result()
         return Dumped(
             snapshot=found,
+            sequences={},
             found=extra,
             files=tuple(files),
             dump_version=programs.version,
@@ -335,12 +341,13 @@ class Dump:
         )
 
     async def _dump(self, arguments: Sequence[str], directory: Path, feed: _Feed) -> None:
+        written = _Written(directory)
         async with running(arguments, self._source.environment()) as program:
             ended = asyncio.ensure_future(program.finish())
             try:
                 while not ended.done():
                     await asyncio.wait([ended], timeout=_POLL_SECONDS)
-                    feed.add(_complete(directory))
+                    feed.add(written.complete())
                     self._bound(program, directory, feed)
                 await ended
             finally:
@@ -355,7 +362,7 @@ class Dump:
             program.resume()
         elif feed.waiting:
             program.pause()
-        elif used > self._spool.max_bytes:
+        elif largest_bytes(directory) > self._spool.max_bytes:
             raise BackupError(
                 f"a table takes more than the {self._spool.max_bytes:,} bytes that backup.max_temporary_bytes allows "
                 f"in {directory.parent.parent}; raise it"
@@ -381,14 +388,43 @@ def pattern(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _complete(directory: Path) -> list[Path]:
-    """Return the files that ``pg_dump``, which writes one at a time, has closed: those older than the newest."""
-    try:
-        found = [(file.stat().st_mtime_ns, file) for file in directory.iterdir() if not file.name.endswith(".toc")]
-    except FileNotFoundError:
-        return []  # there is none yet, or one was shipped in this moment
-    newest = max((moment for moment, _ in found), default=0)
-    return [file for moment, file in sorted(found) if moment < newest and file.name != "toc.dat"]
+class _Written:
+    """Tells which files ``pg_dump`` has closed. It writes one at a time: all but the one that appeared last.
+
+    Their times say nothing where the clock was set back. Files that appear while the directory is read may be found in
+    another order; so those of the last two looks with new ones are left for later.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._seen: set[str] = set()
+        self._last: list[Path] = []
+        self._last_but_one: list[Path] = []
+        self._looks = 0
+        self._last_at = 0
+
+    def complete(self) -> list[Path]:
+        """Return the files that are known to be closed since the last call."""
+        self._looks += 1
+        try:
+            names = {file.name for file in self._directory.iterdir()}
+        except FileNotFoundError:
+            return []  # there is none yet
+        new = [self._directory / name for name in sorted(names - self._seen) if _has_rows(name)]
+        if not new:
+            return []
+        self._seen |= names
+        closed = self._last_but_one
+        if self._looks > self._last_at + 1:
+            # seen in a look before the last one: whatever was opened since is in this one
+            closed, self._last = [*closed, *self._last], []
+        self._last_but_one, self._last, self._last_at = self._last, new, self._looks
+        return closed
+
+
+def _has_rows(name: str) -> bool:
+    """Whether a file is no table of contents, which is written until the end."""
+    return not name.endswith(".toc") and name != "toc.dat"
 
 
 def _rest(directory: Path) -> list[Path]:

@@ -158,6 +158,15 @@ class BackupMaker:
         slug = None if tenant is None else tenant.slug
         seconds = time.monotonic() - began
         logger.info("%s backed up in %.1f s: %d bytes", slug or "the control database", seconds, stored)
+        if manifest.dump_bytes > self._config.max_temporary_bytes:
+            logger.error(
+                "the backup %s of %s is done, and can be neither restored nor verified: that needs %d bytes of "
+                "temporary space, and backup.max_temporary_bytes is %d; raise it",
+                backup_id,
+                slug or "the control database",
+                manifest.dump_bytes,
+                self._config.max_temporary_bytes,
+            )
         self._services.events.emit(
             BackupCompleted(tenant_id=tenant_id, slug=slug, backup_id=backup_id, bytes=stored, seconds=seconds)
         )
@@ -280,6 +289,7 @@ class BackupMaker:
             database_bytes=found.database_bytes,
             locale=found.locale,
             tables=found.tables,
+            sequences=dumped.sequences,
             large_objects=found.large_objects,
             extensions=found.extensions,
             files=dumped.files,

@@ -12,6 +12,7 @@ from ..audit.checkpoints import SignedStatement, Signer, Verifier
 from ..errors import AuditError, BackupDamagedError
 
 FORMAT = "tenancy-backup-1"
+_LATER = ("sequences",)  # fields that older versions of the package did not write
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class Manifest:
         database_bytes: The size of the database.
         locale: ``encoding``, ``collate``, ``ctype``, ``provider`` and ``locale`` of the database.
         tables: How many rows each table had in the snapshot, by its quoted name with the schema.
+        sequences: The last value of each sequence that was used, by its quoted name with the schema, as far as it did
+            not change during the dump. Backups of before have none.
         large_objects: How many there were.
         extensions: The extensions.
         tenant_owned: What the tenant's role owned: "table public.notes". The rest was the owner's.
@@ -90,6 +93,7 @@ class Manifest:
     database_bytes: int
     locale: Mapping[str, str | None]
     tables: Mapping[str, int]
+    sequences: Mapping[str, int] = field(default_factory=dict)
     large_objects: int = 0
     extensions: tuple[BackupExtension, ...] = ()
     tenant_owned: tuple[str, ...] = ()
@@ -125,7 +129,7 @@ class Manifest:
             BackupDamagedError: it is no manifest.
         """
         try:
-            given = {one.name: values[one.name] for one in fields(cls)}
+            given = {one.name: values[one.name] for one in fields(cls) if one.name in values or one.name not in _LATER}
             for name in ("id", "installation", "tenant_id"):
                 given[name] = None if given[name] is None else UUID(given[name])
             for name in ("snapshot_at", "created_at"):

@@ -150,22 +150,24 @@ class BackupRecords:
             async with self._control.transaction() as connection:
                 await connection.execute(_LOCK, {"name": f"tenancy backups on {server}"})
                 await connection.execute(_ABANDON)
-                if (
-                    due is not None
-                    and (
-                        await connection.execute(
-                            _RECENT, {"tenant": tenant_id, "due": due, "retry": min(due, RETRY_SECONDS)}
-                        )
-                    ).first()
-                ):
-                    raise BackupUnderWayError
+                await self._refuse_recent(connection, tenant_id, due)
                 running = await connection.scalar(_COUNT, {"server": server})
                 if running is not None and running >= at_most and server is not None:
                     return False
                 await connection.execute(_INSERT, values)
+                # again: the one that was under way may have ended since, and would not be in the way of this row
+                await self._refuse_recent(connection, tenant_id, due)
         except IntegrityError as exc:
             raise BackupUnderWayError from exc
         return True
+
+    @staticmethod
+    async def _refuse_recent(connection: AsyncConnection, tenant_id: UUID | None, due: float | None) -> None:
+        if due is None:
+            return
+        values = {"tenant": tenant_id, "due": due, "retry": min(due, RETRY_SECONDS)}
+        if (await connection.execute(_RECENT, values)).first():
+            raise BackupUnderWayError
 
     async def renew(self, backup_id: UUID, claimant: Claimant) -> bool:
         """Extend a claim; False if it counts as abandoned by now."""

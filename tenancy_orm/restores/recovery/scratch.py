@@ -84,16 +84,25 @@ class ScratchServer:
         programs: PostgreSQL's, of the version of the files.
         wal: The directory of the WAL.
         restore_command: The shell command that fetches a file of it; it runs in ``data``.
+        timeline: The timeline that is recovered, as ``recovery_target_timeline``.
         settings: Further settings, ``shared_buffers`` for example.
     """
 
     def __init__(
-        self, keeper: Keeper, programs: Programs, *, wal: Path, restore_command: str, settings: Mapping[str, str]
+        self,
+        keeper: Keeper,
+        programs: Programs,
+        *,
+        wal: Path,
+        restore_command: str,
+        timeline: str = "latest",
+        settings: Mapping[str, str],
     ) -> None:
         self._keeper = keeper
         self._programs = programs
         self._wal = wal
         self._restore_command = restore_command
+        self._timeline = timeline
         self._further = settings
         self._data = keeper.home / "data"
         self._log = keeper.home / "server.log"
@@ -178,7 +187,7 @@ class ScratchServer:
             "recovery_target_time": target.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f+00"),
             "recovery_target_inclusive": "on",
             "recovery_target_action": "promote",
-            "recovery_target_timeline": "latest",
+            "recovery_target_timeline": self._timeline,
         }
         lines = [f"{name} = '{_quoted(value)}'\n" for name, value in settings.items()]
         (home / "postgresql.conf").write_text("".join(lines), "utf-8")

@@ -11,8 +11,8 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,20 +82,42 @@ def segment_number(name: str, segment_bytes: int) -> int:
     return int(name[8:16], 16) * (2**32 // segment_bytes) + int(name[16:24], 16)
 
 
-def list_segments(directories: Iterable[Path], segment_bytes: int) -> list[Segment]:
-    """Return the segments in order; of one that is there whole and partial, the whole one."""
-    found: dict[str, Segment] = {}
+def scan_segments(directories: Iterable[Path], segment_bytes: int) -> Iterator[Segment]:
+    """Yield the files of segments in directories, one directory after the other."""
     for directory in directories:
-        for entry in os.scandir(directory) if directory.is_dir() else ():
-            name = entry.name.removesuffix(_PARTIAL)
-            if not _NAME.fullmatch(name):
-                continue
-            segment = Segment(segment_number(name, segment_bytes), int(name[:8], 16), Path(entry.path))
-            known = found.get(name)
-            # of two partial ones, the receiver that came later has more
-            if known is None or known.is_partial or not segment.is_partial:
-                found[name] = segment
+        for path in directory.iterdir() if directory.is_dir() else ():
+            name = path.name.removesuffix(_PARTIAL)
+            if _NAME.fullmatch(name):
+                yield Segment(segment_number(name, segment_bytes), int(name[:8], 16), path)
+
+
+def list_segments(directories: Iterable[Path], segment_bytes: int, *, system: int | None = None) -> list[Segment]:
+    """Return the segments in order; of one that is there whole and partial, the whole one.
+
+    Args:
+        directories: Where they are.
+        segment_bytes: The size of each.
+        system: Those of this cluster alone, by its system identifier. Another one may have files of the same names.
+    """
+    found: dict[str, Segment] = {}
+    for segment in scan_segments(directories, segment_bytes):
+        if system is not None and system_of(segment) != system:
+            continue
+        known = found.get(segment.name)
+        # of two partial ones, the receiver that came later has more
+        if known is None or known.is_partial or not segment.is_partial:
+            found[segment.name] = segment
     return sorted(found.values())
+
+
+def system_of(segment: Segment) -> int | None:
+    """Return the system identifier of the cluster that has written a segment; None where nothing is in it yet."""
+    # it may be whole by now, and named so
+    for path in (segment.path, segment.path.with_name(segment.name)):
+        with suppress(FileNotFoundError):
+            header = read_header(path)
+            return None if header is None else header.system
+    return None
 
 
 def copy_partial(segment: Segment, to: Path) -> None:
@@ -106,15 +128,15 @@ def copy_partial(segment: Segment, to: Path) -> None:
         shutil.copyfile(segment.path.with_name(segment.name), to)
 
 
-def list_histories(directories: Iterable[Path]) -> list[Path]:
-    """Return the files that say where timelines begin."""
-    return [
-        Path(entry.path)
+def list_histories(directories: Iterable[Path]) -> dict[int, Path]:
+    """Return the files that say where timelines begin, by the timeline."""
+    return {
+        int(entry.name[:8], 16): Path(entry.path)
         for directory in directories
         if directory.is_dir()
         for entry in os.scandir(directory)
         if _HISTORY.fullmatch(entry.name)
-    ]
+    }
 
 
 def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -128,15 +150,22 @@ def stretches(segments: Sequence[Segment]) -> list[list[Segment]]:
     return found
 
 
+@asynccontextmanager
+async def _readable(segment: Segment) -> AsyncIterator[Path]:
+    """Yield a path by which ``pg_waldump`` can read a segment: its own name alone."""
+    if not segment.is_partial:
+        yield segment.path
+        return
+    with tempfile.TemporaryDirectory(prefix="tenancy-wal-") as directory:
+        path = Path(directory) / segment.name
+        await asyncio.to_thread(copy_partial, segment, path)
+        yield path
+
+
 async def times_in(programs: Programs, segment: Segment) -> tuple[datetime, datetime] | None:
     """Return the times of the first and the last transaction that ended in a segment; None where none did."""
-    with tempfile.TemporaryDirectory(prefix="tenancy-wal-") as directory:
-        path = segment.path
-        if segment.is_partial:
-            # by its own name alone can it be read
-            path = Path(directory) / segment.name
-            await asyncio.to_thread(copy_partial, segment, path)
-        first = last = None
+    first = last = None
+    async with _readable(segment) as path:
         async for line in _records(programs, "--rmgr=Transaction", str(path)):
             if match := _TIME.search(line):
                 last = match[1]
@@ -154,7 +183,7 @@ async def find_new_tablespace(programs: Programs, directory: Path, target: datet
         files = (f"--path={directory}", names[0], names[-1])
         tablespaces = _records(programs, "--rmgr=Tablespace", *files)
         made = [match async for line in tablespaces if (match := _TABLESPACE.search(line))]
-        if made and not await _ends_before(programs, files, _place(made[0][1]), target):
+        if made and not await _ends_before(programs, files, place_of(made[0][1].decode()), target):
             return str(made[0][2].decode(errors="replace")).strip().removesuffix('"')
     return None
 
@@ -163,15 +192,16 @@ async def _ends_before(programs: Programs, files: Sequence[str], place: int, tar
     """Whether a recovery at a time ends before a place in the WAL: at the first transaction that ended later."""
     async with aclosing(_records(programs, "--rmgr=Transaction", *files)) as lines:
         async for line in lines:
-            if (lsn := _LSN.search(line)) and _place(lsn[1]) > place:
+            if (lsn := _LSN.search(line)) and place_of(lsn[1].decode()) > place:
                 return False
             if (match := _TIME.search(line)) and _time(match[1]) > target:
                 return True
     return False
 
 
-def _place(lsn: bytes) -> int:
-    high, _, low = lsn.partition(b"/")
+def place_of(lsn: str) -> int:
+    """Return a place in the WAL, ``16/B374D848`` for example, as a number of bytes."""
+    high, _, low = lsn.partition("/")
     return (int(high, 16) << 32) + int(low, 16)
 
 
@@ -204,6 +234,16 @@ def _time(text: bytes) -> datetime:
     return datetime.fromisoformat(text.decode()).replace(tzinfo=UTC)
 
 
+async def first_time(programs: Programs, segments: Sequence[Segment], begin: int) -> datetime | None:
+    """Return the time of the first transaction that ended in these segments at a place or later; None without one."""
+    for segment in segments:
+        async with _readable(segment) as path, aclosing(_records(programs, "--rmgr=Transaction", str(path))) as lines:
+            async for line in lines:
+                if (lsn := _LSN.search(line)) and place_of(lsn[1].decode()) >= begin and (match := _TIME.search(line)):
+                    return _time(match[1])
+    return None
+
+
 async def last_time(programs: Programs, segments: Sequence[Segment]) -> datetime | None:
     """Return the time of the last transaction that ended in these segments; None where none did."""
     for segment in reversed(segments):
@@ -217,11 +257,15 @@ __all__ = [
     "SegmentHeader",
     "copy_partial",
     "find_new_tablespace",
+    "first_time",
     "last_time",
     "list_histories",
     "list_segments",
+    "place_of",
     "read_header",
+    "scan_segments",
     "segment_number",
     "stretches",
+    "system_of",
     "times_in",
 ]

@@ -24,7 +24,9 @@ from ...postgres.failures import SERVER_FAILURES
 from ...postgres.login import reason_of
 from ...postgres.programs import environment_of, find_server_programs
 from ...servers import Server
+from ...servers.identity import differ, read_identity
 from .base_backups import BackupDirectory, check_replication, connected, replication_environment
+from .kept_wal import directory_system
 
 logger = logging.getLogger("tenancy_orm.recovery")
 
@@ -32,6 +34,7 @@ _AGAIN_SECONDS = 1.0
 _LONGEST_AGAIN_SECONDS = 30.0
 _END_SECONDS = 10.0
 _REMOVED = "has already been removed"
+_LEFT = "is not in this server's history"
 _COMMIT = "SELECT pg_catalog.pg_logical_emit_message(true, 'tenancy', '')"
 _MAY = "SELECT rolreplication OR rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user"
 _SLOT = "SELECT active_pid, wal_status FROM pg_catalog.pg_replication_slots WHERE slot_name = $1"
@@ -159,6 +162,12 @@ class WalReceiver:
             self._note("interrupted", printed.splitlines()[-1] if printed else "pg_receivewal has ended")
             if _REMOVED in printed:
                 await self._drop_lost(connection)
+            elif _LEFT in printed:
+                # what was received last is on a timeline that this server has left before that
+                await asyncio.to_thread(self._begin_directory)
+                self._gap(
+                    "the server goes on from an earlier place than what was received: it was recovered or promoted"
+                )
         finally:
             reading.cancel()
             await asyncio.wait([reading])
@@ -170,20 +179,31 @@ class WalReceiver:
             await self._drop_lost(connection)
             row = None
         found = await asyncio.to_thread(self._directory.wal_directories)
-        if row is not None and found:
+        is_replaced = bool(found) and await self._is_replaced(connection, found[-1])
+        if row is not None and found and not is_replaced:
             last: Path = found[-1]
             return last
         if row is None:
             await connection.execute("SELECT pg_catalog.pg_create_physical_replication_slot($1, true)", self._slot)
-            if any(any(path.iterdir()) for path in found):
-                self._note(
-                    "gap",
-                    "the server did not keep what was not received; take a base backup now: only times before this and "
-                    "after that can be recovered",
-                )
+        if any(any(path.iterdir()) for path in found):
+            replaced, lost = "the server is another cluster now", "the server did not keep what was not received"
+            self._gap(replaced if is_replaced else lost)
+        return await asyncio.to_thread(self._begin_directory)
+
+    def _begin_directory(self) -> Path:
+        found = self._directory.wal_directories()
         target = self._directory.wal / f"{int(found[-1].name) + 1 if found else 1:06d}"
         target.mkdir(mode=0o700)
         return target
+
+    def _gap(self, reason: str) -> None:
+        self._note("gap", f"{reason}; take a base backup now: only times before this and after that can be recovered")
+
+    async def _is_replaced(self, connection: Connection, directory: Path) -> bool:
+        """Whether the WAL in a directory is that of another cluster, as far as this can be told."""
+        identity = await read_identity(connection)
+        received = await asyncio.to_thread(directory_system, directory)
+        return received is not None and differ(f"system:{received}", identity)
 
     async def _drop_lost(self, connection: Connection) -> None:
         await self._release(connection)

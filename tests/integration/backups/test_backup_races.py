@@ -15,10 +15,14 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.backups import Backup, DirectoryStore, dump, manager, records, verification
-from tenancy_orm.errors import BackupError, BackupNotFoundError
+from tenancy_orm.audit.actor import SYSTEM
+from tenancy_orm.backups import Backup, DirectoryStore, dump, manager, records
+from tenancy_orm.backups.manifest import Manifest
+from tenancy_orm.errors import BackupError, BackupNotFoundError, BackupUnderWayError
+from tenancy_orm.jobs import Claimant
 from tenancy_orm.postgres.programs import run_program
 from tenancy_orm.provisioning import archives, restoring
+from tenancy_orm.registry.rows import uuid7
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
 
@@ -217,17 +221,89 @@ async def test_a_server_that_is_lost_while_a_backup_is_verified_says_nothing_of_
         await tenancy.backups.verify(backup)
     found = await tenancy.backups.get(backup.id)
     assert (found.is_good, found.verified_at) == (True, None)
-    # one that cannot be restored is still found
-    monkeypatch.setattr(restoring, "run_program", run_program)
-    monkeypatch.setattr(verification, "_NOT_RESTORED", ())
+
+
+async def test_a_restore_that_fails_is_tried_again_and_says_nothing_of_the_backup(
+    tenancy: Tenancy, backup: Backup, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server may have too many connections at that moment, or lack something; a bad backup goes before its time."""
+    refusals = 1
+
+    async def refused(arguments: Any, environment: Any) -> str:
+        nonlocal refusals
+        if "--exit-on-error" not in arguments or not refusals:
+            return await run_program(arguments, environment)
+        refusals -= 1
+        role = environment["PGUSER"]
+        await postgres.administer(f'ALTER ROLE "{role}" CONNECTION LIMIT 0')
+        try:
+            return await run_program(arguments, environment)
+        finally:
+            await postgres.administer(f'ALTER ROLE "{role}" CONNECTION LIMIT -1')
+
+    monkeypatch.setattr(restoring, "run_program", refused)
+    found = await tenancy.backups.verify(backup)
+    assert (found.error, found.restored, refusals) == (None, True, 0)
+    await execute(tenancy, "UPDATE tenancy.backups SET verified_at = NULL")
+    refusals = 2
+    with pytest.raises(
+        BackupError, match=r"could not be restored on server 'default', also when.*too many connections"
+    ):
+        await tenancy.backups.verify(backup)
+    kept = await tenancy.backups.get(backup.id)
+    assert (kept.is_good, kept.verified_at, refusals) == (True, None, 0)
+
+
+async def test_what_is_missing_in_what_was_restored_is_found(
+    tenancy: Tenancy, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     select = archives.select
 
     def broken(entries: str, schemas: set[str]) -> tuple[str, tuple[str, ...]]:
         kept, left_out = select(entries, schemas)
-        return "".join(line for line in kept.splitlines(keepends=True) if " TABLE public notes " not in line), left_out
+        lines = kept.splitlines(keepends=True)
+        return "".join(line for line in lines if " TABLE DATA public notes " not in line), left_out
 
     monkeypatch.setattr(archives, "select", broken)
-    assert not (await tenancy.backups.verify(backup)).is_good
+    found = await tenancy.backups.verify(backup)
+    assert found.error is not None and "public.notes has 0 rows, not 100" in found.error
+    assert not (await tenancy.backups.get(backup.id)).is_good
+
+
+async def test_a_sequence_that_was_not_set_is_found(
+    tenancy: Tenancy, backup: Backup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next row would get the number of one that is there. One that was used during the dump is not compared."""
+    assert backup.manifest is not None
+    (name,) = backup.manifest.sequences
+    assert backup.manifest.sequences == {name: 100}
+    assert (await tenancy.backups.verify(backup)).error is None
+    select = archives.select
+
+    def broken(entries: str, schemas: set[str]) -> tuple[str, tuple[str, ...]]:
+        kept, left_out = select(entries, schemas)
+        return "".join(line for line in kept.splitlines(keepends=True) if " SEQUENCE SET " not in line), left_out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archives, "select", broken)
+        found = await tenancy.backups.verify(backup)
+    assert found.error == f"sequences are not where they were: {name} is at no value, not 100"
+
+    count = dump.Dump._count
+
+    async def used(*args: Any) -> Any:
+        async with tenancy.transaction("acme") as session:
+            await session.execute(text("INSERT INTO notes (body) VALUES ('another')"))
+        return await count(*args)
+
+    monkeypatch.setattr(dump.Dump, "_count", used)
+    (made,) = (await tenancy.backups.run(["acme"])).done
+    assert made.manifest is not None and made.manifest.sequences == {}
+    assert (await tenancy.backups.verify(made)).error is None
+    # what older versions of the package have signed
+    fields = made.manifest.to_fields()
+    del fields["sequences"]
+    assert Manifest.from_fields(fields) == made.manifest
 
 
 async def test_only_a_restore_takes_back_what_one_has_found(tenancy: Tenancy, backup: Backup) -> None:
@@ -359,6 +435,39 @@ async def test_the_control_database_does_not_wait_for_the_tenants(
     finally:
         running.cancel()
         await asyncio.wait([running])
+
+
+async def test_a_backup_that_ends_as_another_process_begins_one_is_not_made_twice(
+    tenancy: Tenancy, acme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not done yet when the other process looks for what is done, and not under way any more after that."""
+    tenant_id = (await tenancy.tenants.get(acme)).id
+    key = await tenancy.backups.keys.current(tenant_id, tenancy.backups.store, actor=SYSTEM)
+
+    async def begin(*, due: float | None) -> bool:
+        return await kept.begin(
+            uuid7(),
+            tenant_id,
+            Claimant(),
+            server="default",
+            at_most=5,
+            store="file:/store",
+            path="path",
+            key_id=key.id,
+            kept_until=None,
+            due=due,
+        )
+
+    async def end() -> None:
+        ending = "UPDATE tenancy.backups SET state = 'done', claim = NULL, claimed_until = NULL, manifest = '{}'"
+        await execute(tenancy, ending)
+
+    kept = tenancy.backups._records
+    assert await begin(due=None)
+    monkeypatch.setattr(kept, "_refuse_recent", first_then(kept._refuse_recent, end))
+    with pytest.raises(BackupUnderWayError):
+        await begin(due=3_600.0)
+    assert await execute(tenancy, "SELECT state FROM tenancy.backups") == [("done",)]
 
 
 async def test_a_tenant_with_a_bad_backup_is_due(tenancy: Tenancy, backup: Backup) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import secrets
 import threading
 from collections.abc import Iterable, Iterator
@@ -174,6 +175,24 @@ async def test_temporary_space_is_checked_first(tenancy: Tenancy, acme: str, tmp
     tenancy.backups._maker._config = tenancy.config.backup.replace(max_temporary_bytes=1)
     report = await tenancy.backups.run(["acme"])
     assert "raise it" in report.reasons["acme"] and "max_temporary_bytes" in report.reasons["acme"]
+
+
+async def test_a_backup_that_no_restore_has_room_for_says_so(
+    tenancy: Tenancy, acme: str, postgres: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It needs as much at once as its largest table, and a restore all of it: nobody would know before that day."""
+    tables = "; ".join(f"CREATE TABLE t{n} (id int PRIMARY KEY, c text NOT NULL)" for n in range(60))
+    await as_administrator(
+        tenancy, postgres, "acme", f'SET ROLE "{tenancy.internals.provisioner.names.owner}"; {tables}'
+    )
+    (first,) = (await tenancy.backups.run(["acme"])).done
+    assert first.manifest is not None and "neither restored" not in caplog.text
+    settings = tenancy.config.backup.replace(max_temporary_bytes=first.manifest.dump_bytes - 1)
+    tenancy.backups._maker._config, tenancy.backups._reader._spool.max_bytes = settings, settings.max_temporary_bytes
+    (made,) = (await tenancy.backups.run(["acme"])).done
+    assert f"the backup {made.id} of acme is done, and can be neither restored nor verified" in caplog.text
+    with pytest.raises(BackupError, match="bytes of temporary space are needed"):
+        await tenancy.backups.verify(made)
 
 
 async def test_without_a_store_nothing_is_begun(tenancy: Tenancy, acme: str) -> None:
@@ -509,4 +528,54 @@ async def test_pg_dump_waits_while_the_store_is_slow(
     assert is_resumed.is_set()
     assert made.manifest is not None
     assert (made.manifest.large_objects, made.manifest.tables["public.t7"]) == (1, 2000)
+    assert (await tenancy.backups.verify(made)).error is None
+
+
+async def test_a_clock_that_is_set_back_cuts_no_table_off(
+    tenancy: Tenancy, acme: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that pg_dump writes looks older than one that is complete, and nothing is written to it for a while."""
+    tables = "; ".join(
+        f"CREATE TABLE t{n} AS SELECT string_agg(md5(i::text || j), '') AS c FROM generate_series(1, 2000) i, "
+        "generate_series(1, 100) j GROUP BY i"
+        for n in range(3)
+    )
+    await as_administrator(
+        tenancy, postgres, "acme", f'SET ROLE "{tenancy.internals.provisioner.names.owner}"; {tables}'
+    )
+    monkeypatch.setattr(tenancy.backups._maker, "_config", tenancy.config.backup.replace(compression="gzip:9"))
+    # pg_dump takes some 300 ms for each of them, and writes 3.6 MB
+    monkeypatch.setattr(dump, "_POLL_SECONDS", 0.002)
+    is_stopped, looks, bound = threading.Event(), 0, dump.Dump._bound
+
+    def stopping(self: dump.Dump, program: Any, directory: Path, feed: Any) -> None:
+        nonlocal looks
+        if looks > 10 and not feed.waiting:
+            bound(self, program, directory, feed)
+            return
+        if not looks:
+            if not directory.exists():
+                return
+            program.pause()
+            written = sorted(directory.glob("*.dat.gz"), key=lambda file: file.stat().st_mtime_ns)
+            if len(written) < 2 or not 100_000 < written[-1].stat().st_size < 3_000_000:
+                program.resume()
+                return
+            os.utime(written[-1], ns=(1, 1))
+            is_stopped.set()
+        looks += 1
+
+    monkeypatch.setattr(dump.Dump, "_bound", stopping)
+
+    class Waiting(DirectoryStore):
+        def write(self, path: str, chunks: Iterable[bytes], *, size: int | None = None) -> None:
+            super().write(path, self._late(chunks) if path.endswith(".age") else chunks, size=size)
+
+        def _late(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+            assert is_stopped.wait(HANGS)
+            yield from chunks
+
+    tenancy.backups.store.__class__ = Waiting
+    (made,) = (await tenancy.backups.run(["acme"])).done
+    assert looks > 10
     assert (await tenancy.backups.verify(made)).error is None

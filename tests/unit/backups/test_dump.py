@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tenancy_orm.backups import dump
-from tenancy_orm.backups.dump import Dump, _complete, _Feed, _level, in_thread
+from tenancy_orm.backups.dump import Dump, _Feed, _level, _Written, in_thread
 from tenancy_orm.backups.spool import Spool
 from tenancy_orm.errors import BackupError
 from tests.support.waiting import HANGS
@@ -30,26 +30,34 @@ class Program:
 
 
 def files(directory: Path, *names: str, size: int = 10) -> list[Path]:
-    """Files that were written one after the other."""
-    made = []
-    for number, name in enumerate(names):
-        file = directory / name
+    """Files in a directory."""
+    made = [directory / name for name in names]
+    for file in made:
         file.write_bytes(bytes(size))
-        os.utime(file, ns=(number, number))
-        made.append(file)
     return made
 
 
-def test_all_but_the_newest_are_complete(tmp_path: Path) -> None:
-    """Tables of contents are not, before the end; nor are those of the same time as the newest."""
-    assert _complete(tmp_path / "none") == []
-    first, second, third, _ = files(tmp_path, "3.dat", "2.dat", "9.dat", "blobs.toc")
-    assert _complete(tmp_path) == [first, second]
-    os.utime(second, ns=(2, 2))
-    assert _complete(tmp_path) == [first]
-    files(tmp_path, "toc.dat")
-    os.utime(third, ns=(9, 9))
-    assert _complete(tmp_path) == [first, second]
+def test_all_but_the_file_that_appeared_last_are_complete(tmp_path: Path) -> None:
+    """Whatever their times say: the clock may have been set back. Tables of contents are not, before the end."""
+    written = _Written(tmp_path / "dump")
+    assert written.complete() == []
+    (tmp_path / "dump").mkdir()
+    first, second, _ = files(tmp_path / "dump", "3.dat", "9.dat", "blobs.toc")
+    assert [written.complete() for _ in range(3)] == [[], [], []]
+    (third,) = files(tmp_path / "dump", "2.dat")
+    os.utime(third, ns=(1, 1))
+    assert written.complete() == [first, second]
+    first.unlink()
+    assert [written.complete() for _ in range(3)] == [[], [], []]
+    files(tmp_path / "dump", "toc.dat")
+    assert written.complete() == []
+    (fourth,) = files(tmp_path / "dump", "4.dat")
+    assert written.complete() == [third]
+    # while the directory was read, this one was made, and the fourth after it
+    files(tmp_path / "dump", "5.dat")
+    assert written.complete() == []
+    files(tmp_path / "dump", "6.dat")
+    assert written.complete() == [fourth]
 
 
 def test_it_waits_while_files_wait_and_fails_where_one_file_is_too_large(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -23,6 +25,12 @@ with Spool(sys.argv[1], 1000).open() as directory:
 """
 
 
+class _Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
 def test_it_is_private_and_gone_at_the_end(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "new", 1_000)
     with spool.open(1_000) as directory:
@@ -37,6 +45,36 @@ def test_it_is_private_and_gone_at_the_end(tmp_path: Path) -> None:
         pass
     (tmp_path / "file").write_text("")
     with pytest.raises(BackupError, match="no temporary directory"), Spool(tmp_path / "file", 1).open():
+        pass
+
+
+def test_what_others_still_need_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backups that run at once, each of which would have room alone; what one has written is counted once."""
+    size, reserve = 1_000_000, 64 * 1024**2
+
+    def usage(path: Path) -> _Usage:
+        used = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return _Usage(0, used, reserve + 10 * size - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    spool, other = Spool(tmp_path, 100 * size), Spool(tmp_path, 100 * size)
+    with spool.open(6 * size) as directory:
+        refused = pytest.raises(BackupError, match=r"are free in .*, of which others that run now need 6,000,000; make")
+        with refused, other.open(5 * size):
+            pass
+        (directory / "dump").mkdir()
+        (directory / "dump" / "1.dat").write_bytes(bytes(2 * size))
+        (directory / "2.dat").write_bytes(bytes(size))
+        with (
+            other.open(4 * size),
+            pytest.raises(BackupError, match="others that run now need 7,000,000"),
+            spool.open(1),
+        ):
+            pass
+        assert list(tmp_path.iterdir()) == [directory]
+    # a process that was killed at once needs nothing any more
+    (tmp_path / "tenancy-backup-9000000-left").mkdir()
+    with spool.open(9 * size):
         pass
 
 
