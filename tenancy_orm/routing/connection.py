@@ -611,8 +611,10 @@ class TenantConnection(AdaptedConnection):
     async def tag_again(self, *, timeout: float) -> None:
         """Add the tag of the process's lease to the name that the session has given itself."""
         assert self.name is not None  # noqa: S101 - for the type checker: it is renamed
-        name = tagged(self.reported("application_name") or "", tag_in(self.name))
-        await self._connection.rename(name, timeout=timeout)
+        reported = self.reports("application_name")
+        name = tagged(reported, tag_in(self.name))
+        if name != reported:
+            await self._connection.rename(name, timeout=timeout)
         self.name = name
 
     @property
