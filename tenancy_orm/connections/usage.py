@@ -131,7 +131,9 @@ def presence_key(process: UUID) -> int:
 
 
 def tagged(name: str, tag: str) -> str:
-    """Return an ``application_name`` with a process's tag; a long name is cut."""
+    """Return an ``application_name`` with a process's tag, unless it has that; a long name is cut."""
+    if name.endswith(f"/{tag}"):
+        return name
     plain = name.encode("ascii", "replace").decode()
     return f"{plain[: _NAME_BYTES - len(tag) - 1]}/{tag}"
 

@@ -533,6 +533,7 @@ connection_leases = Table(
     "connection_leases",
     metadata,
     Column("server", Text, ForeignKey("connection_caps.server", ondelete="CASCADE"), nullable=False),
+    # another one on each server, and after a loss
     Column("process", Uuid, nullable=False),
     Column("host", Text, nullable=False),
     Column("pid", Integer, nullable=False),

@@ -455,6 +455,7 @@ class Connector:
         connection.use(reading=False)
         connection.stable_snapshot = self.server.has_stable_snapshots
         connection.name = self.tagged_name(connection)
+        connection.reports = driver_connection._protocol.get_settings().__getattr__
         # a pooler gives each transaction another server connection, so a session's settings do not stay with it
         driver_connection.follows_server = self.server.traffic.judges_hosts
         driver_connection.native_mode = None if self.server.is_pooled else driver_connection.mode

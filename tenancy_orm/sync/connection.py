@@ -351,8 +351,10 @@ class ThreadConnection(psycopg.Connection[Any]):
 
     def _tag_again(self, former: str) -> None:
         """Add the tag of the process's lease to the name that the session has given itself: or it would be nobody's."""
-        name = tagged(self.reported("application_name") or "", tag_in(former))
-        self._clean_by(f"SET application_name TO {quote_literal(name)}")
+        reported = self.reported("application_name") or ""
+        name = tagged(reported, tag_in(former))
+        if name != reported:
+            self._clean_by(f"SET application_name TO {quote_literal(name)}")
         self.name = name
 
     def _clean_by(self, statement: str) -> None:

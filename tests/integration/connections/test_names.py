@@ -143,6 +143,33 @@ async def test_a_session_keeps_its_name_and_its_connection_shows_again_whose_it_
         assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
 
 
+async def test_a_session_that_gives_its_name_back_has_the_tag_once(tenancy: Tenancy, postgres: Postgres) -> None:
+    """The name that a connection began with has it already."""
+    await tenancy.tenants.create("acme")
+    tag = tenancy.internals.leases.lease("default").tag
+
+    def give_back() -> None:
+        with tenancy.sync.session("acme") as session:
+            session.execute(text("RESET application_name"))
+            session.commit()
+
+    async def is_named(name: str) -> bool:
+        return await names(postgres, tenancy) == [f"{name}/{tag}"]
+
+    await in_session(tenancy)
+    await until(lambda: is_named("web"), seconds=20.0)
+    async with tenancy.session("acme") as session:
+        await session.execute(text("RESET application_name"))
+        await session.commit()
+    await until(lambda: is_named("tenancy"), seconds=20.0)
+    acme = await tenancy.tenants.get("acme")
+    tenancy.internals.router.retire(acme.id)
+    await in_thread(tenancy)
+    await until(lambda: is_named("web"), seconds=20.0)
+    await asyncio.to_thread(give_back)
+    await until(lambda: is_named("tenancy"), seconds=20.0)
+
+
 async def test_a_process_that_opens_during_a_count_is_none_of_others(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
