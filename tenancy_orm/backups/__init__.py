@@ -8,7 +8,7 @@ from .manifest import BackupExtension, BackupFile, Manifest
 from .opening import OpenBackup
 from .pruning import PruneReport
 from .records import Backup, BackupState
-from .recovering import recover_control
+from .recovering import PassedOver, RecoveredControl, recover_control
 from .scanning import ScanReport
 from .status import BackupStatus
 from .stores import DirectoryStore, ObjectStore, Store, StoredObject, Stores, open_store
@@ -30,7 +30,9 @@ __all__ = [
     "Manifest",
     "ObjectStore",
     "OpenBackup",
+    "PassedOver",
     "PruneReport",
+    "RecoveredControl",
     "ResealedKeys",
     "ScanReport",
     "Store",

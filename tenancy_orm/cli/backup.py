@@ -20,6 +20,7 @@ from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import Column, TenantBar, failures_listed, note, print_fields, print_json, print_table, progress_bar
 from .runtime import EXIT_FAILED, Json, Yes, confirm, duration, exit_on_error, fail, load_tenancy, operator, run
+from .schedule import parse_time
 from .selection import All, Named, Selection, Statuses, Tiers
 
 T = TypeVar("T")
@@ -226,13 +227,27 @@ def extract_backup(
     installation: Annotated[
         str | None, typer.Option("--installation", help="With --from-store: its id, if the store has several.")
     ] = None,
+    not_before: Annotated[
+        str | None,
+        typer.Option(
+            "--not-before",
+            help="With --from-store: refuse a backup that is older than this time, such as 2027-01-31T00:00+00:00.",
+        ),
+    ] = None,
+    accept_older: Annotated[
+        bool,
+        typer.Option(
+            "--accept-older", help="With --from-store: take it although what may be a newer one cannot be read."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Decrypt a backup into a directory, for pg_restore. What is in it is not encrypted."""
     if directory.exists():
         fail(f"{directory} exists already: name a new directory", kind="ConfigurationError")
     if from_store:
-        _recover(backup, directory, installation, as_json)
+        since = None if not_before is None else exit_on_error(lambda: parse_time(not_before))
+        _recover(backup, directory, installation, since, accept_older, as_json)
         return
 
     async def command(tenancy: Tenancy) -> Backup:
@@ -257,18 +272,33 @@ def extract_backup(
         print(directory)
 
 
-def _recover(backup: str, directory: Path, installation: str | None, as_json: bool) -> None:
+def _recover(
+    backup: str,
+    directory: Path,
+    installation: str | None,
+    not_before: datetime | None,
+    accept_older: bool,
+    as_json: bool,
+) -> None:
     if backup != _CONTROL:
         fail("--from-store is for the control database: tenancy backup extract control DIRECTORY --from-store")
     named = None if installation is None else parse_id(installation)
     if installation is not None and named is None:
         fail(f"{installation!r} is not the id of an installation")
     config = load_tenancy().config
-    manifest = exit_on_error(lambda: asyncio.run(recover_control(config, directory, installation=named)))
+    recovered = exit_on_error(
+        lambda: asyncio.run(
+            recover_control(config, directory, installation=named, not_before=not_before, accept_older=accept_older)
+        )
+    )
+    manifest = recovered.manifest
     if as_json:
-        print_json({"directory": str(directory), **manifest.to_fields()})
+        passed_over = [asdict(one) for one in recovered.passed_over]
+        print_json({"directory": str(directory), "passed_over": passed_over, **manifest.to_fields()})
     else:
         print(directory)
+        for one in recovered.passed_over:
+            note(f"passed over: {one}")
         note(f"the control database at {manifest.snapshot_at:%Y-%m-%d %H:%M:%S} UTC, schema {manifest.revision}")
 
 

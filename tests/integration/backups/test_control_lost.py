@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import secrets
+import shutil
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import Backup, recover_control
-from tenancy_orm.errors import BackupDamagedError
+from tenancy_orm.errors import BackupDamagedError, BackupNotFoundError
 from tenancy_orm.postgres.programs import find_programs, run_program
 from tenancy_orm.secrets.providers import EnvironmentSecrets, SecretKeyWrapper
 from tests.support.postgres import Postgres
@@ -46,7 +48,7 @@ async def test_a_damaged_key_object_is_named_and_others_are_read_all_the_same(
     path.write_bytes(whole)
     path.with_name(f"{'0' * 32}.json").write_bytes(b"{")
     path.with_name(f".{path.name}.0123.part").write_bytes(b"")
-    assert (await recover_control(config, tmp_path / "control")).id == made.id
+    assert (await recover_control(config, tmp_path / "control")).manifest.id == made.id
 
 
 async def test_tenants_and_their_backups_are_there_again(
@@ -61,7 +63,7 @@ async def test_tenants_and_their_backups_are_there_again(
     later = (await tenancy.backups.run(["acme"])).done[0]
     await tenancy.close()
     unreachable = tenancy_config.replace(control_url="postgresql://nobody@127.0.0.1:1/lost")
-    manifest = await recover_control(unreachable, tmp_path / "control")
+    manifest = (await recover_control(unreachable, tmp_path / "control")).manifest
     assert manifest.id == control.id
     programs = find_programs(int(postgres.version.partition(".")[0]))
     arguments = ["--exit-on-error", "--no-owner", "--no-acl", f"--dbname={another_url}", str(tmp_path / "control")]
@@ -79,3 +81,45 @@ async def test_tenants_and_their_backups_are_there_again(
         for one in (control, backup, later):
             assert (await again.backups.verify(one.id)).error is None
         assert [one.id for one in await again.backups.list()] == [later.id, backup.id]
+
+
+async def test_whoever_may_only_write_to_the_store_brings_no_older_backup_back(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, tmp_path: Path
+) -> None:
+    """By a copy under a newer name, or over the newest; deleting it is noticed by a time that is known."""
+    older, newest = await tenancy.backups.run_control(), await tenancy.backups.run_control()
+    store, directory = tmp_path / "store", tmp_path / "control"
+    old, new = store / older.path, store / newest.path
+    saved = shutil.copytree(new, tmp_path / "saved")
+    named = old.with_name("ffffffff-ffff-7fff-bfff-ffffffffffff")
+
+    shutil.copytree(old, named)
+    with pytest.raises(BackupDamagedError, match=f"{named.name}/manifest.json: it is the manifest of .* {older.id}"):
+        await recover_control(tenancy_config, directory)
+    assert not directory.exists()
+    recovered = await recover_control(tenancy_config, directory, accept_older=True)
+    assert (recovered.manifest.id, len(recovered.passed_over)) == (newest.id, 1)
+    shutil.rmtree(directory)
+    # what cannot be a newer one hides none
+    named.rename(old.with_name("00000000-0000-7000-8000-000000000000"))
+    recovered = await recover_control(tenancy_config, directory)
+    assert (recovered.manifest.id, len(recovered.passed_over)) == (newest.id, 1)
+    shutil.rmtree(directory)
+
+    for damage in ("manifest.json", "dump.tar.age"):
+        shutil.copy(old / damage, new / damage)
+        with pytest.raises(BackupDamagedError, match=f"what may be a newer one cannot be read: .*{newest.id}"):
+            await recover_control(tenancy_config, directory)
+        recovered = await recover_control(tenancy_config, directory, accept_older=True)
+        assert recovered.manifest.id == older.id
+        assert any(str(newest.id) in one.path for one in recovered.passed_over)
+        shutil.rmtree(directory)
+        shutil.copy(saved / damage, new / damage)
+
+    between = datetime.now(UTC)
+    with pytest.raises(BackupNotFoundError, match="no readable backup of the control database since"):
+        await recover_control(tenancy_config, directory, not_before=between)
+    shutil.rmtree(new)
+    with pytest.raises(BackupNotFoundError, match="the newest is of"):
+        await recover_control(tenancy_config, directory, not_before=newest.started_at, accept_older=True)
+    assert (await recover_control(tenancy_config, directory)).manifest.id == older.id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from tests.integration.cli.test_cli import Cli, cli
@@ -47,6 +48,16 @@ async def test_backups_are_made_listed_verified_kept_extracted_and_pruned(cli: C
         "backup", "extract", "control", "other", "--from-store", TENANCY_ENCRYPTION_KEYS="1:" + "A" * 43 + "="
     )
     assert (wrong.status, "signature" in wrong.err, (tmp_path / "other").exists()) == (1, True, False)
+    late = await cli("backup", "extract", "control", "other", "--from-store", "--not-before", "2999-01-01T00:00+00:00")
+    assert (late.status, "the newest is of" in late.err, (tmp_path / "other").exists()) == (1, True, False)
+    copied = tmp_path / "store" / control["path"]
+    shutil.copytree(copied, copied.with_name("ffffffff-ffff-7fff-bfff-ffffffffffff"))
+    doubtful = await cli("backup", "extract", "control", "other", "--from-store")
+    assert (doubtful.status, "--accept-older" in doubtful.err, (tmp_path / "other").exists()) == (1, True, False)
+    accepted = await cli("backup", "extract", "control", "other", "--from-store", "--accept-older", "--json")
+    assert accepted.status == 0, accepted.err
+    assert (accepted.json["id"], len(accepted.json["passed_over"])) == (control["id"], 1)
+    shutil.rmtree(copied.with_name("ffffffff-ffff-7fff-bfff-ffffffffffff"))
     kept = await cli("backup", "keep", acme["id"], "--for", "90d", "--json")
     assert kept.json["kept_until"] is not None
     archive = tmp_path / "store" / acme["path"] / "dump.tar.age"
