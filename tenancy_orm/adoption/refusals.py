@@ -23,7 +23,7 @@ async def refuse_own(services: FleetServices, opened: OpenSource) -> None:
     if not given.startswith(stem):
         return
     try:
-        found = await services.registry.get(UUID(given.removeprefix(stem)))
+        found = await services.registry.get(UUID(given.removeprefix(stem).partition(":")[0]))
     except TenantNotFoundError:
         return
     raise AdoptionError(f"{opened.source.dsn} is the database of tenant {found.slug!r} already: clone or move that one")

@@ -11,7 +11,7 @@ from uuid import UUID
 import typer
 
 from ..errors import ConfigurationError
-from ..restores import RebuildReport
+from ..restores import FoundDatabase, RebuildReport
 from .output import Column, note, print_json, print_table
 from .runtime import EXIT_FAILED, Json, exit_on_error, load_tenancy, operator
 
@@ -41,6 +41,8 @@ def rebuild(
     as_json: Json = False,
 ) -> None:
     """Register the tenants that have databases and no rows: after the control database was lost.
+
+    A row that names a database that another one has replaced since, by a restore or a move, gets that one.
 
     The markers of the databases name the tenants. Ids, databases and roles stay; passwords are rotated. Slugs are those
     of --slugs, or "tenant-" and the last 12 digits of the id. A new control database gets the id of the lost one.
@@ -109,7 +111,7 @@ def _show(report: RebuildReport, as_json: bool) -> None:
         )
     else:
         rows = [
-            (x.tenant_id, x.slug, x.server, x.database, x.revision, x.size_bytes, x.state, x.reason or None)
+            (x.tenant_id, x.slug, x.server, x.database, x.revision, x.size_bytes, x.state, _why(x))
             for x in report.databases
         ]
         print_table(f"installation {report.installation}", _LISTED, rows)
@@ -118,10 +120,14 @@ def _show(report: RebuildReport, as_json: bool) -> None:
         for server, reason in report.unknown.items():
             note(f"server {server} cannot be looked at, and its tenants are unknown: {reason}")
         for one in report.databases:
-            if one.state == "taken":
+            if one.state == "taken" and one.replaces is None:
                 note(f"next: tenancy keys issue {one.slug}")
     if not report.complete:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _why(found: FoundDatabase) -> str | None:
+    return found.reason or (f"in place of {found.replaces}" if found.replaces else None)
 
 
 __all__ = ["rebuild"]

@@ -20,7 +20,7 @@ async def upgrade_beside(
 
     Args:
         tenant: The tenant; revisions get it as ``op.get_context().opts["tenant"]``, with this placement.
-        placement: Where the database is. It has the tenant's marker.
+        placement: Where the database is. It has the tenant's marker, or that of a database that was replaced.
         connections: Connects to databases.
         environment: The migrations; without any, nothing is done, and the revision is None.
 
@@ -34,7 +34,7 @@ async def upgrade_beside(
     health = Health()
     migration = DatabaseMigration(
         Plan.of(environment, "upgrade", "heads"),
-        connections.target(replace(tenant, placement=placement), health),
+        replace(connections.target(replace(tenant, placement=placement), health), may_be_replaced=True),
         adapter=connections.adapter(placement.server),
         limits=connections.limits,
     )

@@ -36,7 +36,8 @@ _DETECT_LOST_CLIENT = "pg_catalog.set_config('client_connection_check_interval',
 class Target:
     """One database to migrate. ``connect`` connects as the owner of its schema; ``marker`` is the expected marker.
 
-    An upgrade installs ``extensions`` that the database lacks. ``connect_watch`` connects as the administrator, to look
+    ``may_be_replaced`` accepts the marker of a database of the same tenant that another one has replaced as well. An
+    upgrade installs ``extensions`` that the database lacks. ``connect_watch`` connects as the administrator, to look
     who holds a lock.
     """
 
@@ -45,6 +46,7 @@ class Target:
     connect: Callable[[], Awaitable[Connection]] = field(repr=False)
     tenant: Tenant | None = None
     marker: str | None = None
+    may_be_replaced: bool = False
     extensions: WantedExtensions | None = None
     connect_watch: Callable[[], Awaitable[Connection]] | None = field(default=None, repr=False)
 
@@ -151,7 +153,8 @@ async def _fetch_state(
 
 
 def _check_marker(target: Target, database: str, found: str | None) -> None:
-    if target.marker is None or target.marker == found:
+    is_replaced = target.may_be_replaced and (found or "").startswith(f"{target.marker}:")
+    if is_replaced or target.marker in (None, found):
         return
     raise MarkerMismatchError(tenant=target.label, database=database, expected=target.marker, found=found)
 

@@ -30,6 +30,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner, roles
 from ..provisioning.pipeline import describe
 from ..provisioning.provisioner import services_of
+from ..provisioning.replaced_databases import refuse_stale
 from ..registry.databases import TenantDatabase
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
@@ -133,6 +134,7 @@ class MoveManager:
         self._placer = placer
         services = services_of(provisioner)
         self._servers = services.servers
+        self._admin_connections = services.admin_connections
         self._switch = Switch(services)
         self._planner = Planner(control, placer, config)
         self._leftovers = Leftovers(services, operations)
@@ -164,6 +166,7 @@ class MoveManager:
             PlacementError: the server does not take the tenant, for its region, state or capacity.
             OperationConflictError: the tenant is being restored, adopted or moved.
             OperationError: it cannot be moved in this way, or that failed; it goes on where it was.
+            ProvisioningError: another database has replaced the one that its row names.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
             CrossTenantError: a tenant is bound.
         """
@@ -172,6 +175,7 @@ class MoveManager:
         place = found.placement
         if place is None or found.status is Status.PROVISIONING:
             raise OperationError(f"tenant {found.slug!r} is {found.status.value}, and cannot be moved")
+        await refuse_stale(self._admin_connections, self._servers[place.server], place.database, missing=False)
         target = await self._target(found, place, to)
         version = None if offline else await self._check_servers(place.server, target, tell)
         await self._provisioner.prepare_server(target)

@@ -30,13 +30,15 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import find_programs
-from ..provisioning import Provisioner, roles
+from ..provisioning import Provisioner, databases, roles
 from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.differences import enumeration
 from ..provisioning.empty_databases import read_extensions
 from ..provisioning.pipeline import describe
 from ..provisioning.provisioner import services_of, settings_of
+from ..provisioning.replaced_databases import refuse_stale
 from ..provisioning.scram import scram_verifier
+from ..routing.marker import marker_text, replaced_text
 from ..tenant import Placement, Status, Tenant
 from ..tenants.manager import TenantManager
 from .copying import MATERIALIZED, TEXTS, Copying, copy_large_objects, copy_sequences, copy_tables
@@ -455,8 +457,20 @@ class Move:
         place = (await self._provisioning.registry.get_settled(self._tenant.id)).placement
         return place is not None and (place.server, place.database) == (self.new.server, self.new.database)
 
-    async def _settle(self, unused: Placement) -> Tenant:
-        """Open the database in use, close the other one, and let everybody go on."""
+    async def _refuse_stale(self) -> None:
+        """Refuse to close or drop a database if the tenant's row is older than its last switch."""
+        place = (await self._provisioning.registry.get(self._tenant.id)).placement
+        if place is not None:
+            server = self._provisioning.servers[place.server]
+            await refuse_stale(self._provisioning.admin_connections, server, place.database)
+
+    async def _settle(self, unused: Placement, *, replaced: bool) -> Tenant:
+        """Open the database in use, close the other one, and let everybody go on.
+
+        Args:
+            unused: The other one.
+            replaced: Whether the tenant has used it: then its marker says that the one in use has replaced it.
+        """
         registry = self._provisioning.registry
         tenant = await registry.get(self._tenant.id)
         await self._services.provisioner.align(tenant, timeout=self._provisioning.config.provisioning.timeout)
@@ -465,7 +479,9 @@ class Move:
             tenant = await self._services.tenants.end_maintenance(tenant, actor=self._actor)
         # closed since the pause, or never opened; last, since its server may not answer
         if unused.server in self._provisioning.servers:
-            await self._services.switch.close_kept(unused)
+            place, installation = tenant.placement, self._provisioning.installation
+            mark = None if place is None or not replaced else replaced_text(installation, tenant.id, place)
+            await self._services.switch.close_kept(unused, mark=mark)
         return tenant
 
     async def finish_switch(self) -> Tenant:
@@ -475,7 +491,7 @@ class Move:
             TenancyError: a server does not answer; the tenant is served in its new database all the same.
         """
         await self._advance("switched")
-        tenant = await self._settle(self.old)
+        tenant = await self._settle(self.old, replaced=True)
         await self._forward.drop()
         await self._identify(self.old, self._operation.detail.get("identities", {}), full=False)
         back = await self._follow_back()
@@ -532,7 +548,7 @@ class Move:
         if await self._is_switched():
             raise OperationStateError(f"tenant {self._tenant.slug!r} is in its new database already")
         try:
-            await self._settle(self.new)
+            await self._settle(self.new, replaced=False)
         finally:
             await self._forward.drop()
         await self._reverse.drop()
@@ -556,6 +572,7 @@ class Move:
         """
         check_way_back(self._operation)
         async with self._services.operations.keep(self._operation, self._services.claimant):
+            await self._refuse_stale()
             await self._advance("rolling_back")
             try:
                 await self._switch_back()
@@ -567,7 +584,7 @@ class Move:
             return await self.finish_roll_back()
 
     async def _stay(self) -> None:
-        await self._settle(self.old)
+        await self._settle(self.old, replaced=True)
         await self._services.operations.finish(self._operation, self._services.claimant, "waiting")
 
     async def _switch_back(self) -> None:
@@ -587,11 +604,13 @@ class Move:
                 )
                 await self._carry(four, found)
                 await self._renew_password(paused.tenant, self.old)
+                mark = marker_text(self._provisioning.installation, paused.tenant.id)
+                await databases.set_marker(four.to_admin, self.old.database, mark)
                 await self._to(paused, self.old, action="tenant.move_back")
 
     async def finish_roll_back(self) -> Tenant:
         """Do what follows the switch back; to finish an interrupted one, repeat it. The operation is undone then."""
-        tenant = await self._settle(self.new)
+        tenant = await self._settle(self.new, replaced=True)
         await self._reverse.drop()
         await self._drop_database(self.new)
         await self._services.operations.finish(self._operation, self._services.claimant, "undone")
@@ -604,6 +623,7 @@ class Move:
             TenancyError: a server does not answer.
         """
         async with self._services.operations.keep(self._operation, self._services.claimant):
+            await self._refuse_stale()
             await self._confirm()
 
     async def _confirm(self) -> None:
@@ -643,6 +663,7 @@ class Move:
             TenancyError: a server does not answer; try again.
         """
         async with self._services.operations.keep(self._operation, self._services.claimant):
+            await self._refuse_stale()
             step, switched = self._operation.step, await self._is_switched()
             if step == "confirming":
                 await self._confirm()

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -27,8 +28,9 @@ from ..errors import OperationError, TenancyError, TenantNotFoundError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import access, roles
+from ..provisioning import access, databases, roles
 from ..provisioning.pipeline import ProvisioningServices, describe, tenant_key
+from ..provisioning.replaced_databases import refuse_replaced
 from ..provisioning.standbys import end_in_database_on_replicas
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..tenant import Placement, Status, Tenant
@@ -171,6 +173,7 @@ class Switch:
 
         Raises:
             OperationError: it took longer, or the tenant has another database by now.
+            ProvisioningError: another database has replaced the one that its row names.
             TenantNotFoundError: the tenant has been purged.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
             CrossTenantError: another tenant is bound.
@@ -195,6 +198,7 @@ class Switch:
                 )
             if (current.placement.server, current.placement.database) != (place.server, place.database):
                 raise OperationError(f"tenant {tenant.slug!r} has another database by now; look it up again")
+            await refuse_replaced(connection, place.database)
             paused = Paused(services, current, connection)
             try:
                 try:
@@ -211,15 +215,22 @@ class Switch:
         finally:
             await run_to_completion(services.admin_connections.release(server, connection, key))
 
-    async def close_kept(self, placement: Placement) -> None:
+    async def close_kept(self, placement: Placement, *, mark: str | None = None) -> None:
         """Let nobody but administrators connect to a database that is not in use, and end its sessions.
 
         Those on replicas of its server as well: who was not told of the switch would read there what does not change.
+
+        Args:
+            placement: The database and its role.
+            mark: The marker that it gets, if it exists; it keeps the one that it has where None.
         """
         server = self._services.servers[placement.server]
         blockers = self._services.blockers(server)
         connection = await blockers.connect(purpose="tenancy-switch")
         try:
+            if mark is not None and await databases.state(connection, placement.database) is not None:
+                work = partial(databases.set_marker, connection, placement.database, mark)
+                await blockers.run(connection, work, role=placement.role)
             if await roles.exists(connection, placement.role):
                 await access.close_database(connection, blockers, database=placement.database, role=placement.role)
             await self._end(connection, placement)

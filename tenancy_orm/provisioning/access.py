@@ -20,6 +20,7 @@ from ..postgres.quoting import quote_identifier
 from . import roles
 from .blockers import Blockers
 from .deadlines import timeout_before
+from .replaced_databases import refuse_replaced
 
 
 async def block(connection: Connection, blockers: Blockers, *, database: str, role: str, deadline: float) -> None:
@@ -67,7 +68,7 @@ async def unblock(connection: Connection, blockers: Blockers, *, database: str, 
     """Let a role log in to its own database again.
 
     Raises:
-        ProvisioningError: the role or the database is missing.
+        ProvisioningError: the role or the database is missing, or another database has replaced it.
     """
     await blockers.run(connection, partial(_grant_connect, connection, database, role), role=role)
     await blockers.run(connection, partial(roles.set_login, connection, role, True), role=role)
@@ -86,12 +87,13 @@ async def open_database(connection: Connection, blockers: Blockers, *, database:
     """Let a role connect to a database.
 
     Raises:
-        ProvisioningError: the role or the database is missing.
+        ProvisioningError: the role or the database is missing, or another database has replaced it.
     """
     await blockers.run(connection, partial(_grant_connect, connection, database, role), role=role)
 
 
 async def _grant_connect(connection: Connection, database: str, role: str) -> None:
+    await refuse_replaced(connection, database)
     try:
         await connection.execute(f"GRANT CONNECT ON DATABASE {quote_identifier(database)} TO {quote_identifier(role)}")
     except (asyncpg.UndefinedObjectError, asyncpg.InvalidCatalogNameError) as exc:

@@ -137,6 +137,11 @@ async def seal(connection: Connection, name: str) -> None:
     await connection.execute(f"ALTER DATABASE {quote_identifier(name)} WITH ALLOW_CONNECTIONS false")
 
 
+async def set_marker(connection: Connection, name: str, text: str) -> None:
+    """Give a database another marker."""
+    await connection.execute(f"COMMENT ON DATABASE {quote_identifier(name)} IS {quote_literal(text)}")
+
+
 async def close_to_public(connection: Connection, name: str, *, but: Iterable[str] = ()) -> None:
     """Revoke every right on a database from PUBLIC, which has CONNECT and TEMP on every database by default.
 

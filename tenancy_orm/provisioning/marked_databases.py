@@ -3,6 +3,7 @@
 For when the registry does not know them. The marker names the installation and the tenant; the right to connect names
 the tenant's role, and tells the database in use from those beside it: a restore or a move closes what it replaces, and
 opens the new one last. That right is also the last that a creation gives, and the first that a deletion takes away.
+The marker of a database that was replaced says so as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from uuid import UUID
 
@@ -22,13 +24,16 @@ from ..errors import ProvisioningError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..registry.databases import TenantDatabase
+from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.rows import TenantDraft
+from ..routing.marker import replaced_by
 from ..secrets.keyring import new_password
-from ..tenant import Tenant
+from ..tenant import Placement, Tenant
 from . import databases, grants
 from .alignment import align_role
 from .differences import Difference
 from .pipeline import ProvisioningServices, prove, tenant_key
+from .replaced_databases import refuse_stale
 from .tenant_check import TenantCheck
 
 _MARKED = """
@@ -41,7 +46,7 @@ SELECT d.datname::text AS name, shobj_description(d.oid, 'pg_database') AS marke
  WHERE shobj_description(d.oid, 'pg_database') ~ '^tenancy:' AND ($1::text IS NULL OR d.datname = $1) ORDER BY 1
 """
 _UUID = "([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
-_MARKER = re.compile(f"tenancy:{_UUID}:{_UUID}")
+_MARKER = re.compile(f"tenancy:{_UUID}:{_UUID}(?::replaced:.*)?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,7 @@ class MarkedDatabase:
         tenant_id: The tenant that it names.
         role: The tenant's role, which may connect to it; None where it is not the one in use.
         reason: Why it is not the one in use; empty where it is.
+        replaced: Whether its marker says that another one has replaced it.
         ours: Whether name and owner are those of that installation's databases, with the configured ``name_prefix``.
         size_bytes: Its size; None where the administrator may not ask.
     """
@@ -66,6 +72,7 @@ class MarkedDatabase:
     role: str | None
     reason: str
     ours: bool
+    replaced: bool = False
     size_bytes: int | None = None
 
 
@@ -85,11 +92,14 @@ async def find(connection: Connection, server: str, prefix: str, *, only: str | 
         installation, tenant_id = UUID(match[1]), UUID(match[2])
         names = Names(prefix, installation)
         logins = [role for role in row["logins"] if names.parse(role) is not None]
+        by = replaced_by(row["marker"])
         reason, named = "", names.parse(row["name"]) is not None
         if not named:
             reason = f"it is not named as a tenant's database is with name_prefix {prefix!r}"
         elif row["owner"] != names.owner:
             reason = f"it is owned by {row['owner']}, and not by {names.owner}"
+        elif by is not None:
+            reason = f"it is not in use any more: {by!r} has replaced it"
         elif not row["usable"]:
             reason = "nobody may connect to it, or it is a template"
         elif not logins and not row["has_role"]:
@@ -107,6 +117,7 @@ async def find(connection: Connection, server: str, prefix: str, *, only: str | 
                 role=None if reason else logins[0],
                 reason=reason,
                 ours=named and row["owner"] == names.owner,
+                replaced=by is not None,
             )
         )
     return found
@@ -168,28 +179,85 @@ class MarkedDatabases:
             TenantExistsError, UnknownTierError, PlacementError: as ``Registry.register_again``.
         """
         async with self._locked(found) as connection:
-            again = await find(connection, found.server, self._services.config.name_prefix, only=found.name)
-            if not again or again[0].role is None or again[0].role != found.role or _owner(again[0]) != _owner(found):
-                raise ProvisioningError(f"database {found.name!r} has been changed since it was looked at; try again")
+            role = await self._role_again(connection, found)
             draft = TenantDraft(
                 id=found.tenant_id,
                 slug=slug,
                 tier=tier,
                 server=found.server,
                 database=found.name,
-                role=again[0].role,
+                role=role,
                 # in the row until the rotation; the role never has it
                 sealed_password=self._services.keyring.seal_password(found.tenant_id, new_password()),
             )
             await run_to_completion(self._services.registry.register_again(draft, reason=reason, actor=actor))
 
+    async def _role_again(self, connection: Connection, found: MarkedDatabase) -> str:
+        """Return the role that may connect to a database, which must be as it was found.
+
+        Raises:
+            ProvisioningError: it is not.
+        """
+        again = await find(connection, found.server, self._services.config.name_prefix, only=found.name)
+        if not again or again[0].role is None or again[0].role != found.role or _owner(again[0]) != _owner(found):
+            raise ProvisioningError(f"database {found.name!r} has been changed since it was looked at; try again")
+        return again[0].role
+
+    async def is_stale(self, placement: Placement) -> bool:
+        """Whether what a tenant's row says cannot be the database in use: it was replaced, or does not exist.
+
+        Raises:
+            UnknownServerError, ServerUnavailableError, asyncpg.PostgresError: that is not known.
+        """
+        try:
+            server = self._services.servers[placement.server]
+            await refuse_stale(self._services.admin_connections, server, placement.database)
+        except ProvisioningError as exc:
+            if exc.step != "replaced":
+                raise
+            return True
+        return False
+
+    async def switch(self, found: MarkedDatabase, *, kept_until: datetime, actor: Actor) -> None:
+        """Have the row of a registered tenant name the database in use, in place of one that it has replaced.
+
+        Args:
+            found: The database in use.
+            kept_until: When the other one is dropped, if it exists.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            ProvisioningError: the database is another one by now, or another process changes it; or the row names one
+                that may be in use.
+            TenantNotFoundError, OperationStateError, PlacementError: as ``Registry.switch_database``.
+        """
+        registry = self._services.registry
+        async with self._locked(found) as connection:
+            role = await self._role_again(connection, found)
+            tenant = await registry.get(found.tenant_id)
+            place = tenant.placement
+            if place is None or (place.server, place.database) == (found.server, found.name):
+                return
+            if not await self.is_stale(place):
+                raise ProvisioningError(f"database {place.database!r} of tenant {tenant.slug!r} may be in use")
+            after = replace(place, server=found.server, database=found.name, role=role)
+            revision = await self.revision(found)
+            await registry.record_database(
+                TenantDatabase(server=found.server, name=found.name, tenant_id=tenant.id, role=role, state="making")
+            )
+            await run_to_completion(
+                registry.switch_database(
+                    tenant, after, action="tenant.rebuild", revision=revision, kept_until=kept_until, actor=actor
+                )
+            )
+
     async def finish(
-        self, found: MarkedDatabase, *, beside: list[MarkedDatabase], actor: Actor
+        self, found: MarkedDatabase, *, beside: list[MarkedDatabase], switched: bool = False, actor: Actor
     ) -> tuple[Tenant, list[Difference]]:
         """Mend a registered tenant's database and role as reconcile does, prove them, and make the tenant active.
 
-        Does nothing to one that is active already, because another process has done it. Databases ``beside`` the one in
-        use are recorded: a purge drops them, and nothing else does.
+        Does nothing to one that is active already, because another process has done it, unless its row has just been
+        ``switched``. Databases ``beside`` the one in use are recorded: a purge drops them, and nothing else does.
 
         Returns:
             The tenant, and how its database differed from what provisioning makes.
@@ -203,7 +271,7 @@ class MarkedDatabases:
             unfinished = await services.registry.rebuilding()
             tenant = await services.registry.get(found.tenant_id)
             place = tenant.placement
-            if tenant.id not in unfinished or place is None:
+            if place is None or not (switched or tenant.id in unfinished):
                 return tenant, told
             if (place.server, place.database) != (found.server, found.name):
                 raise ProvisioningError(f"tenant {tenant.slug!r} is registered with database {place.database!r}")
@@ -211,12 +279,15 @@ class MarkedDatabases:
             await check.settle(connection, tenant, told)
             deadline = asyncio.get_running_loop().time() + self._timeout
             await align_role(services, connection, tenant, deadline=deadline)
-            await connections.close(await prove(services, tenant.id, tenant.slug, place))
+            if tenant.status not in LOGIN_BLOCKED:
+                await connections.close(await prove(services, tenant.id, tenant.slug, place))
             for one in beside:
                 kept = TenantDatabase(
                     server=one.server, name=one.name, tenant_id=tenant.id, role=place.role, state="kept"
                 )
                 await services.registry.record_database(kept)
+            if switched:
+                return tenant, told
             revision = await self.revision(found)
             tenant = await run_to_completion(
                 services.registry.end_rebuilding(tenant.id, revision=revision, actor=actor)

@@ -29,7 +29,7 @@ from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.databases import TenantDatabase
 from ..registry.rows import uuid7
 from ..routing import marker
@@ -41,6 +41,7 @@ from .copy_logins import CopyLogin, end_login
 from .differences import enumeration
 from .empty_databases import InstalledExtension, create_for_login
 from .pipeline import ProvisioningServices, describe, prove, tenant_key
+from .replaced_databases import refuse_replaced, refuse_stale
 from .tenant_rights import TenantRights
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -377,13 +378,20 @@ class NewDatabases:
         self._home.check()
         await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
 
-    async def set_connect(self, placement: Placement, allowed: bool) -> None:
+    async def set_connect(self, placement: Placement, allowed: bool, *, mark: str | None = None) -> None:
         """Let the tenant's role connect to a database; or let nobody connect, and end the sessions that are there.
 
-        A database that nobody can connect to can be dropped, or be opened again.
+        A database that nobody can connect to can be dropped, or be opened again. To close one that does not exist does
+        nothing.
+
+        Args:
+            placement: The database and the role.
+            allowed: Whether the role may connect.
+            mark: The marker that the database gets with this; it keeps the one that it has where None.
 
         Raises:
-            ProvisioningError: sessions did not end in time; nobody can connect all the same.
+            ProvisioningError: the server refused; another database has replaced this one; or, at the step "sessions",
+                sessions did not end in time, and nobody can connect all the same.
             ServerUnavailableError: the server does not answer.
         """
         refuse_while_bound("opening and closing tenants' databases")
@@ -396,16 +404,27 @@ class NewDatabases:
             statement = (
                 f"ALTER DATABASE {name} WITH ALLOW_CONNECTIONS false; REVOKE CONNECT ON DATABASE {name} FROM {role}"
             )
+        if mark is not None:
+            # together they are one transaction
+            statement = f"COMMENT ON DATABASE {name} IS {quote_literal(mark)}; {statement}"
+        step = "connect"
         async with self._services.admin_connections.use(server) as connection:
             try:
                 async with asyncio.timeout(self._services.config.provisioning.timeout):
+                    if allowed:
+                        await refuse_replaced(connection, placement.database)
+                    elif await databases.state(connection, placement.database) is None:
+                        return
                     work = partial(connection.execute, statement)
                     await self._services.blockers(server).run(connection, work, role=placement.role)
                     if not allowed:
+                        step = "sessions"
                         await self._end_sessions(connection, placement)
             except SERVER_FAILURES as exc:
                 what = "opened" if allowed else "closed"
-                raise ProvisioningError(f"database {placement.database!r} was not {what} ({describe(exc)})") from exc
+                raise ProvisioningError(
+                    f"database {placement.database!r} was not {what} ({describe(exc)})", step=step
+                ) from exc
 
     async def open_to_administrators(self, beside: TenantDatabase) -> None:
         """Let the owner and administrators, and nobody else, connect to a database that was closed."""
@@ -434,7 +453,8 @@ class NewDatabases:
         """Drop a database beside the one in use, and delete its row. To finish an interrupted drop, repeat it.
 
         Raises:
-            ProvisioningError: it cannot be dropped, see ``removal.drop_database``; or the server was too slow.
+            ProvisioningError: it cannot be dropped, see ``removal.drop_database``; the server was too slow; or it may
+                be the one in use, see ``drop_beside``.
             ServerUnavailableError: the server does not answer.
             CrossTenantError: a tenant is bound.
         """
@@ -471,14 +491,19 @@ async def drop_beside(services: ProvisioningServices, connection: Connection, be
         beside: The database.
 
     Raises:
-        ProvisioningError: see ``removal.drop_database``.
+        ProvisioningError: see ``removal.drop_database``; or it may be the one in use: no other one has replaced it, and
+            the one that the tenant's row names has been replaced, or does not exist and this one is open.
     """
     registry, names = services.registry, services.names
+    own = marker.marker_text(services.installation, beside.tenant_id)
+    state = await databases.state(connection, beside.name)
+    is_replaced = state is not None and (state.comment or "").startswith(f"{own}:")
+    if state is not None and state.comment == own:
+        await _refuse_in_use(services, connection, beside)
     if not await registry.begin_dropping_database(beside):
         return  # it is in use, or gone
     blockers = services.blockers(services.servers[beside.server])
-    own = marker.marker_text(services.installation, beside.tenant_id)
-    if not await removal.is_foreign(connection, beside.name, own):
+    if is_replaced or not await removal.is_foreign(connection, beside.name, own):
         granted = [row["name"] for row in await connection.fetch(_LOGINS, beside.name)]
         logins = [name for name in granted if is_scratch(name) and name.startswith(names.stem)]
         for login in logins:
@@ -489,6 +514,20 @@ async def drop_beside(services: ProvisioningServices, connection: Connection, be
         if not await _uses_role(services, beside):
             await removal.remove_role(connection, blockers, names, beside.role)
     await registry.forget_database(beside)
+
+
+async def _refuse_in_use(services: ProvisioningServices, connection: Connection, beside: TenantDatabase) -> None:
+    """Refuse to drop a database that may be the one in use, since the tenant's row is older than its last switch."""
+    place = (await services.registry.get(beside.tenant_id)).placement
+    unfinished = await services.registry.find_unfinished(beside.tenant_id)
+    if place is None or (unfinished is not None and unfinished.kind == "purging"):
+        return
+    server = services.servers[place.server]
+    logins = [row["name"] for row in await connection.fetch(_LOGINS, beside.name)]
+    is_open = any(services.names.parse(name) is not None for name in logins)
+    # one that no tenant has used is a restore's, perhaps in the place of one that is missing
+    missing = is_open or beside.state == "kept"
+    await refuse_stale(services.admin_connections, server, place.database, missing=missing)
 
 
 async def drop_all_beside(

@@ -48,6 +48,7 @@ from .preparation import prepare
 from .public_access import SharedDatabases, read_control
 from .readers import Readers
 from .reconcile import Reconciler, ReconcileReport
+from .replaced_databases import refuse_replaced
 from .role_settings import RoleSettings
 from .scratch import ScratchDatabases
 from .standbys import end_on_replicas
@@ -490,7 +491,7 @@ class Provisioner:
         Raises:
             InvalidTransitionError: the tenant is not deleted, or was changed since it was listed.
             ProvisioningError: the server refused, or a statement did not finish within ``provisioning.timeout``; or
-                ``lost_server`` answers, or has nothing of the tenant.
+                ``lost_server`` answers, or has nothing of the tenant; or another database has replaced its own.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_other_tenant(tenant)
@@ -572,6 +573,8 @@ class Provisioner:
                     tenant=found.slug,
                     step="purge",
                 )
+            # what has replaced it has the tenant's data, and would stay
+            await refuse_replaced(connection, placement.database)
             await self._services.registry.begin_purge(tenant_id, listed=listed, actor=actor)
             await drop_all_beside(self._services, connection, server.name, tenant_id, timeout=self._timeout)
             await removal.purge(

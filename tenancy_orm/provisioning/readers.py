@@ -27,6 +27,7 @@ from . import removal
 from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .copy_logins import CopyLogin, create_reader, end_login
+from .replaced_databases import refuse_replaced
 
 _END = """
 SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = {literal};
@@ -114,6 +115,7 @@ class Readers:
 
         Raises:
             TenantNotFoundError: the tenant has been purged.
+            ProvisioningError: another database has replaced the one that the tenant's row names.
             ServerUnavailableError: the server does not answer.
             asyncpg.PostgresError, OSError, TimeoutError: the server refuses.
             CrossTenantError: a tenant is bound.
@@ -128,6 +130,7 @@ class Readers:
         connection = await self._admin_connections.acquire(server, locks.lock_key(name), timeout=timeout)
         try:
             async with asyncio.timeout(timeout):
+                await refuse_replaced(connection, tenant.placement.database)
                 login = await create_reader(
                     connection, server.dsn, self._names, name, tenant.placement, seconds=seconds
                 )

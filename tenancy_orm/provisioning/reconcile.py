@@ -58,7 +58,8 @@ class ReconcileReport:
         orphans: Databases and roles that were dropped because the registry does not know them, roles of purged tenants
             that could not be dropped before, and temporary logins that have expired.
         unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
-            hold data. Register them again (``tenancy rebuild``), or drop them by ``reconcile(drop_unknown=True)``.
+            hold data. Register them again (``tenancy rebuild``), or drop them by ``reconcile(drop_unknown=True)``,
+            which drops none that a tenant may use whose row is older than a restore or a move.
         differences: How tenants' databases and roles differed from what provisioning makes, mended or not.
         errors: What could not be done or checked, and why. Everything else was.
     """
@@ -355,6 +356,15 @@ class Reconciler:
             if state is None and status is None:
                 # after a restore, the role of an unknown tenant and its database have different names
                 marked = await self._opens_marked(connection, name)
+            if state is not None and await self._is_in_use(state.comment):
+                logger.error(
+                    "database %s on server %s has the marker of a tenant with a row that names another database; it is "
+                    "kept; see which one the tenant uses: tenancy rebuild --dry-run",
+                    name,
+                    server,
+                )
+                self._findings.unknown.append(name)
+                return
             if marked and status is None and not self._drop_unknown:
                 logger.error(
                     "database %s on server %s has belonged to a tenant that the registry does not know; it is kept; "
@@ -376,6 +386,11 @@ class Reconciler:
             if state is not None and (state.comment or "").startswith(f"tenancy:{self._services.installation}:"):
                 return True
         return False
+
+    async def _is_in_use(self, comment: str | None) -> bool:
+        """Whether a tenant that the registry knows may use a database with this comment: its row may be too old."""
+        tenant_id = marker.tenant_of(comment, self._services.installation)
+        return tenant_id is not None and await self._status_of(tenant_id) not in (None, Status.PURGED)
 
     async def _status(self, name: str) -> Status | None:
         """The status of the tenant that has a database or role; None if the registry does not know it."""

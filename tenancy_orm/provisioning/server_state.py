@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..control.names import Names
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier, quote_literal
+from ..routing.marker import replaced_by
 from ..tenant import Placement
 from . import roles
 from .differences import Deviation, enumeration
@@ -127,7 +128,18 @@ def deviations(state: ServerState, names: Names, placement: Placement, *, marker
     """
     facts, role = state.databases.get(placement.database), state.roles.get(placement.role)
     if facts is None:
-        yield Deviation("database.missing", "its database does not exist; restore it, or purge the tenant", False)
+        detail = (
+            "its database does not exist; if another one has replaced it, tenancy rebuild finds that; else restore it, "
+            "or purge the tenant"
+        )
+        yield Deviation("database.missing", detail, False)
+    elif (by := replaced_by(facts.marker)) is not None and (facts.marker or "").startswith(f"{marker}:"):
+        # nothing that is there is mended: it would be opened
+        detail = (
+            f"its database is not in use any more: {by!r} has replaced it, and the control database is older than "
+            "that; nothing in it is changed; run: tenancy rebuild"
+        )
+        yield Deviation("database.replaced", detail, False)
     else:
         yield from _marker(facts, marker)
         yield from _database(facts, names, placement)

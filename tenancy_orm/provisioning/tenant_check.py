@@ -1,8 +1,9 @@
 """Comparing one tenant's database and role with what provisioning makes, and mending what differs.
 
-A database with another tenant's marker, or another installation's, is never changed: it may hold that tenant's data. A
-database without a marker may be anything, and an existing database is never adopted. Others' rights on it are revoked,
-which is safe for any database of such a name; the rest waits until an operator has said that it is this tenant's.
+A database with another tenant's marker, or another installation's, is never changed: it may hold that tenant's data.
+Nor is one with a marker that says that another one has replaced it: that one is the tenant's by now. A database without
+a marker may be anything, and an existing database is never adopted. Others' rights on it are revoked, which is safe for
+any database of such a name; the rest waits until an operator has said that it is this tenant's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ logger = logging.getLogger("tenancy_orm.provisioning")
 
 # what is mended in a database without a marker: it takes rights away, and gives none
 _RESTRICTIONS = frozenset({"database.public", "database.grant", "database.template"})
-_UNUSABLE = frozenset({"database.missing", "database.invalid", "marker.missing", "marker.other"})
+_UNUSABLE = frozenset({"database.missing", "database.invalid", "database.replaced", "marker.missing", "marker.other"})
 _OTHERS = "SELECT usename::text, pid FROM pg_stat_activity WHERE datname = $1 AND starts_with(usename::text, $2)"
 
 

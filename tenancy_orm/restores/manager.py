@@ -31,11 +31,13 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.filled_creation import Filling
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.pipeline import describe
+from ..provisioning.provisioner import services_of
 from ..provisioning.readers import Reader
+from ..provisioning.replaced_databases import refuse_stale
 from ..provisioning.restoring import Restored
 from ..registry.databases import TenantDatabase
 from ..runs import FleetMigrator
-from ..tenant import Status, Tenant, TenantRef
+from ..tenant import Placement, Status, Tenant, TenantRef
 from ..tenants.manager import TenantManager
 from .making import Making, placement_of
 from .report import RestoreReport, UpkeepReport
@@ -137,6 +139,7 @@ class RestoreManager:
             )
         await self._tombstones.refuse(found.id, found.slug)
         place = placement_of(found)
+        await self._refuse_replaced(place)
         database, claimant = self._provisioner.new_databases.new_name(), Claimant()
         operation = await self._operations.begin(
             "restore",
@@ -322,6 +325,7 @@ class RestoreManager:
         found = await self._registry.find(tenant)
         check_swappable(found)
         place = placement_of(found)
+        await self._refuse_replaced(place)
         kept = await self._kept(found, place.server)
         claimant = Claimant()
         operation = await self._operations.begin(
@@ -351,6 +355,12 @@ class RestoreManager:
                 f"no restore of tenant {tenant.slug!r} can be undone: no database that it has replaced is kept"
             )
         return kept[-1]
+
+    async def _refuse_replaced(self, place: Placement) -> None:
+        """Refuse to work on a tenant with a row that is older than its last swap or move."""
+        services = services_of(self._provisioner)
+        server = services.servers[place.server]
+        await refuse_stale(services.admin_connections, server, place.database, missing=False)
 
     async def _is_restores(self, beside: TenantDatabase) -> bool:
         return beside.operation is not None and (await self._operations.get(beside.operation)).kind == "restore"
@@ -500,8 +510,7 @@ class RestoreManager:
         if beside is not None and beside.state == "making":
             await self._provisioner.new_databases.drop(beside)
         elif beside is not None and operation.step == "upgrading":
-            place = replace(tenant.placement, database=beside.name)
-            await self._provisioner.new_databases.set_connect(place, False)
+            await self._switching.close_beside(tenant, beside)
 
     async def settle(self, *, actor: Actor = SYSTEM) -> UpkeepReport:
         """End the restores that no process does any more, and drop replaced databases that are kept no longer.

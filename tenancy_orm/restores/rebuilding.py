@@ -1,5 +1,7 @@
 """``RegistryRebuilding``: registers tenants again that a new or an old control database does not know.
 
+An old one may also name a database that another one has replaced since, by a restore or a move: then its row gets that.
+
 The markers of their databases name them. What the control database alone had, such as slugs, keys and quotas, is lost:
 slugs are given, and keys are issued again. Each tenant is taken in steps, and a second run goes on with those that a
 first one has begun: its row, in maintenance; a new password; then, as reconcile does it, its role, grants and marker; a
@@ -11,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Literal
 from uuid import UUID
@@ -38,8 +42,9 @@ from ..provisioning.pipeline import describe
 from ..provisioning.provisioner import services_of
 from ..provisioning.rotation import SecretManager
 from ..registry.registry import Registry
+from ..registry.rows import TENANT_COLUMNS, tenant_from_row
 from ..secrets.data_keys import DataKeys
-from ..tenant import Status
+from ..tenant import Placement, Status, Tenant
 from ..tenants.fields import check_slug
 from .tombstones import Tombstones
 
@@ -56,7 +61,7 @@ _FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundDatabase:
-    """A database with the marker of a tenant that the registry does not know.
+    """A database with the marker of a tenant that the registry does not know, or whose database it does not know.
 
     Attributes:
         server: The server's name.
@@ -67,6 +72,8 @@ class FoundDatabase:
         revision: The revision of its schema.
         size_bytes: Its size; None where the administrator may not ask.
         reason: Why it is not taken; empty where it is.
+        replaces: The server and the database that the tenant's row names, which it has replaced; None where the tenant
+            has no row.
     """
 
     server: str
@@ -77,6 +84,7 @@ class FoundDatabase:
     revision: str | None = None
     size_bytes: int | None = None
     reason: str = ""
+    replaces: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +109,6 @@ class RebuildReport:
         return not self.unknown and all(one.state != "refused" for one in self.databases)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    slug: str
-    status: Status
-
-
 @dataclass(slots=True)
 class _Found:
     """The report, and what is behind its databases."""
@@ -115,6 +117,8 @@ class _Found:
     # in the order of the report
     marked: list[MarkedDatabase]
     registered: frozenset[UUID]
+    # tenants with rows that name databases that were replaced, or do not exist
+    stale: frozenset[UUID]
 
     def beside(self, one: FoundDatabase) -> list[MarkedDatabase]:
         pairs = zip(self.report.databases, self.marked, strict=True)
@@ -173,6 +177,8 @@ class RegistryRebuilding:
     ) -> RebuildReport:
         """Find the databases of tenants that the registry does not know, on every server. Nothing is changed.
 
+        So are those of tenants with rows that name a database that was replaced since, or does not exist.
+
         Args:
             slugs: Slugs of tenants by their ids; another tenant gets ``tenant-`` and the last 12 digits of its id.
             tiers: Tiers of tenants by their ids; another tenant gets the default tier.
@@ -205,14 +211,19 @@ class RegistryRebuilding:
         marked = [one for one in every if one.installation == of]
         rows, unproved = await self._rows(), await self._registry.rebuilding()
         await self._check(slugs, tiers, {one.tenant_id for one in marked}, rows, complete=not unknown)
-        lost = [one for one in marked if one.tenant_id not in rows or one.tenant_id in unproved]
+        stale = await self._stale([one for one in marked if one.tenant_id not in unproved], rows)
+        lost = [one for one in marked if one.tenant_id not in rows or one.tenant_id in unproved | stale]
         lost += [one for one in marked if one.tenant_id in rows and rows[one.tenant_id].status is Status.PURGED]
         live = Counter(one.tenant_id for one in lost if one.role is not None)
         slots = asyncio.Semaphore(self._config.provisioning.concurrency)
 
         async def describe_one(one: MarkedDatabase) -> FoundDatabase:
             async with slots:
-                return await self._describe(one, live[one.tenant_id], rows, slugs)
+                found = await self._describe(one, live[one.tenant_id], rows, slugs)
+            if found.state != "found" or one.tenant_id not in stale:
+                return found
+            place = rows[one.tenant_id].placement
+            return replace(found, replaces=None if place is None else f"{place.server}/{place.database}")
 
         found = await asyncio.gather(*map(describe_one, lost))
         report = RebuildReport(
@@ -221,7 +232,24 @@ class RegistryRebuilding:
             others={which: number for which, number in counted.items() if which != of},
             unknown=dict(sorted(unknown.items())),
         )
-        return _Found(report, lost, unproved)
+        return _Found(report, lost, unproved, stale)
+
+    async def _stale(self, marked: Sequence[MarkedDatabase], rows: Mapping[UUID, Tenant]) -> frozenset[UUID]:
+        """Return the tenants that use another database than their rows name: that was replaced, or does not exist."""
+        places: dict[UUID, Placement] = {}
+        for one in marked:
+            place = rows[one.tenant_id].placement if one.tenant_id in rows else None
+            if place is None or place.server not in self._servers or not one.ours or one.replaced:
+                continue
+            if (self._cluster(one.server), one.name) != (self._cluster(place.server), place.database):
+                places[one.tenant_id] = place
+        found = set()
+        for tenant_id, place in places.items():
+            # where the server does not answer, or is not configured, its databases are not known either
+            with suppress(*_FAILURES):
+                if await self._marked.is_stale(place):
+                    found.add(tenant_id)
+        return frozenset(found)
 
     def _cluster(self, server: str) -> str:
         row = self._servers[server].row
@@ -232,17 +260,17 @@ class RegistryRebuilding:
             own, _ = await installation.read(connection)
             return own, (await connection.execute(select(tenants.c.id).limit(1))).first() is not None
 
-    async def _rows(self) -> dict[UUID, _Row]:
+    async def _rows(self) -> dict[UUID, Tenant]:
         async with self._control.connect() as connection:
-            found = await connection.execute(select(tenants.c.id, tenants.c.slug, tenants.c.status))
-            return {row.id: _Row(row.slug, Status(row.status)) for row in found}
+            found = await connection.execute(select(*TENANT_COLUMNS))
+            return {one.id: one for one in map(tenant_from_row, found)}
 
     async def _check(
         self,
         slugs: Mapping[UUID, str],
         tiers: Mapping[UUID, str],
         ids: set[UUID],
-        rows: Mapping[UUID, _Row],
+        rows: Mapping[UUID, Tenant],
         *,
         complete: bool,
     ) -> None:
@@ -265,7 +293,7 @@ class RegistryRebuilding:
             raise ConfigurationError(f"slug {doubled[0]!r} is given twice, or is another tenant's")
 
     async def _describe(
-        self, one: MarkedDatabase, live: int, rows: Mapping[UUID, _Row], slugs: Mapping[UUID, str]
+        self, one: MarkedDatabase, live: int, rows: Mapping[UUID, Tenant], slugs: Mapping[UUID, str]
     ) -> FoundDatabase:
         row = rows.get(one.tenant_id)
         found = FoundDatabase(
@@ -332,6 +360,9 @@ class RegistryRebuilding:
     ) -> RebuildReport:
         """Register the tenants that ``look`` has found: with the same ids, databases and roles, and new passwords.
 
+        A tenant that has a row keeps it, and the row gets the database in use. What it has replaced is kept as after a
+        restore.
+
         One tenant's failure does not stop the others. To go on after an interruption, repeat it. It issues no API keys.
 
         Args:
@@ -371,11 +402,16 @@ class RegistryRebuilding:
         self, all_found: _Found, one: FoundDatabase, marked: MarkedDatabase, tier: str | None, actor: Actor
     ) -> FoundDatabase:
         try:
-            if one.tenant_id not in all_found.registered:
+            switched = one.tenant_id in all_found.stale
+            if switched:
+                kept_until = datetime.now(UTC) + timedelta(seconds=self._config.backup.keep_replaced)
+                await self._marked.switch(marked, kept_until=kept_until, actor=actor)
+            elif one.tenant_id not in all_found.registered:
                 given = tier or self._config.default_tier
                 await self._marked.register(marked, slug=str(one.slug), tier=given, reason=REASON, actor=actor)
             await self._secrets.rotate_password(one.tenant_id, actor=actor)
-            tenant, differences = await self._marked.finish(marked, beside=all_found.beside(one), actor=actor)
+            beside = all_found.beside(one)
+            tenant, differences = await self._marked.finish(marked, beside=beside, switched=switched, actor=actor)
         except _FAILURES as exc:
             logger.error("tenant %s cannot be registered again: %s", one.tenant_id, describe(exc))
             return replace(one, state="refused", reason=describe(exc))

@@ -2,7 +2,8 @@
 
 The order leaves one writable copy at any time, see ``operations.switch``. Until the tenant's row names the new
 database, whoever takes the operation over can go on or go back; from then on, it goes on. The old one is sealed: not
-even the owner connects to it before an undo opens it again.
+even the owner connects to it before an undo opens it again. Its marker says which one has replaced it, so that nothing
+else opens it, even if the control database is restored to a time before.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from ..migrations.database import close, lock
 from ..operations import Operation
 from ..operations.switch import PAUSE_SECONDS, Paused, Switch
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import Provisioner
+from ..provisioning import Provisioner, databases
 from ..provisioning.provisioner import services_of
+from ..provisioning.replaced_databases import refuse_stale
+from ..registry.databases import TenantDatabase
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
-from ..tenant import Placement, Status, Tenant
+from ..routing.marker import marker_text, replaced_text
+from ..tenant import Status, Tenant
 from .making import placement_of
 
 logger = logging.getLogger("tenancy_orm.restores")
@@ -73,7 +77,8 @@ class Switching:
         self._registry = registry
         self._provisioner = provisioner
         self._new = provisioner.new_databases
-        self._switch = Switch(services_of(provisioner))
+        self._services = services_of(provisioner)
+        self._switch = Switch(self._services)
         self._connections = connections
 
     async def swap(
@@ -98,7 +103,7 @@ class Switching:
         place = placement_of(before)
         if place.database == database:
             await self._registry.end_pause(before.id)
-            await self._finish(replace(place, database=operation.detail["from"]), before)
+            await self._finish(before, operation.detail["from"])
             return await self._done(before, str(operation.detail["from"]), started)
         if place.database != operation.detail["from"]:
             raise OperationStateError(f"tenant {before.slug!r} has another database by now: {place.database}")
@@ -111,7 +116,7 @@ class Switching:
             if switched is None or not isinstance(exc, Exception):
                 raise
             after = switched  # the commit was in doubt, or only the end of the pause has failed
-        await self._finish(place, after)
+        await self._finish(after, place.database)
         return await self._done(after, place.database, started)
 
     async def _exchange(
@@ -120,6 +125,9 @@ class Switching:
         old = placement_of(paused.tenant)
         check_swappable(paused.tenant)
         new = replace(old, database=database)
+        # by an undo: until here it says that the other one has replaced it
+        mark = marker_text(self._services.installation, paused.tenant.id)
+        await databases.set_marker(paused.connection, database, mark)
         if paused.tenant.status not in LOGIN_BLOCKED:
             await self._new.set_connect(new, True)
             await self._new.prove(paused.tenant, new)
@@ -146,14 +154,28 @@ class Switching:
             # closing the database has ended it
             await run_to_completion(close(connection))
 
-    async def _finish(self, old: Placement, tenant: Tenant) -> None:
+    async def _finish(self, tenant: Tenant, replaced: str) -> None:
         """Seal the old database, and let the role be as the tenant's status says, which may have changed."""
         try:
-            await self._new.set_connect(old, False)
+            await self._seal(tenant, replaced)
         except ProvisioningError as exc:
-            # it has no CONNECT: what is left is an administrator's
-            logger.warning("tenant %s: the replaced database is not sealed yet: %s", tenant.slug, exc)
+            if exc.step != "sessions":
+                raise
+            # nobody can connect: what is left is an administrator's
+            logger.warning("tenant %s: sessions in the replaced database go on: %s", tenant.slug, exc)
         await self._provisioner.align(await self._registry.get(tenant.id))
+
+    async def _seal(self, tenant: Tenant, replaced: str) -> None:
+        """Let nobody connect to a database that the one in use has replaced, and let its marker say so.
+
+        Raises:
+            ProvisioningError: it may be the one in use, since the one that the tenant's row names was replaced, or does
+                not exist; or the server refused, see ``set_connect``.
+        """
+        services, place = self._services, placement_of(tenant)
+        await refuse_stale(services.admin_connections, services.servers[place.server], place.database)
+        mark = replaced_text(services.installation, tenant.id, place)
+        await self._new.set_connect(replace(place, database=replaced), False, mark=mark)
 
     async def _done(self, tenant: Tenant, replaced: str, started: float) -> Swapped:
         beside = [one for one in await self._registry.databases_of(tenant.id) if one.name == replaced]
@@ -179,6 +201,7 @@ class Switching:
 
         Raises:
             OperationStateError: its row names the other one.
+            ProvisioningError: the one that its row names was replaced; or the server refused.
             TenancyError: a server does not answer, or refuses.
         """
         current = await self._registry.get(operation.tenant_id)
@@ -188,15 +211,32 @@ class Switching:
             place = placement_of(locked)
             if place.database == database:
                 raise OperationStateError(f"tenant {locked.slug!r} uses database {database!r} already")
-            if await self._exists(locked, database):
-                await self._new.set_connect(replace(place, database=database), False)
+            beside = await self.beside(locked, database)
+            if beside is not None:
+                await self.close_beside(locked, beside)
             if locked.status not in LOGIN_BLOCKED:
                 await self._new.set_connect(place, True)
         # a pause of a process that was killed
         await self._registry.end_pause(operation.tenant_id)
 
-    async def _exists(self, tenant: Tenant, database: str) -> bool:
-        return any(one.name == database for one in await self._registry.databases_of(tenant.id))
+    async def beside(self, tenant: Tenant, database: str) -> TenantDatabase | None:
+        """Return a database beside the one in use, by its name."""
+        return next((one for one in await self._registry.databases_of(tenant.id) if one.name == database), None)
+
+    async def close_beside(self, tenant: Tenant, beside: TenantDatabase) -> None:
+        """Let nobody connect to a database that is not the one in use.
+
+        Raises:
+            ProvisioningError: it may be the one in use, since the one that the tenant's row names was replaced; or the
+                server refused.
+        """
+        if beside.state == "kept":
+            await self._seal(tenant, beside.name)
+            return
+        services, place = self._services, placement_of(tenant)
+        server = services.servers[place.server]
+        await refuse_stale(services.admin_connections, server, place.database, missing=False)
+        await self._new.set_connect(replace(place, database=beside.name), False)
 
 
 def check_swappable(tenant: Tenant) -> None:

@@ -2,11 +2,12 @@
 
 It is the database's comment (``COMMENT ON DATABASE``), set by the provisioner. No setting, no ``ALTER ROLE`` and
 nothing else that the tenant's role may do can change it. Each new connection proves it before anything else runs on it:
-see ``protocol``.
+see ``protocol``. A database that a restore or a move has replaced has a longer one, which no such proof accepts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 from uuid import UUID
@@ -14,6 +15,7 @@ from uuid import UUID
 from ..errors import MarkerMismatchError
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_literal
+from ..tenant import Placement
 
 # All names are qualified: a role can set its own search_path. No parameter is bound: a statement without parameters
 # uses the simple protocol, one round trip instead of two, and its command tag has the number of rows.
@@ -30,11 +32,30 @@ FIND: Final = (
 )
 
 PROVED: Final = "SELECT 1"
+_REPLACED: Final = re.compile(r"tenancy:[^:]+:[^:]+:replaced:(.+)", re.DOTALL)
+_PLAIN: Final = re.compile(r"tenancy:([0-9a-f-]{36}):([0-9a-f-]{36})")
 
 
 def marker_text(installation: UUID, tenant_id: UUID) -> str:
     """Return the marker of a tenant's database in this installation."""
     return f"tenancy:{installation}:{tenant_id}"
+
+
+def replaced_text(installation: UUID, tenant_id: UUID, by: Placement) -> str:
+    """Return the marker of a database of a tenant that another one has replaced: no session uses it."""
+    return f"{marker_text(installation, tenant_id)}:replaced:{by.server}/{by.database}"
+
+
+def replaced_by(text: str | None) -> str | None:
+    """Return the server and the database that have replaced the one with this marker; None where nothing has."""
+    match = _REPLACED.fullmatch(text or "")
+    return None if match is None else match[1]
+
+
+def tenant_of(text: str | None, installation: UUID) -> UUID | None:
+    """Return the tenant of this installation that a marker names; None where it is another one, or was replaced."""
+    match = _PLAIN.fullmatch(text or "")
+    return UUID(match[2]) if match is not None and match[1] == str(installation) else None
 
 
 def warm_text(installation: UUID) -> str:
@@ -81,4 +102,16 @@ async def verify(connection: Connection, installation: UUID, tenant_id: UUID, *,
         raise mismatch(expected, tenant or str(tenant_id), await connection.fetchrow(FIND))
 
 
-__all__ = ["FIND", "PROVED", "marker_text", "mismatch", "proof", "refusal", "verify", "warm_text"]
+__all__ = [
+    "FIND",
+    "PROVED",
+    "marker_text",
+    "mismatch",
+    "proof",
+    "refusal",
+    "replaced_by",
+    "replaced_text",
+    "tenant_of",
+    "verify",
+    "warm_text",
+]

@@ -31,6 +31,10 @@ CONNECTS = """
 SELECT datname::text FROM pg_database WHERE starts_with(datname::text, $1) AND datallowconn
    AND has_database_privilege($2::name, oid, 'CONNECT')
 """
+REPLACED = """
+SELECT datname::text FROM pg_database WHERE starts_with(datname::text, $1)
+   AND shobj_description(oid, 'pg_database') ~ ':replaced:'
+"""
 
 Task = dict[str, Any]
 
@@ -157,6 +161,8 @@ async def test_a_restore_that_is_killed_in_its_swap_is_finished(fleet: Fleet, ta
         place = (await fleet.registry.find("acme")).placement
         assert place is not None
         assert await writable(fleet) == {place.database}, at
+        kept = {one.name for one in await fleet.registry.databases_of(operation.tenant_id)}
+        assert await ask(fleet, REPLACED, fleet.services.names.tenant_stem) == kept, at
         with pytest.raises(OperationStateError, match="it is done"):
             await fleet.tenancy.restores.resume(operation.id)
         if not restored:

@@ -42,3 +42,24 @@ def rewrite(archive: Path, statement: str, other: str) -> None:
     contents = (archive / "toc.dat").read_bytes()
     assert statement.encode() in contents and len(other) <= len(statement)
     (archive / "toc.dat").write_bytes(contents.replace(statement.encode(), other.ljust(len(statement), "-").encode()))
+
+
+async def restored_copy(postgres: Postgres, control_url: str) -> str:
+    """Restore a dump of a control database, as it is now, into a new database, and return that one's URL."""
+    programs, url = programs_of(postgres), await postgres.create_database(postgres.new_name())
+
+    def copy() -> None:
+        dumped = subprocess.run(
+            [programs.path("pg_dump"), "--format=custom", "--no-owner", "--no-acl", control_url],
+            check=True,
+            capture_output=True,
+        )
+        subprocess.run(
+            [programs.path("pg_restore"), "--exit-on-error", f"--dbname={url}"],
+            check=True,
+            capture_output=True,
+            input=dumped.stdout,
+        )
+
+    await asyncio.to_thread(copy)
+    return url

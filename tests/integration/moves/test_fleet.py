@@ -132,10 +132,10 @@ async def test_a_former_server_that_is_lost_fills_no_disk_and_blocks_nothing_onc
         async with opened(config) as tenancy:
             await tenancy.tenants.create("acme")
 
-            async def lose(switch: Switch, placement: Placement) -> None:
+            async def lose(switch: Switch, placement: Placement, *, mark: str | None) -> None:
                 monkeypatch.undo()
                 await asyncio.to_thread(pair.one.kill)
-                await close(switch, placement)
+                await close(switch, placement, mark=mark)
 
             monkeypatch.setattr(Switch, "close_kept", lose)
             with pytest.raises(TenancyError):

@@ -209,12 +209,12 @@ async def test_readers_of_a_materialized_view_with_a_unique_index_are_not_kept_w
     original = Switch.close_kept
     readers: list[psycopg.Connection[Any]] = []
 
-    async def close_kept(switch: Switch, *arguments: Any) -> None:
+    async def close_kept(switch: Switch, *arguments: Any, **options: Any) -> None:
         place = (await plane.tenants.get("acme")).placement
         assert place is not None
         readers.append(psycopg.connect(pair.two.url(place.database)))
         readers[0].execute("SELECT count(*) FROM totals")
-        await original(switch, *arguments)
+        await original(switch, *arguments, **options)
 
     monkeypatch.setattr(Switch, "close_kept", close_kept)
     try:
