@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -224,7 +223,7 @@ class Dump:
                 await holding.execute("SET transaction_timeout = 0")
             programs = await self._programs(connections.version(holding))
             # pg_dump and the counts see this snapshot, which is there as long as its transaction
-            await begin_snapshot(holding, partial(lockable_tables, scope=self._scope))
+            await begin_snapshot(holding, self._lockable)
             facts, tables = await self._facts(holding)
             if facts["hides"]:
                 await self._source.see_all_rows()
@@ -242,8 +241,14 @@ class Dump:
         finally:
             await run_to_completion(connections.close(holding))
 
+    async def _lockable(self, holding: Connection) -> list[str]:
+        return await lockable_tables(holding, self._scope)
+
     async def _facts(self, holding: Connection) -> tuple[Any, list[tuple[str, int]]]:
-        return await holding.fetchrow(_FACTS), await read_tables(holding, self._scope)
+        return await holding.fetchrow(_FACTS), await self._tables(holding)
+
+    async def _tables(self, holding: Connection) -> list[tuple[str, int]]:
+        return await read_tables(holding, self._scope)
 
     async def _refuse_partial(self, holding: Connection, tables: Sequence[tuple[str, int]]) -> None:
         """Refuse tables of which the dump, and the counts that it is compared with, would lack rows.
@@ -371,18 +376,6 @@ class Dump:
             program.resume()
 
 
-async def read_tables(connection: Connection, scope: Scope) -> list[tuple[str, int]]:
-    """Return the tables with rows that are dumped, by their quoted names, and their sizes in bytes."""
-    schemas = None if scope.schemas is None else list(scope.schemas)
-    rows = await connection.fetch(_TABLES, list(scope.left_out), schemas)
-    return [(row["name"], row["bytes"]) for row in rows if row["name"] not in scope.without_rows]
-
-
-async def lockable_tables(connection: Connection, scope: Scope) -> list[str]:
-    """Return their names as ``begin_snapshot`` locks them."""
-    return [f"ONLY {name}" for name, _ in await read_tables(connection, scope)]
-
-
 def pattern(name: str) -> str:
     """Return a name as one of psql's patterns."""
     return '"' + name.replace('"', '""') + '"'
@@ -479,6 +472,18 @@ class _Feed:
             yield file
         if self._stopped.is_set():
             raise BackupError("the dump was stopped")
+
+
+async def read_tables(connection: Connection, scope: Scope) -> list[tuple[str, int]]:
+    """Return the tables with rows that are dumped, by their quoted names, and their sizes in bytes."""
+    schemas = None if scope.schemas is None else list(scope.schemas)
+    rows = await connection.fetch(_TABLES, list(scope.left_out), schemas)
+    return [(row["name"], row["bytes"]) for row in rows if row["name"] not in scope.without_rows]
+
+
+async def lockable_tables(connection: Connection, scope: Scope) -> list[str]:
+    """Return their names as ``begin_snapshot`` locks them."""
+    return [f"ONLY {name}" for name, _ in await read_tables(connection, scope)]
 
 
 async def in_thread(work: Callable[[], T], stop: Callable[[], None]) -> T:

@@ -527,26 +527,34 @@ async def test_a_server_that_was_recovered_elsewhere_gives_one_database(
         await tenancy.recovery.source("acme", target, recovered_server=url)
 
 
-async def test_another_tenant_is_made_of_a_recovered_server_where_the_servers_own_is_gone(
+async def test_another_tenant_is_made_on_another_server_where_the_tenants_own_is_gone(
     tenancy_config: TenancyConfig, primary: TestServer, postgres: Postgres, directory: Path
 ) -> None:
-    """On another server: nothing is asked of the one that is lost."""
+    """Of its base backup and WAL, or of a server that was recovered elsewhere: nothing is asked of the lost one."""
     settings = recovery_settings(primary, directory)
     settings["servers"]["other"] = postgres.admin_url
     async with opened(tenancy_config.replace(**settings), initialise=True) as tenancy:
         acme = (await tenancy.tenants.create("acme", server="default")).tenant
         assert acme.placement is not None
-        await write(tenancy, "acme", "first")
+        async with receiving(tenancy):
+            await tenancy.recovery.take_base()
+            await write(tenancy, "acme", "first")
+            target = now(primary)
+            await write(tenancy, "acme", "second")
+            by_wal = await tenancy.recovery.source("acme", target)
+        await tenancy.recovery.drop_slot()
         with standby_of(primary, settings={"max_prepared_transactions": "7"}) as elsewhere:
             elsewhere.catch_up()
             primary.halt()
             try:
+                await tenancy.restores.restore_as("acme-1", by_wal, server="other")
+                assert await bodies(tenancy, "acme-1") == ["first"]
                 # one that replays still, as where it is paused at its target
                 source = await tenancy.recovery.source("acme", recovered_server=elsewhere.url())
                 await tenancy.restores.restore_as("acme-2", source, server="other")
                 elsewhere.promote()
                 await tenancy.restores.restore_as("acme-3", source, server="other")
-                assert await bodies(tenancy, "acme-2") == await bodies(tenancy, "acme-3") == ["first"]
+                assert await bodies(tenancy, "acme-2") == await bodies(tenancy, "acme-3") == ["first", "second"]
                 elsewhere.query(f"UPDATE pg_database SET datconnlimit = -2 WHERE datname = '{acme.placement.database}'")
                 with pytest.raises(
                     RecoveryTargetError, match=r"was being dropped at that time.*choose an earlier time"
