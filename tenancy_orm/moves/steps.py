@@ -287,6 +287,7 @@ class Move:
             await self._create_role()
             policy = SamePolicy(expected, owner=self._provisioning.names.owner, tenant=self._tenant.slug)
             await new.hand_over(self._tenant, self.new.role, policy=policy)
+            await new.shut_guests_out(self.new.role)
 
     async def _create_role(self) -> None:
         """Create the tenant's role on the new server, unless an earlier move has left it there."""
