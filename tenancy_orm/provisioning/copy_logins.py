@@ -39,6 +39,7 @@ SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r O
 """
 _ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE INHERIT NOREPLICATION NOBYPASSRLS"
 _CONNECTIONS = 8
+_EXPIRES_AT = "SELECT clock_timestamp() + make_interval(secs => $1)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +90,7 @@ async def create_login(
         member_of: The roles that it has the rights of.
     """
     password = new_password()
-    expires_at: datetime = await connection.fetchval(
-        "SELECT clock_timestamp() + make_interval(secs => $1)", float(seconds)
-    )
+    expires_at: datetime = await connection.fetchval(_EXPIRES_AT, float(seconds))
     options = " WITH INHERIT TRUE, SET FALSE, ADMIN FALSE" if connections.version(connection) >= 16 else ""
     name = quote_identifier(role)
     secret = quote_literal(scram_verifier(password))
@@ -102,6 +101,18 @@ async def create_login(
     ]
     await connection.execute("; ".join(statements))
     return CopyLogin(role=role, database=database, password=password, dsn=dsn.without_service())
+
+
+async def extend_login(connection: Connection, role: str, *, seconds: float) -> None:
+    """Let a login's password be valid for so many seconds from now.
+
+    Args:
+        connection: An administrative one.
+        role: Its name.
+        seconds: For how long.
+    """
+    expires_at: datetime = await connection.fetchval(_EXPIRES_AT, float(seconds))
+    await connection.execute(f"ALTER ROLE {quote_identifier(role)} VALID UNTIL {quote_literal(expires_at.isoformat())}")
 
 
 async def create_reader(
