@@ -18,6 +18,10 @@ from .runtime import EXIT_FAILED, Json, Yes, confirm, fail, operator, run
 Offline = Annotated[
     bool, typer.Option("--offline", help="Copy it by a dump, in maintenance, instead of by logical replication.")
 ]
+NoWayBack = Annotated[
+    bool,
+    typer.Option("--no-way-back", help="The former database does not follow, which saves a worker and a slot each."),
+]
 Concurrency = Annotated[
     int | None, typer.Option(min=1, max=16, help="Tenants at once; the setting move.concurrency by default.")
 ]
@@ -29,6 +33,7 @@ def move(
         str | None, typer.Option("--to", help="The server; the one that placement chooses where it is not given.")
     ] = None,
     offline: Offline = False,
+    no_way_back: NoWayBack = False,
     rollback: Annotated[
         bool, typer.Option("--rollback", help="Go back to the former server; what was written since is there as well.")
     ] = False,
@@ -45,10 +50,12 @@ def move(
     """Move a tenant to another server while it is used; its sessions wait for a moment. See also: tenancy rebalance."""
     if (tenant is None) == (all_from is None):
         fail("name a tenant, or give --all-from SERVER", kind="ConfigurationError")
-    if (rollback or confirmed) and (tenant is None or to is not None or offline or (rollback and confirmed)):
+    if (rollback or confirmed) and (
+        tenant is None or to is not None or offline or no_way_back or (rollback and confirmed)
+    ):
         fail("--rollback and --confirm take a tenant, and nothing else", kind="ConfigurationError")
     if all_from is not None:
-        _move_all(all_from, to, offline, concurrency, as_json)
+        _move_all(all_from, to, offline, not no_way_back, concurrency, as_json)
         return
 
     async def command(tenancy: Tenancy) -> Operation:
@@ -58,7 +65,9 @@ def move(
         if confirmed:
             return await tenancy.moves.confirm(tenant, actor=operator())
         tell = None if as_json else note
-        return await tenancy.moves.move(tenant, to=to, offline=offline, tell=tell, actor=operator())
+        return await tenancy.moves.move(
+            tenant, to=to, offline=offline, way_back=not no_way_back, tell=tell, actor=operator()
+        )
 
     if confirmed and not yes and not confirm(f"drop the former database of {tenant}? There is no way back then."):
         fail("nothing was changed")
@@ -73,6 +82,7 @@ def rebalance(
     apply: Annotated[bool, typer.Option("--apply", help="Do it.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Moves at most.")] = 100,
     offline: Offline = False,
+    no_way_back: NoWayBack = False,
     concurrency: Concurrency = None,
     yes: Yes = False,
     as_json: Json = False,
@@ -96,7 +106,12 @@ def rebalance(
 
     async def command(tenancy: Tenancy, bar: ProgressBar) -> MoveReport:
         return await tenancy.moves.apply(
-            plan, offline=offline, concurrency=concurrency, progress=TenantBar(bar, "move"), actor=operator()
+            plan,
+            offline=offline,
+            way_back=not no_way_back,
+            concurrency=concurrency,
+            progress=TenantBar(bar, "move"),
+            actor=operator(),
         )
 
     with progress_bar(shown=not as_json) as bar:
@@ -104,12 +119,15 @@ def rebalance(
     _report(report, as_json)
 
 
-def _move_all(server: str, to: str | None, offline: bool, concurrency: int | None, as_json: bool) -> None:
+def _move_all(
+    server: str, to: str | None, offline: bool, way_back: bool, concurrency: int | None, as_json: bool
+) -> None:
     async def command(tenancy: Tenancy, bar: ProgressBar) -> MoveReport:
         return await tenancy.moves.move_all(
             server,
             to=to,
             offline=offline,
+            way_back=way_back,
             concurrency=concurrency,
             progress=TenantBar(bar, "move"),
             actor=operator(),
@@ -198,6 +216,8 @@ def _report(report: MoveReport, as_json: bool) -> None:
         console.print(f"moved {len(moved)}, failed {len(report.failures)}", highlight=False)
         if moved:
             print_table("moved", ("tenant", "from", "to"), [(one.slug, one.moved_from, one.moved_to) for one in moved])
+        if lost := [one for one in moved if one.reverse != "following"]:
+            print_table("no way back by --rollback", ("tenant", "reason"), [(one.slug, one.reverse) for one in lost])
         if report.failures:
             print_table("failed", ("tenant", "error"), [(one.slug, one.error) for one in report.failures])
     if not report.ok:

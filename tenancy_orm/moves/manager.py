@@ -39,7 +39,9 @@ from ..tenant import Placement, Status, Tenant, TenantRef
 from ..tenants.manager import TenantManager
 from .leftovers import Leftovers
 from .rebalance import MovePlan, PlannedMove, Planner
+from .room import check_room, look
 from .steps import FULL, LEAST_VERSION, Move, MoveServices, Tell, check_way_back
+from .streams import FAILED, MORE_WORKERS
 
 logger = logging.getLogger("tenancy_orm.moves")
 
@@ -61,6 +63,7 @@ class MoveOutcome:
         moved_from: The server that it was on.
         moved_to: The server that it is on, or was to be.
         error: Why it was not moved.
+        reverse: "following" where the former database follows, so that there is a way back; else why there is none.
     """
 
     slug: str
@@ -68,6 +71,7 @@ class MoveOutcome:
     moved_from: str
     moved_to: str | None
     error: str | None = None
+    reverse: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +151,7 @@ class MoveManager:
         *,
         to: str | None = None,
         offline: bool = False,
+        way_back: bool = True,
         tell: Tell | None = None,
         actor: Actor = SYSTEM,
     ) -> Operation:
@@ -156,6 +161,7 @@ class MoveManager:
             tenant: The tenant.
             to: The server's name; the one that placement chooses where None.
             offline: Copy it by a dump, in maintenance, instead of by logical replication.
+            way_back: Whether the former database follows the new one, which takes a worker and a slot.
             tell: Called with each step that begins, in words.
             actor: Who does this, for the audit log.
 
@@ -177,7 +183,7 @@ class MoveManager:
             raise OperationError(f"tenant {found.slug!r} is {found.status.value}, and cannot be moved")
         await refuse_stale(self._admin_connections, self._servers[place.server], place.database, missing=False)
         target = await self._target(found, place, to)
-        version = None if offline else await self._check_servers(place.server, target, tell)
+        version = None if offline else await self._check_servers(place.server, target, tell if way_back else None)
         await self._provisioner.prepare_server(target)
         services = self._services(Claimant())
         name = self._provisioner.new_databases.new_name()
@@ -192,6 +198,7 @@ class MoveManager:
                 "to": {"server": target, "database": name, "role": place.role},
                 "revision": found.schema_revision,
                 "offline": offline,
+                "way_back": way_back,
                 "version": version,
             },
         )
@@ -228,7 +235,8 @@ class MoveManager:
         A move that has not switched yet is undone by ending its process, or by ``resume`` after that.
 
         Raises:
-            OperationStateError: there is no move to go back from, or its former database does not follow any more.
+            OperationStateError: there is no move to go back from, its former database does not follow any more, or the
+                former server is in drain.
             OperationError: the schema was changed since, or the former database did not catch up.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
             CrossTenantError: a tenant is bound.
@@ -236,6 +244,14 @@ class MoveManager:
         refuse_while_bound("moving a tenant")
         found = await self._waiting(tenant)
         check_way_back(found)
+        former = found.detail["from"]["server"]
+        row = self._servers[former].row
+        if row is not None and row.state == "drain":
+            # the control database would refuse it in the pause
+            raise OperationStateError(
+                f"server {former!r} is in drain, and takes tenant {found.slug!r} back only after: tenancy servers "
+                f"activate {former}"
+            )
         move, operation = await self._claim(found, actor)
         return await self._finish(operation, move.roll_back())
 
@@ -356,6 +372,7 @@ class MoveManager:
             try:
                 version = connections.version(connection)
                 level = await connection.fetchval("SELECT current_setting('wal_level')")
+                left = await look(connection)
                 superuser = await roles.is_superuser(connection)
                 able = superuser or await connection.fetchval(
                     "SELECT count(*) = 0 FROM pg_roles WHERE rolname = 'pg_create_subscription' "
@@ -373,6 +390,8 @@ class MoveManager:
                     f"server {name!r} has wal_level = {level}; set it to logical, which needs a restart, or use "
                     "--offline"
                 )
+            if name == source and not left.workers and tell is not None:
+                tell(f"there will be no way back by --rollback: server {name!r} has no worker left{MORE_WORKERS}")
             if name == target and level != "logical" and tell is not None:
                 tell(f"there will be no way back by --rollback: server {name!r} has wal_level = {level}")
             if name == target and not able:
@@ -394,6 +413,7 @@ class MoveManager:
         *,
         to: str | None = None,
         offline: bool = False,
+        way_back: bool = True,
         concurrency: int | None = None,
         progress: MoveProgress | None = None,
         actor: Actor = SYSTEM,
@@ -404,12 +424,15 @@ class MoveManager:
             server: The server to empty.
             to: Where they go; where None, placement chooses for each.
             offline: As in ``move``.
+            way_back: As in ``move``; where there is not room for all of them, none is begun.
             concurrency: How many are moved at once; ``move.concurrency`` where None.
             progress: Called as the moves proceed.
             actor: Who does this, for the audit log.
 
         Raises:
-            OperationError: the server is not in drain, so that it would get new tenants.
+            OperationError: the server is not in drain, so that it would get new tenants; or not all former databases
+                could follow.
+            ServerUnavailableError: a server does not answer.
             UnknownServerError: there is no such server.
             ControlUnavailableError: the control database does not answer.
             CrossTenantError: a tenant is bound.
@@ -423,7 +446,7 @@ class MoveManager:
             PlannedMove(tenant=found, moved_from=server, moved_to=to, size_bytes=None, reason=f"{server} is in drain")
             async for found in self._registry.iterate(which)
         ]
-        return await self._move_planned(planned, offline, concurrency, progress, actor)
+        return await self._move_planned(planned, offline, way_back, concurrency, progress, actor)
 
     async def plan(self, *, limit: int = 100) -> MovePlan:
         """Return which tenants should be on other servers, and why; nothing is moved.
@@ -446,6 +469,7 @@ class MoveManager:
         plan: MovePlan,
         *,
         offline: bool = False,
+        way_back: bool = True,
         concurrency: int | None = None,
         progress: MoveProgress | None = None,
         actor: Actor = SYSTEM,
@@ -455,31 +479,37 @@ class MoveManager:
         Args:
             plan: What ``plan`` returned.
             offline: As in ``move``.
+            way_back: As in ``move``; where there is not room for all of them, none is begun.
             concurrency: How many tenants are moved at once; ``move.concurrency`` where None.
             progress: Called as the moves proceed.
             actor: Who does this, for the audit log.
 
         Raises:
+            OperationError: not all former databases could follow.
+            ServerUnavailableError: a server does not answer.
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("moving tenants")
-        return await self._move_planned(plan.moves, offline, concurrency, progress, actor)
+        return await self._move_planned(plan.moves, offline, way_back, concurrency, progress, actor)
 
     async def _move_planned(
         self,
         planned: Sequence[PlannedMove],
         offline: bool,
+        way_back: bool,
         concurrency: int | None,
         progress: MoveProgress | None,
         actor: Actor,
     ) -> MoveReport:
+        if way_back and not offline:
+            await check_room(self._connect, [(one.moved_from, one.moved_to) for one in planned])
         slots = asyncio.Semaphore(self._config.concurrency if concurrency is None else concurrency)
         if progress is not None:
             progress.total(len(planned))
 
         async def one(move: PlannedMove) -> MoveOutcome:
             async with slots:
-                outcome = await self._move_one(move, offline, actor)
+                outcome = await self._move_one(move, offline, way_back, actor)
             if progress is not None:
                 progress.done(outcome)
             return outcome
@@ -489,17 +519,22 @@ class MoveManager:
             tasks = [group.create_task(one(move)) for move in planned]
         return MoveReport(outcomes=tuple(task.result() for task in tasks))
 
-    async def _move_one(self, planned: PlannedMove, offline: bool, actor: Actor) -> MoveOutcome:
-        tenant, operation, error = planned.tenant, None, None
+    async def _move_one(self, planned: PlannedMove, offline: bool, way_back: bool, actor: Actor) -> MoveOutcome:
+        tenant, operation, error, reverse = planned.tenant, None, None, None
         moved_to = planned.moved_to
         try:
-            done = await self.move(tenant, to=moved_to, offline=offline, actor=actor)
-            operation, moved_to = done.id, str(done.detail["to"]["server"])
+            done = await self.move(tenant, to=moved_to, offline=offline, way_back=way_back, actor=actor)
+            operation, moved_to, reverse = done.id, str(done.detail["to"]["server"]), done.detail.get("reverse")
         except (TenancyError, *SERVER_FAILURES) as exc:
             logger.error("tenant %s is not moved: %s", tenant.slug, describe(exc))
             error = str(exc) or type(exc).__name__
         return MoveOutcome(
-            slug=tenant.slug, operation=operation, moved_from=planned.moved_from, moved_to=moved_to, error=error
+            slug=tenant.slug,
+            operation=operation,
+            moved_from=planned.moved_from,
+            moved_to=moved_to,
+            error=error,
+            reverse=reverse,
         )
 
     # --- housekeeping -----------------------------------------------------------------------------------------------
@@ -508,7 +543,8 @@ class MoveManager:
         """Finish or undo moves that killed processes have left, confirm those that are due, and drop what is left over.
 
         A slot that nobody reads from keeps a server's log until its disk is full. So the way back of a move is given up
-        once it keeps more than ``move.max_slot_bytes``, and a slot without a move is dropped.
+        once it keeps more than ``move.max_slot_bytes``, or the former database fails at the same change again; and a
+        slot without a move is dropped.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
@@ -588,7 +624,18 @@ class MoveManager:
             reason = "its slot is gone, or the server has removed the log that it needs"
         elif kept > self._config.max_slot_bytes:
             reason = FULL.format(kept=kept)
+        elif (failing := await move.failing()) is None:
+            return []
+        elif failing.since(operation.detail.get("failing")):
+            reason = FAILED.format(failures=failing.failures)
         else:
+            # once may be a deadlock, or an operator's row that is gone by now
+            if failing.fields() != operation.detail.get("failing"):
+                claimed, _ = await self._claim(operation, actor)
+                await run_unbound(claimed.note_failing(failing))
+                logger.warning(
+                    "move %d: the former database of tenant %s fails to follow", operation.id, operation.slug
+                )
             return []
         claimed, _ = await self._claim(operation, actor)
         await run_unbound(claimed.give_up_return(reason))

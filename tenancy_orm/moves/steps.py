@@ -44,8 +44,9 @@ from ..tenant import Placement, Status, Tenant
 from ..tenants.manager import TenantManager
 from .copying import MATERIALIZED, TEXTS, Copying, copy_large_objects, copy_sequences, copy_tables
 from .policy import SamePolicy, refuse_own_objects, schema_differences
-from .streams import Stream
+from .streams import Failing, Stream
 from .survey import Survey, refuse_configured, survey
+from .truncations import referred_by_unlogged
 
 logger = logging.getLogger("tenancy_orm.moves")
 
@@ -70,8 +71,12 @@ _PREPARED = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database
 _SERVED = frozenset({Status.TRIAL, Status.ACTIVE})
 _SLOT_SECONDS = 60.0
 _SHOWN = 5
+TRUNCATED = "unlogged tables refer to {tables}, so a TRUNCATE of these ends the move, or its way back; DELETE does not"
+"""What a move tells of such tables."""
 FULL = "it kept {kept:,} bytes of the log, so housekeeping ended it"
 """Why there is no way back."""
+UNWANTED = "it was moved without a way back"
+"""Why there is none, where nobody wanted one."""
 
 
 def _silent(step: str) -> None:
@@ -135,6 +140,9 @@ class Move:
     async def _advance(self, step: str, **detail: Any) -> None:
         if step != "switched" or self._online:  # after a move by a dump, nothing follows
             self._tell(_TOLD.get(step, step))
+        await self._note(step, **detail)
+
+    async def _note(self, step: str, **detail: Any) -> None:
         self._operation = await self._services.operations.advance(
             self._operation, self._services.claimant, step, detail=detail
         )
@@ -181,7 +189,10 @@ class Move:
             await lock_migrations(source, timeout=self._provisioning.config.provisioning.timeout)
             found = await self._look(source)
             expected = await self._read(self.old, source)
-            await self._advance("publishing", identities=found.without_identity)
+            referred = await referred_by_unlogged(source)
+            if referred:
+                self._tell(TRUNCATED.format(tables=enumeration(referred)))
+            await self._advance("publishing", identities=found.without_identity, not_to_truncate=referred)
             await self._identify(self.old, found.without_identity)
             owner = await self._forward.connect(self.old, role=self._provisioning.names.owner)
             try:
@@ -293,6 +304,7 @@ class Move:
             await self._create_role()
             policy = SamePolicy(expected, owner=self._provisioning.names.owner, tenant=self._tenant.slug)
             await new.hand_over(self._tenant, self.new.role, policy=policy)
+            await new.shut_guests_out(self.new.role)
 
     async def _create_role(self) -> None:
         """Create the tenant's role on the new server, unless an earlier move has left it there."""
@@ -319,6 +331,8 @@ class Move:
 
     async def _prepare_return(self, found: Survey) -> str:
         """Make what the way back needs, which costs nothing within the pause; "ready", or why there is none."""
+        if not self._operation.detail.get("way_back", True):
+            return UNWANTED
         try:
             inside = await self._reverse.connect(self.new)
             try:
@@ -336,7 +350,7 @@ class Move:
         except (TenancyError, *SERVER_FAILURES) as exc:
             logger.warning("move %d of tenant %s has no way back: %s", self._operation.id, self._tenant.slug, exc)
             await self._reverse.drop_source()
-            return str(exc)
+            return str(exc) or describe(exc)
         return "ready"
 
     # --- the pause --------------------------------------------------------------------------------------------------
@@ -522,20 +536,20 @@ class Move:
 
     async def _follow_back(self) -> str:
         """Have the old database follow the new one; "following", or why it does not."""
-        known = str(self._operation.detail.get("reverse") or "it was not prepared")
-        if known not in ("ready", "following"):
-            return known
-        try:
-            await self._reverse.drop_subscription()
-            login = await self._reverse.create_login(
-                seconds=self._config.keep_seconds + self._config.timeout, reads=False
-            )
-            await self._reverse.subscribe(login)
-        except (TenancyError, *SERVER_FAILURES) as exc:
-            logger.warning("move %d of tenant %s has no way back: %s", self._operation.id, self._tenant.slug, exc)
+        reason = str(self._operation.detail.get("reverse") or "it was not prepared")
+        if reason in ("ready", "following"):
+            try:
+                await self._reverse.follow(seconds=self._config.keep_seconds + self._config.timeout)
+            except (TenancyError, *SERVER_FAILURES) as exc:
+                logger.warning("move %d of tenant %s has no way back: %s", self._operation.id, self._tenant.slug, exc)
+                reason = str(exc) or describe(exc)
+                # first: what is dropped cannot follow, whatever ends this process
+                await self._note("switched", reverse=reason)
+            else:
+                return "following"
+        if self._online:
             await self._reverse.drop()
-            return str(exc)
-        return "following"
+        return reason
 
     async def _refresh_views(self) -> None:
         """Fill the materialized views again: the old database may have filled them since they were copied."""
@@ -652,6 +666,20 @@ class Move:
         """How much of its log the new server keeps for the way back; None where that is lost."""
         return await self._reverse.kept_bytes()
 
+    async def failing(self) -> Failing | None:
+        """What the former database fails to apply; None where it fails at nothing, or does not answer."""
+        try:
+            return await self._reverse.failing()
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            logger.debug("the former database of tenant %s is not reached: %s", self._tenant.slug, describe(exc))
+            return None
+
+    async def note_failing(self, found: Failing) -> None:
+        """Write down that the former database fails, to compare with when it is looked at again."""
+        await self._services.operations.finish(
+            self._operation, self._services.claimant, "waiting", detail={"failing": found.fields()}
+        )
+
     async def give_up_slot(self, most: int) -> bool:
         """End the way back where the new server keeps more of its log for it, in bytes; returns whether it did.
 
@@ -661,7 +689,7 @@ class Move:
         if kept is None or kept <= most:
             return False
         await self._reverse.drop_source()
-        await self._advance(self._operation.step, reverse=FULL.format(kept=kept))
+        await self._note(self._operation.step, reverse=FULL.format(kept=kept))
         return True
 
     async def resume(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import asyncpg
 
@@ -25,7 +26,7 @@ from ..postgres.quoting import quote_identifier, quote_literal
 from ..provisioning import databases, removal, roles
 from ..provisioning.admin_connections import HOLDING
 from ..provisioning.blockers import Blockers
-from ..provisioning.copy_logins import CopyLogin, create_login, end_login, see_all_rows
+from ..provisioning.copy_logins import CopyLogin, create_login, end_login, extend_login, see_all_rows
 from ..provisioning.pipeline import ProvisioningServices, describe
 from ..provisioning.scram import scram_verifier
 from ..servers import Server
@@ -48,11 +49,12 @@ _SETTINGS: Mapping[str, str] = {
 _WRITE = "SELECT pg_logical_emit_message(true, 'tenancy', '')::text"
 WORKER_SECONDS = 60.0
 """For how long nobody may read from a slot before whoever waits for it gives up."""
-_NO_WORKER = (
-    "; see its log: it has no worker left, for example, since each move that waits to be confirmed uses one on the "
-    "former server: raise max_logical_replication_workers, max_worker_processes and max_replication_slots there, or "
-    "confirm moves"
+MORE_WORKERS = (
+    ", since each move that waits to be confirmed uses one on the former server: raise "
+    "max_logical_replication_workers, max_worker_processes and max_replication_slots there, or confirm moves"
 )
+"""Why a server has no worker left, and what to do."""
+_NO_WORKER = f"; see its log: it has no worker left, for example{MORE_WORKERS}"
 
 _PLACE = "TENANCYPASSWORD"
 _RANDOM = (
@@ -65,6 +67,9 @@ _BODY = (
     "EXCEPTION WHEN query_canceled OR OTHERS THEN RAISE EXCEPTION USING ERRCODE = SQLSTATE, MESSAGE = SQLERRM; END"
 )
 
+FAILED = "applying changes failed {failures} times, see its log; the schema may have been changed"
+"""Why a server does not follow."""
+
 _REMEDY = "; or move it with --offline"
 _SLOT = """
 SELECT active, active_pid, confirmed_flush_lsn >= $2::text::pg_lsn AS reached,
@@ -75,9 +80,13 @@ _SUBSCRIPTION = """
 SELECT s.subenabled FROM pg_subscription s JOIN pg_database d ON d.oid = s.subdbid
  WHERE s.subname = $1 AND d.datname = current_database()
 """
+ATTACH_SECONDS = 20.0
+"""How long a server has for beginning to read from a slot, once it has a subscription. A worker that has failed begins
+again after ``wal_retrieve_retry_interval``, 5 s by default."""
 _FAILURES = """
 SELECT apply_error_count FROM pg_stat_subscription_stats WHERE subname = $1
 """
+_CONFIRMED = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = $1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,22 @@ class Snapshot:
     """What a slot was made at: the name of the exported snapshot, which others can read by until it is closed."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failing:
+    """A subscription that has failed to apply something: how often in all, and which position it has reached."""
+
+    failures: int
+    reached: str | None
+
+    def fields(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {"failures": self.failures, "reached": self.reached}
+
+    def since(self, earlier: Mapping[str, Any] | None) -> bool:
+        """Whether it has failed again since an earlier look, of ``fields``, and has got no further."""
+        return earlier is not None and self.failures > int(earlier["failures"]) and self.reached == earlier["reached"]
 
 
 class Stream:
@@ -274,28 +299,96 @@ class Stream:
 
     # --- the target -------------------------------------------------------------------------------------------------
 
-    async def subscribe(self, login: CopyLogin) -> None:
+    async def subscribe(self, login: CopyLogin, *, replicated: bool = True) -> None:
         """Have the target follow the source from where the slot is. Rows that it has are not copied again.
 
+        A subscription that is there goes on: only the target knows what it has applied. One that is made again would
+        begin where the slot is, which may be before that.
+
         The login gets another password, which the target makes: no statement has it that a server may log.
+
+        Args:
+            login: What the target logs in to the source by.
+            replicated: Whether it also gets what the source has from a subscription of its own.
 
         Raises:
             OperationError: the administrator of the target may not, or the target does not reach the source.
         """
         server, _ = self._server(self.source)
         uri = server.peer.uri(user=login.role, password=_PLACE, database=login.database, purpose="tenancy-move")
-        name = quote_identifier(self.name)
+        name, slot = quote_identifier(self.name), quote_literal(self.name)
         create = (
             f"CREATE SUBSCRIPTION {name} CONNECTION {quote_literal(uri)} PUBLICATION {name} WITH ("
-            f"create_slot = false, slot_name = {quote_literal(self.name)}, copy_data = false, "
-            "synchronous_commit = 'local')"
+            f"create_slot = false, slot_name = {slot}, copy_data = false, synchronous_commit = 'local', "
+            f"origin = '{'any' if replicated else 'none'}')"
+        )
+        go_on = (
+            f"ALTER SUBSCRIPTION {name} CONNECTION {quote_literal(uri)}; "
+            f"ALTER SUBSCRIPTION {name} SET (slot_name = {slot}); ALTER SUBSCRIPTION {name} ENABLE"
         )
         connection = await self.connect(self.target)
         try:
+            found = await connection.fetchval(_SUBSCRIPTION, self.name)
             await self._set_password(str(await connection.fetchval(_RANDOM)))
-            await connection.execute("DO " + quote_literal(_BODY.format(quote_literal(create))))
+            statement = create if found is None else go_on
+            await connection.execute("DO " + quote_literal(_BODY.format(quote_literal(statement))))
         except asyncpg.PostgresError as exc:
             raise self._refused(f"cannot follow server {self.source.server!r}", self.target.server, exc) from None
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def follow(self, *, seconds: float) -> None:
+        """Have the target follow the source, and wait until it does. To finish an interrupted attempt, repeat it.
+
+        What the source has from a subscription of its own is left out: the target has it.
+
+        Args:
+            seconds: For how long its login is valid.
+
+        Raises:
+            OperationError: the target cannot follow, and why.
+        """
+        if await self.kept_bytes() is None:
+            raise OperationError(f"the replication slot {self.name!r} of server {self.source.server!r} is lost")
+        if not await self._keeps_following(seconds):
+            await self.subscribe(await self.create_login(seconds=seconds, reads=False), replicated=False)
+        await self._wait_for_reader()
+
+    async def _keeps_following(self, seconds: float) -> bool:
+        """Whether the target has a subscription that is enabled, and the login of it; that is valid for longer then."""
+        connection = await self.connect(self.target)
+        try:
+            if not await connection.fetchval(_SUBSCRIPTION, self.name):
+                return False
+        finally:
+            await run_to_completion(connections.close(connection))
+        _, blockers = self._server(self.source)
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            if not await roles.exists(connection, self.login_name):
+                return False
+            await extend_login(connection, self.login_name, seconds=seconds)
+            return True
+        finally:
+            await run_to_completion(connections.close(connection))
+
+    async def _wait_for_reader(self) -> None:
+        """Wait until somebody reads from the slot: a subscription without a worker keeps the log, and follows nothing.
+
+        Raises:
+            OperationError: nobody does within ``ATTACH_SECONDS``.
+        """
+        _, blockers = self._server(self.source)
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            began = time.monotonic()
+            while (row := await connection.fetchrow(_SLOT, self.name, "0/0")) is None or not row["active"]:
+                if time.monotonic() - began >= ATTACH_SECONDS:
+                    raise OperationError(
+                        f"server {self.target.server!r} has not read from server {self.source.server!r} for "
+                        f"{ATTACH_SECONDS:g} s{await self._failure() or _NO_WORKER}"
+                    )
+                await asyncio.sleep(POLL_SECONDS)
         finally:
             await run_to_completion(connections.close(connection))
 
@@ -344,15 +437,27 @@ class Stream:
                     raise OperationError(f"server {self.target.server!r} cannot follow{failure}")
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _failure(self) -> str:
+    async def _count_failures(self) -> int:
         connection = await self.connect(self.target)
         try:
-            failures = await connection.fetchval(_FAILURES, self.name)
+            return int(await connection.fetchval(_FAILURES, self.name) or 0)
         finally:
             await run_to_completion(connections.close(connection))
-        if not failures:
-            return ""
-        return f": applying changes failed {failures} times, see its log; the schema may have been changed"
+
+    async def _failure(self) -> str:
+        failures = await self._count_failures()
+        return f": {FAILED.format(failures=failures)}" if failures else ""
+
+    async def failing(self) -> Failing | None:
+        """Return how often the target has failed to apply something, and what it has reached; None if it never has."""
+        _, blockers = self._server(self.source)
+        connection = await blockers.connect(purpose="tenancy-move")
+        try:
+            reached = await connection.fetchval(_CONFIRMED, self.name)
+        finally:
+            await run_to_completion(connections.close(connection))
+        failures = await self._count_failures()
+        return Failing(failures, reached) if failures else None
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -485,4 +590,4 @@ async def drop_slot(connection: Connection, name: str) -> None:
                 await connection.execute("SELECT pg_drop_replication_slot($1)", name)
 
 
-__all__ = ["Snapshot", "Stream", "drop_slot"]
+__all__ = ["FAILED", "MORE_WORKERS", "Failing", "Snapshot", "Stream", "drop_slot"]

@@ -1,8 +1,8 @@
 """``Switch``: exchanges a tenant's database for another one, while its sessions wait.
 
-PostgreSQL holds the barrier, not the processes: the tenant's role loses CONNECT on the old database and its sessions
-there end, before the last row is copied. A process that has heard of nothing is refused, looks the tenant up, and
-waits like the others.
+PostgreSQL holds the barrier, not the processes: all roles but administrators lose CONNECT on the old database and their
+sessions there end, before the last row is copied. A process that has heard of nothing is refused, looks the tenant up,
+and waits like the others.
 
 The row of the tenant is the truth. Where the process dies, ``align`` lets the role connect to the database that the row
 names; whoever resumes the operation closes the other one.
@@ -23,12 +23,13 @@ from uuid import UUID
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
 from ..context import refuse_other_tenant
-from ..control.names import login_stem
 from ..errors import OperationError, TenancyError, TenantNotFoundError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import access, databases, roles
+from ..provisioning import access, databases, guests, roles
+from ..provisioning.blockers import Blockers
+from ..provisioning.differences import enumeration
 from ..provisioning.pipeline import ProvisioningServices, describe, tenant_key
 from ..provisioning.replaced_databases import refuse_replaced
 from ..provisioning.standbys import end_in_database_on_replicas
@@ -45,11 +46,6 @@ DRAIN_SECONDS = 1.0
 _IDLE_SECONDS = 0.25  # how long sessions without a transaction are left to the processes that have them
 _POLL_SECONDS = 0.01
 
-# asyncpg would ask the server for int[]. An administrator without pg_read_all_stats sees no state: it may be anything.
-_SESSIONS = """
-SELECT pid::text AS pid, usename::text AS role, state IS DISTINCT FROM 'idle' AS busy
-  FROM pg_stat_activity WHERE datname = $1 AND (usename = $2 OR starts_with(usename::text, $3))
-"""
 # A session that logs in holds this lock from before PostgreSQL looks whether it may connect until it is listed as one.
 _LOGGING_IN = """
 SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.objid
@@ -63,7 +59,7 @@ SELECT has_database_privilege(r.oid, d.oid, 'CONNECT') FROM pg_database d, pg_ro
 
 
 class Paused:
-    """A tenant in a pause: nobody but administrators can use its database.
+    """A tenant in a pause: nobody but administrators can connect to its database.
 
     Attributes:
         tenant: The tenant, with the placement that it had.
@@ -133,7 +129,10 @@ class Paused:
         place = self.tenant.placement
         assert place is not None  # noqa: S101 - for the type checker: it is paused in it
         try:
-            may = await self.connection.fetchval(_MAY_CONNECT, place.database, place.role)
+            may = await guests.who_may_connect(self.connection, self._services.names, place.database)
+            # also where it is a member of one that is no guest
+            if await self.connection.fetchval(_MAY_CONNECT, place.database, place.role):
+                may.append(place.role)
         except SERVER_FAILURES as exc:
             raise OperationError(
                 f"server {place.server!r} has ended the session that kept tenant {self.tenant.slug!r} closed "
@@ -141,8 +140,8 @@ class Paused:
             ) from exc
         if may:
             raise OperationError(
-                f"the role of tenant {self.tenant.slug!r} can connect to its database {place.database!r} in the pause: "
-                "PUBLIC or another role gives it that right; run: tenancy reconcile, and try again"
+                f"tenant {self.tenant.slug!r} cannot be switched: {enumeration(name or 'PUBLIC' for name in may)} can "
+                f"connect to its database {place.database!r} in the pause; run: tenancy reconcile, and try again"
             )
 
 
@@ -224,30 +223,41 @@ class Switch:
             placement: The database and its role.
             mark: The marker that it gets, if it exists; it keeps the one that it has where None.
         """
-        server = self._services.servers[placement.server]
+        server, names = self._services.servers[placement.server], self._services.names
         blockers = self._services.blockers(server)
         connection = await blockers.connect(purpose="tenancy-switch")
         try:
             if mark is not None and await databases.state(connection, placement.database) is not None:
                 work = partial(databases.set_marker, connection, placement.database, mark)
                 await blockers.run(connection, work, role=placement.role)
+            await guests.shut_out(connection, blockers, names, database=placement.database, role=placement.role)
             if await roles.exists(connection, placement.role):
                 await access.close_database(connection, blockers, database=placement.database, role=placement.role)
-            await self._end(connection, placement)
+            await guests.end_sessions(connection, names, placement.database)
         finally:
             await run_to_completion(connections.close(connection))
-        await end_in_database_on_replicas(server, placement.role, placement.database)
+        await end_in_database_on_replicas(server, names, placement.role, placement.database)
+
+    async def let_guests_in(self, placement: Placement) -> None:
+        """Let those in again whom a pause has shut out of the database in use, where its process did not do so."""
+        blockers = self._services.blockers(self._services.servers[placement.server])
+        connection = await blockers.connect(purpose="tenancy-switch")
+        try:
+            await guests.let_in(connection, blockers, database=placement.database, role=placement.role)
+        finally:
+            await run_to_completion(connections.close(connection))
 
     async def _close(self, paused: Paused, place: Placement, drain: float) -> None:
-        """Close the old database to the tenant's role, and wait until its sessions have ended."""
-        connection = paused.connection
+        """Close the old database to all but administrators, and wait until their sessions have ended."""
+        connection, names = paused.connection, self._services.names
         blockers = self._services.blockers(self._services.servers[place.server])
+        await guests.shut_out(connection, blockers, names, database=place.database, role=place.role)
         await access.close_database(connection, blockers, database=place.database, role=place.role)
         began = time.monotonic()
         while True:
             # first: who has logged in by then is among the sessions, and who begins later is refused
             logging_in = await connection.fetchval(_LOGGING_IN, place.database)
-            found = await connection.fetch(_SESSIONS, place.database, place.role, login_stem(place.role))
+            found = await guests.sessions(connection, names, place.database)
             waited = time.monotonic() - began
             due = [row for row in found if waited >= drain or (not row["busy"] and waited >= min(_IDLE_SECONDS, drain))]
             for row in due:
@@ -255,6 +265,12 @@ class Switch:
                 await roles.end_connections(connection, row["role"], [int(row["pid"])])
             if not found and not logging_in:
                 break
+            if found and waited >= drain + connections.CLOSE_SECONDS:
+                raise OperationError(
+                    f"sessions of {enumeration(row['role'] for row in found)} in the database of tenant "
+                    f"{paused.tenant.slug!r} do not end; end them, or grant pg_signal_backend to the administrator of "
+                    f"server {place.server!r}"
+                )
             await asyncio.sleep(_POLL_SECONDS)
         if paused.ended_sessions:
             logger.warning(
@@ -264,19 +280,12 @@ class Switch:
                 drain,
             )
 
-    async def _end(self, connection: Connection, place: Placement) -> None:
-        async with asyncio.timeout(connections.CLOSE_SECONDS):
-            while found := await connection.fetch(_SESSIONS, place.database, place.role, login_stem(place.role)):
-                for row in found:
-                    await roles.end_connections(connection, row["role"], [int(row["pid"])])
-                await asyncio.sleep(_POLL_SECONDS)
-
     async def _resume(self, paused: Paused, before: Tenant) -> None:
         """Open the database that the tenant has now, then let those who wait go on."""
         try:
             current = await self._current(paused, before)
-            if current.placement is not None and current.status not in LOGIN_BLOCKED:
-                await self._open(paused, current.placement)
+            if current.placement is not None:
+                await self._open(paused, current, current.placement)
         except (TenancyError, *SERVER_FAILURES) as exc:
             logger.error(
                 "the database of tenant %s could not be opened after a pause (%s); run: tenancy reconcile",
@@ -293,17 +302,23 @@ class Switch:
             return paused.switched
         return await self._services.registry.get_settled(before.id)
 
-    async def _open(self, paused: Paused, place: Placement) -> None:
+    async def _open(self, paused: Paused, current: Tenant, place: Placement) -> None:
         former = paused.tenant.placement
         blockers = self._services.blockers(self._services.servers[place.server])
         if former is not None and former.server == place.server and await connections.is_alive(paused.connection):
-            await access.open_database(paused.connection, blockers, database=place.database, role=place.role)
+            await self._let_in(paused.connection, blockers, current, place)
             return
         connection = await blockers.connect(purpose="tenancy-switch")
         try:
-            await access.open_database(connection, blockers, database=place.database, role=place.role)
+            await self._let_in(connection, blockers, current, place)
         finally:
             await run_to_completion(connections.close(connection))
+
+    @staticmethod
+    async def _let_in(connection: Connection, blockers: Blockers, current: Tenant, place: Placement) -> None:
+        if current.status not in LOGIN_BLOCKED:
+            await access.open_database(connection, blockers, database=place.database, role=place.role)
+        await guests.let_in(connection, blockers, database=place.database, role=place.role)
 
 
 __all__ = ["DRAIN_SECONDS", "PAUSE_SECONDS", "Paused", "Switch"]

@@ -8,7 +8,7 @@ from functools import partial
 from ..postgres.connections import Connection
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..tenant import Status, Tenant
-from . import access, role_settings, roles
+from . import access, guests, role_settings, roles
 from .pipeline import ProvisioningServices
 from .roles import RoleState
 
@@ -43,6 +43,8 @@ async def align_role(
 ) -> None:
     """Make a tenant's role agree with its status and tier: its login, its connection limit and its settings.
 
+    Guests whom an interrupted exchange of its database has left outside are let in again.
+
     Call it under the tenant's lock, with the tenant as it was read under that lock: of two changes at the same time,
     the later one must be applied last.
 
@@ -60,6 +62,7 @@ async def align_role(
         await access.block(connection, blockers, database=database, role=role, deadline=deadline)
     else:
         await access.unblock(connection, blockers, database=database, role=role)
+    await guests.let_in(connection, blockers, database=database, role=role)
     if (limit := _limit(services, tenant)) is not None:
         set_limit = partial(roles.set_connection_limit, connection, role, limit)
         await blockers.run(connection, set_limit, role=role)

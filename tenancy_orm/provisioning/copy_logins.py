@@ -47,6 +47,7 @@ HIDES_ROWS = (
 """Whether row security of a table in the database holds for its owner as well: a reader needs ``see_all_rows``."""
 _ATTRIBUTES = "LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE INHERIT NOREPLICATION NOBYPASSRLS"
 _CONNECTIONS = 8
+_EXPIRES_AT = "SELECT clock_timestamp() + make_interval(secs => $1)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +98,7 @@ async def create_login(
         member_of: The roles that it has the rights of.
     """
     password = new_password()
-    expires_at: datetime = await connection.fetchval(
-        "SELECT clock_timestamp() + make_interval(secs => $1)", float(seconds)
-    )
+    expires_at: datetime = await connection.fetchval(_EXPIRES_AT, float(seconds))
     options = " WITH INHERIT TRUE, SET FALSE, ADMIN FALSE" if connections.version(connection) >= 16 else ""
     name = quote_identifier(role)
     secret = quote_literal(scram_verifier(password))
@@ -110,6 +109,18 @@ async def create_login(
     ]
     await connection.execute("; ".join(statements))
     return CopyLogin(role=role, database=database, password=password, dsn=dsn.without_service())
+
+
+async def extend_login(connection: Connection, role: str, *, seconds: float) -> None:
+    """Let a login's password be valid for so many seconds from now.
+
+    Args:
+        connection: An administrative one.
+        role: Its name.
+        seconds: For how long.
+    """
+    expires_at: datetime = await connection.fetchval(_EXPIRES_AT, float(seconds))
+    await connection.execute(f"ALTER ROLE {quote_identifier(role)} VALID UNTIL {quote_literal(expires_at.isoformat())}")
 
 
 async def create_reader(

@@ -35,7 +35,7 @@ from ..registry.rows import uuid7
 from ..routing import marker
 from ..servers import Server
 from ..tenant import Placement, Status, Tenant
-from . import advisory_locks, databases, event_trigger, grants, removal, roles
+from . import advisory_locks, databases, event_trigger, grants, guests, removal, roles
 from .contents_check import ContentsCheck
 from .copy_logins import CopyLogin, end_login
 from .database_properties import DatabaseProperties
@@ -163,7 +163,7 @@ class NewDatabase:
             ProvisioningError: the server refused.
         """
         await self.seal()
-        names, owner = self._services.names, self._services.names.owner
+        owner = self._services.names.owner
         connection = await self.connect()
         try:
             if found := await find_forbidden(connection):
@@ -186,13 +186,26 @@ class NewDatabase:
             await event_trigger.install(connection, owner)
             await self._grant(tenant, role)
             await policy.align(connection, role=role)
+        finally:
+            await run_to_completion(connections.close(connection))
+        await self._mend_rights(tenant, role)
+        if self._like is not None:
+            # last: they hold for the sessions that fill the database as well
+            await self._like.apply(self._connection, self.name, server=self.server)
+        self.handed_over = True
+
+    async def _mend_rights(self, tenant: Tenant, role: str) -> None:
+        """Mend what differs from what a tenant's database is, as reconcile does, and run the grant hook once more."""
+        # with the search_path of every session, by which the hook names tables
+        connection = await self._blockers.connect(self.name, purpose="tenancy-restore")
+        try:
             check = ContentsCheck(
                 connection,
                 self._blockers,
-                names=names,
+                names=self._services.names,
                 database=self.name,
                 role=role,
-                rights=TenantRights.of(self._services.config, owner),
+                rights=TenantRights.of(self._services.config, self._services.names.owner),
             )
             result = await check.settle(mend=True)
             if left := [one.detail for one in result.left if one.dangerous and one.kind != "advisory_locks"]:
@@ -202,10 +215,23 @@ class NewDatabase:
                 )
         finally:
             await run_to_completion(connections.close(connection))
-        if self._like is not None:
-            # last: they hold for the sessions that fill the database as well
-            await self._like.apply(self._connection, self.name, server=self.server)
-        self.handed_over = True
+
+    async def shut_guests_out(self, role: str) -> None:
+        """Let nobody but administrators connect, whom the grant hook has let in, until the database is in use.
+
+        Args:
+            role: The tenant's role on this server.
+
+        Raises:
+            TimeoutError: somebody had connected already, and that session did not end in time.
+        """
+        names = self._services.names
+        connection = await self._blockers.connect(purpose="tenancy-restore")
+        try:
+            await guests.shut_out(connection, self._blockers, names, database=self.name, role=role)
+            await guests.end_sessions(connection, names, self.name)
+        finally:
+            await run_to_completion(connections.close(connection))
 
     async def _give_large_objects(self, connection: Connection, role: str) -> None:
         """Give large objects to the tenant's role, which makes its own: some hundreds in a transaction."""
@@ -458,8 +484,10 @@ class NewDatabases:
         """Let the owner and administrators, and nobody else, connect to a database that was closed."""
         refuse_while_bound("opening and closing tenants' databases")
         self._home.check()
-        connection = await self._services.blockers(self._services.servers[beside.server]).connect()
+        blockers = self._services.blockers(self._services.servers[beside.server])
+        connection = await blockers.connect()
         try:
+            await guests.shut_out(connection, blockers, self._services.names, database=beside.name, role=beside.role)
             await databases.open_to_owner(connection, beside.name)
         finally:
             await run_to_completion(connections.close(connection))

@@ -71,6 +71,7 @@ class Making:
             ) as new:
                 restored = await self.fill(new, archive, extensions)
                 await new.hand_over(tenant, place.role, policy=policy)
+                await new.shut_guests_out(place.role)
         return policy, restored
 
     def policy(self, environment: Environment | None, archive: Archive, *, accept: bool) -> RevisionPolicy:

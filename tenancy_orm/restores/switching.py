@@ -216,6 +216,7 @@ class Switching:
                 await self.close_beside(locked, beside)
             if locked.status not in LOGIN_BLOCKED:
                 await self._new.set_connect(place, True)
+            await self._switch.let_guests_in(place)
         # a pause of a process that was killed
         await self._registry.end_pause(operation.tenant_id)
 

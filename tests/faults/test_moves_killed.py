@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -65,6 +66,30 @@ async def take_over(plane: Tenancy) -> None:
         return not (report.errors or reconciled.errors or report.resumed) and reconciled == ReconcileReport()
 
     await until(done, seconds=SECONDS)
+
+
+BURST = 3_000
+
+
+async def test_a_move_that_is_killed_while_its_former_database_follows_repeats_nothing(
+    plane: Tenancy, moving: TenancyConfig, pair: Pair
+) -> None:
+    """Under a burst of writes; in a table without a key, what is applied twice is there twice."""
+    acme = (await plane.tenants.create("acme")).tenant
+    owner = plane.internals.provisioner.names.owner
+    pair.rows(acme, f'SET ROLE "{owner}"; CREATE TABLE burst (n int)')
+    await killed(moving, "followed")
+    moved = await plane.tenants.get("acme")
+    write = f"DO $$ BEGIN FOR i IN 1..{BURST} LOOP INSERT INTO burst VALUES (i); COMMIT; END LOOP; END $$"
+    burst = asyncio.create_task(asyncio.to_thread(pair.rows, moved, write))
+    await until(lambda: pair.rows(acme, "SELECT count(*) > 0 FROM burst") == [(True,)], seconds=SECONDS)
+    await take_over(plane)
+    await burst
+    (operation,) = await plane.moves.list("acme")
+    assert (operation.state, operation.detail["reverse"]) == ("waiting", "following")
+    assert (await plane.moves.rollback("acme")).state == "undone"
+    assert pair.rows(acme, "SELECT count(*), count(DISTINCT n) FROM burst") == [(BURST, BURST)]
+    assert pair.left(moving.name_prefix) == []
 
 
 FORWARD = [point for point in POINTS if ":" not in point]

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import psycopg
@@ -80,12 +81,12 @@ def rows(server: TestServer, database: str, query: str) -> list[tuple[Any, ...]]
 
 
 @contextmanager
-def pair_of_servers(*versions: int) -> Iterator[Pair]:
-    """Run two servers for the body, of these versions of PostgreSQL."""
+def pair_of_servers(*versions: int, settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[Pair]:
+    """Run two servers for the body, of these versions of PostgreSQL, with further settings."""
     first, second = versions or (18, 18)
     with (
-        primary_server(version=first, settings=_SETTINGS) as one,
-        primary_server(version=second, settings=_SETTINGS) as two,
+        primary_server(version=first, settings={**_SETTINGS, **settings}) as one,
+        primary_server(version=second, settings={**_SETTINGS, **settings}) as two,
     ):
         yield Pair(one, two)
 

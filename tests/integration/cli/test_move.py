@@ -86,6 +86,7 @@ async def test_a_tenant_is_moved_back_and_confirmed_by_command(
     applied = await cli("rebalance", "--apply", "--yes", "--offline")
     assert "one holds 75% of the tenants, and its weight is 50%; two holds 25%" in applied.out
     assert applied.status == 0 and "moved 1, failed 0" in applied.out, applied.err
+    assert "it was moved by a dump" in applied.out
     await told("servers", "drain", "one")
     online = await told("move", "--all-from", "one", "--to", "two")
     assert [one["error"] for one in online["outcomes"]] == [None, None]
@@ -96,6 +97,7 @@ async def test_a_tenant_is_moved_back_and_confirmed_by_command(
         assert (await told("show", one["slug"]))["server"] == "two"
         await told("move", one["slug"], "--rollback")
     await told("servers", "drain", "one")
-    emptied = await told("move", "--all-from", "one", "--to", "two", "--offline")
-    assert [one["error"] for one in emptied["outcomes"]] == [None, None]
+    emptied = await told("move", "--all-from", "one", "--to", "two", "--no-way-back")
+    ended = [(one["error"], one["reverse"]) for one in emptied["outcomes"]]
+    assert ended == [(None, "it was moved without a way back")] * 2
     assert pair.left(name_prefix) == []

@@ -87,7 +87,11 @@ async def test_what_could_still_write_to_the_old_database_is_refused(
     assert acme.placement is not None
     database = acme.placement.database
     grants = [
-        (f"GRANT CONNECT ON DATABASE {database} TO PUBLIC", "can connect to its database .* in the pause"),
+        (f"GRANT CONNECT ON DATABASE {database} TO PUBLIC", "PUBLIC, .* can connect to its database .* in the pause"),
+        (
+            f"GRANT CONNECT ON DATABASE {database} TO pg_monitor",
+            "pg_monitor can connect to its database .* in the pause",
+        ),
         (
             "BEGIN; INSERT INTO notes (body) VALUES ('later'); PREPARE TRANSACTION 'later'",
             "prepared transactions later",
@@ -102,7 +106,7 @@ async def test_what_could_still_write_to_the_old_database_is_refused(
             in_the_pause(patch, write)
             with pytest.raises(OperationError, match=error):
                 await plane.moves.move("acme", to="two", offline=offline)
-        pair.rows(acme, f"REVOKE ALL ON DATABASE {database} FROM PUBLIC")
+        pair.rows(acme, f"REVOKE ALL ON DATABASE {database} FROM PUBLIC, pg_monitor")
         assert pair.writable(acme) == ["one"]
     pair.rows(acme, "ROLLBACK PREPARED 'later'")
 

@@ -119,8 +119,8 @@ async def test_a_server_without_a_worker_that_is_left_ends_a_move_soon(
     monkeypatch.setattr(streams, "WORKER_SECONDS", 2.0)
     original = Stream.subscribe
 
-    async def subscribe(stream: Stream, *arguments: object) -> None:
-        await original(stream, *arguments)  # type: ignore[arg-type]
+    async def subscribe(stream: Stream, *arguments: object, **options: object) -> None:
+        await original(stream, *arguments, **options)  # type: ignore[arg-type]
         rows(pair.two, stream.target.database, f"ALTER SUBSCRIPTION {stream.name} DISABLE")
 
     monkeypatch.setattr(Stream, "subscribe", subscribe)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
+from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import (
     MigrationError,
     OperationConflictError,
@@ -15,9 +18,12 @@ from tenancy_orm.errors import (
     ProvisioningError,
     TenantNotFoundError,
 )
+from tenancy_orm.operations.switch import Paused, Switch
 from tenancy_orm.restores import DumpSource
 from tests.support.dumps import dump
-from tests.support.fleet import Fleet
+from tests.support.fleet import Fleet, open_fleet
+from tests.support.guests import BOTH, Guests, log_in
+from tests.support.postgres import Postgres
 from tests.support.projects import Project
 
 ADD_COLUMN = 'op.add_column("notes", sa.Column("pinned", sa.Boolean))'
@@ -98,6 +104,60 @@ async def test_a_restore_brings_back_what_was_dumped_and_an_undo_what_was_replac
     assert actions.count("tenant.restore_backup") == 1
     assert actions.count("tenant.undo_restore_backup") == 2
     assert (await fleet.tenancy.audit.verify()).ok
+
+
+async def test_roles_of_the_grant_hook_write_to_no_database_that_is_not_in_use(
+    config: TenancyConfig, postgres: Postgres, name_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are shut out of the restored one until the swap, and of the old one from the pause on until an undo."""
+    guests = Guests.named(name_prefix)
+    await postgres.administer(guests.statements)
+    hooked = config.replace(provisioning=config.provisioning.model_copy(update={"grants": guests.hook}))
+    original = Switch._close
+    seen: list[list[str]] = []
+
+    async with open_fleet(hooked, initialise=True) as fleet:
+        await fleet.create("acme")
+        archive = await dump(fleet, "acme", tmp_path / "dump")
+        restores = fleet.tenancy.restores
+
+        async def at() -> str:
+            place = (await fleet.registry.find("acme")).placement
+            assert place is not None
+            return postgres.url(place.database)
+
+        async def close(switch: Switch, paused: Paused, *arguments: Any) -> None:
+            await original(switch, paused, *arguments)
+            seen.append(guests.let_in(await at()))
+
+        monkeypatch.setattr(Switch, "_close", close)
+        old = await at()
+        with log_in(old, guests.writer) as since:
+            waiting = await restores.restore("acme", DumpSource(archive), inspect=True)
+            new = postgres.url(waiting.database)
+            assert (guests.let_in(old), guests.let_in(new)) == (BOTH, [])
+            assert waiting.operation is not None
+            await restores.resume(waiting.operation)
+            with pytest.raises(psycopg.OperationalError):
+                since.execute("INSERT INTO notes (body) VALUES ('lost')")
+        assert (await at(), seen) == (new, [[]])
+        assert (guests.let_in(old), guests.let_in(new)) == ([], BOTH)
+        await restores.undo("acme")
+        assert (await at(), seen) == (old, [[], []])
+        assert (guests.let_in(old), guests.let_in(new)) == (BOTH, [])
+
+        # a swap that fails, and whose process does not end its pause
+        async def fail(*_: Any, **__: Any) -> None:
+            raise OperationError("the swap failed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Paused, "to", fail)
+            patch.setattr(Switch, "_resume", fail)
+            with pytest.raises(OperationError, match="the swap failed"):
+                await restores.undo("acme")
+        assert (guests.let_in(old), guests.let_in(new)) == (BOTH, [])
+        await restores.undo("acme")
+        assert (guests.let_in(old), guests.let_in(new)) == ([], BOTH)
 
 
 async def test_what_a_restore_has_replaced_is_dropped_after_its_time_or_with_the_tenant(
