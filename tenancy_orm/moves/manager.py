@@ -432,7 +432,6 @@ class MoveManager:
         Raises:
             OperationError: the server is not in drain, so that it would get new tenants; or not all former databases
                 could follow.
-            ServerUnavailableError: a server does not answer.
             UnknownServerError: there is no such server.
             ControlUnavailableError: the control database does not answer.
             CrossTenantError: a tenant is bound.
@@ -486,7 +485,6 @@ class MoveManager:
 
         Raises:
             OperationError: not all former databases could follow.
-            ServerUnavailableError: a server does not answer.
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("moving tenants")

@@ -5,14 +5,19 @@ PostgreSQL has 4 workers by default. A subscription without one follows nothing,
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from ..cancellation import run_to_completion
-from ..errors import OperationError
+from ..errors import OperationError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.failures import SERVER_FAILURES
+from ..provisioning.pipeline import describe
+
+logger = logging.getLogger("tenancy_orm.moves")
 
 # One of max_worker_processes launches the others. Before PostgreSQL 18, max_replication_slots also bounds the origins,
 # of which each subscription has one.
@@ -47,7 +52,7 @@ async def look(connection: Connection) -> Room:
 async def check_room(
     connect: Callable[[str], Awaitable[Connection]], planned: Iterable[tuple[str, str | None]]
 ) -> None:
-    """Refuse more moves than former databases can follow.
+    """Refuse more moves than former databases can follow. A server that does not answer is left to its own moves.
 
     Args:
         connect: Connects to a server, given by its name.
@@ -55,18 +60,22 @@ async def check_room(
 
     Raises:
         OperationError: there are too many; the message says how many can be moved.
-        ServerUnavailableError: a server does not answer.
     """
     sources, targets = Counter[str](), Counter[str]()
     for source, target in planned:
         sources[source] += 1
         targets.update([] if target is None else [target])
     for name in sorted(sources | targets):
-        connection = await connect(name)
         try:
-            left = await look(connection)
-        finally:
-            await run_to_completion(connections.close(connection))
+            connection = await connect(name)
+            try:
+                left = await look(connection)
+            finally:
+                await run_to_completion(connections.close(connection))
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            # one that fails does not stop the others
+            logger.warning("how many databases can follow on server %s is not known: %s", name, describe(exc))
+            continue
         if sources[name] > left.workers:
             raise _too_many(
                 name,

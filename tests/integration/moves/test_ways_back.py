@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.errors import OperationError, OperationStateError
+from tenancy_orm.errors import OperationError, OperationStateError, ServerUnavailableError
 from tenancy_orm.moves import streams
+from tenancy_orm.moves.room import check_room
 from tenancy_orm.moves.steps import UNWANTED, Move
 from tenancy_orm.moves.streams import Stream
 from tenancy_orm.tenant import Tenant
@@ -167,6 +169,19 @@ async def test_a_former_server_without_a_worker_left_is_named_and_keeps_no_slot(
         assert (await tenancy.moves.rollback(first.slug)).state == "undone"
     finally:
         await tenancy.close()
+
+
+async def test_a_server_that_does_not_answer_keeps_no_tenant_of_another_from_moving(plane: Tenancy, pair: Pair) -> None:
+    """What its own moves need is not known before they fail."""
+
+    async def connect(server: str) -> Any:
+        if server == "two":
+            raise ServerUnavailableError(server=server)
+        return await plane.internals.provisioner.connect_admin(server)
+
+    await check_room(connect, [("two", "one")] * 4)
+    with pytest.raises(OperationError, match="'one' has workers for 4 more"):
+        await check_room(connect, [("one", "two")] * 5)
 
 
 async def test_a_truncation_that_the_former_database_cannot_repeat_ends_the_way_back(
