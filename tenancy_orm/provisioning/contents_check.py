@@ -1,9 +1,10 @@
 """What is inside a tenant's database, compared with what provisioning makes there, and mended.
 
 Everything in the database belongs to the owner role, nobody but the tenant's role has rights, and the tenant's role has
-those of ``TenantRights``. Objects of extensions are left alone. Further rights that a migration has given to the
-tenant's own role stay, and are not reported, but for those to write what it may only read. The grant hook has the last
-word on grants: what it gives, or takes, is right.
+those of ``TenantRights``. Objects of extensions are left alone. So is code that the tenant's role has made where it may
+create nothing any more: as the owner's it would run with the rights of the owner, which has every tenant's database.
+Further rights that a migration has given to the tenant's own role stay, and are not reported, but for those to write
+what it may only read. The grant hook has the last word on grants: what it gives, or takes, is right.
 """
 
 from __future__ import annotations
@@ -57,9 +58,23 @@ listed AS (
   UNION ALL SELECT 'pg_opfamily'::regclass, oid, opfowner, opfnamespace FROM pg_opfamily
   UNION ALL SELECT 'pg_ts_config'::regclass, oid, cfgowner, cfgnamespace FROM pg_ts_config
   UNION ALL SELECT 'pg_ts_dict'::regclass, oid, dictowner, dictnamespace FROM pg_ts_dict
-  UNION ALL SELECT 'pg_statistic_ext'::regclass, oid, stxowner, stxnamespace FROM pg_statistic_ext)
+  UNION ALL SELECT 'pg_statistic_ext'::regclass, oid, stxowner, stxnamespace FROM pg_statistic_ext),
+-- what is evaluated for a table or view, also as its owner: when it is analyzed or refreshed
+of_table AS (
+  SELECT indrelid AS oid, 'pg_class'::regclass AS classid, indexrelid AS objid FROM pg_index
+  UNION ALL SELECT conrelid, 'pg_constraint'::regclass, oid FROM pg_constraint
+  UNION ALL SELECT tgrelid, 'pg_trigger'::regclass, oid FROM pg_trigger
+  UNION ALL SELECT ev_class, 'pg_rewrite'::regclass, oid FROM pg_rewrite
+  UNION ALL SELECT adrelid, 'pg_attrdef'::regclass, oid FROM pg_attrdef
+  UNION ALL SELECT polrelid, 'pg_policy'::regclass, oid FROM pg_policy
+  UNION ALL SELECT stxrelid, 'pg_statistic_ext'::regclass, oid FROM pg_statistic_ext)
 SELECT CASE i.type WHEN 'statistics object' THEN 'STATISTICS' ELSE upper(i.type) END AS kind, i.identity AS name,
-       pg_get_userbyid(listed.owner)::text AS owner
+       pg_get_userbyid(listed.owner)::text AS owner,
+       listed.owner = (TABLE tenant) AND (listed.class = 'pg_proc'::regclass
+         OR listed.class = 'pg_class'::regclass AND EXISTS (
+           SELECT FROM of_table o JOIN pg_depend d ON d.classid = o.classid AND d.objid = o.objid
+                  JOIN pg_proc p ON d.refclassid = 'pg_proc'::regclass AND d.refobjid = p.oid
+            WHERE o.oid = listed.oid AND p.proowner = listed.owner)) AS is_code
   FROM listed JOIN pg_namespace n ON n.oid = listed.space
        CROSS JOIN LATERAL pg_identify_object(listed.class, listed.oid, 0) i
  WHERE listed.owner <> (TABLE expected) AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', $3)
@@ -69,7 +84,7 @@ SELECT CASE i.type WHEN 'statistics object' THEN 'STATISTICS' ELSE upper(i.type)
    AND NOT (listed.class <> 'pg_namespace'::regclass AND listed.owner = (TABLE tenant)
             AND EXISTS (SELECT FROM aclexplode(n.nspacl) a WHERE a.privilege_type = 'CREATE'
                          AND a.grantee = listed.owner AND n.nspowner <> listed.owner))
- ORDER BY listed.class = 'pg_namespace'::regclass DESC, 1, 2 LIMIT $4
+ ORDER BY is_code, listed.class = 'pg_namespace'::regclass DESC, 1, 2 LIMIT $4
 """
 # those that a tenant makes are its own
 _LARGE_OBJECTS = """
@@ -146,11 +161,12 @@ class Held(NamedTuple):
 
 
 class Owned(NamedTuple):
-    """An object that somebody else owns than should."""
+    """An object that somebody else owns than should. ``is_code``: it runs something that the tenant's role has made."""
 
     kind: str
     name: str
     owner: str
+    is_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +268,10 @@ class ContentsCheck:
         superuser = await self._is_superuser()
         before = await self._snapshot()
         found = self._deviations(before, superuser)
-        result.more = len(before.owned) >= _BATCH or sum(one.kind == "LARGE OBJECT" for one in before.held) >= _BATCH
+        result.more = (
+            sum(not one.is_code for one in before.owned) >= _BATCH
+            or sum(one.kind == "LARGE OBJECT" for one in before.held) >= _BATCH
+        )
         if not mend and (self._rights.hook is None or before.owned):
             # a trial would lock tables; and the hook may need what is not the owner's yet
             result.left = found
@@ -362,7 +381,15 @@ class ContentsCheck:
     def _owners(self, owned: Sequence[Owned]) -> Iterator[Deviation]:
         by_owner: dict[str, list[Owned]] = {}
         for one in owned:
-            by_owner.setdefault(one.owner, []).append(one)
+            if not one.is_code:
+                by_owner.setdefault(one.owner, []).append(one)
+        if code := [f"{one.kind} {one.name}" for one in owned if one.is_code]:
+            what = enumeration(code)
+            yield Deviation(
+                "object.code",
+                f"its role owns {what}, where it may create nothing: drop that, or have the owner make it",
+                False,
+            )
         for owner, objects in by_owner.items():
             yield Deviation(
                 "object.owner",

@@ -242,6 +242,61 @@ async def test_it_is_told_and_mended(arena: Arena, case: Case) -> None:
         await arena.execute(case.undo)
 
 
+OWN_CODE = """
+CREATE FUNCTION take() RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    IF pg_has_role(current_user, '{owner}', 'USAGE') THEN
+        EXECUTE 'GRANT CONNECT ON DATABASE {neighbour} TO {role}';
+    END IF;
+    RETURN true;
+END $$;
+CREATE FUNCTION take_as_owner() RETURNS boolean LANGUAGE sql SECURITY DEFINER AS 'SELECT public.take()';
+CREATE FUNCTION indexed(text) RETURNS text LANGUAGE plpgsql IMMUTABLE AS 'BEGIN PERFORM public.take(); RETURN $1; END';
+CREATE TABLE drafts (body text);
+CREATE INDEX drafts_idx ON drafts (indexed(body));
+CREATE VIEW taken AS SELECT take();
+CREATE TABLE plain (body text);
+"""
+
+
+async def test_code_that_a_tenant_has_made_does_not_become_the_owners(arena: Arena) -> None:
+    """Its role could create once. As the owner's, it would run with the owner's rights on every tenant's database."""
+    neighbour, role = placement(arena.globex).database, placement(arena.acme).role
+    provisioner = arena.workshop.provisioner
+    await arena.execute("GRANT CREATE ON SCHEMA public TO {role}")
+    owner = arena.workshop.names.owner
+    async with arena.workshop.connect(arena.acme) as tenant:
+        await tenant.execute(OWN_CODE.format(owner=owner, neighbour=f'"{neighbour}"', role=f'"{role}"'))
+    await arena.execute("REVOKE CREATE ON SCHEMA public FROM {role}")
+    owners = (
+        "SELECT proname::text, pg_get_userbyid(proowner)::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+    )
+    report = await provisioner.reconcile()
+    told = {one.kind: one for one in report.differences if one.tenant == "acme"}
+    assert told["object.code"].mended is False
+    for name in ("take()", "take_as_owner()", "indexed(pg_catalog.text)", "TABLE public.drafts", "VIEW public.taken"):
+        assert name in told["object.code"].detail, told
+    assert "public.plain" in told["object.owner"].detail and told["object.owner"].mended
+    assert not {one.kind for one in (await provisioner.reconcile()).differences} & {"object.owner"}
+    async with (
+        arena.workshop.admin(placement(arena.acme).database) as admin,
+        arena.workshop.connect(arena.acme) as tenant,
+    ):
+        assert {owned for _, owned in await admin.fetch(owners)} == {role}
+        may = f"SELECT has_database_privilege('{role}', '{neighbour}', 'CONNECT')"
+        assert await tenant.fetchval("SELECT take_as_owner()") is True
+        assert await admin.fetchval(may) is False
+        # what it would do
+        await admin.execute(f'ALTER FUNCTION take_as_owner() OWNER TO "{owner}"')
+        await tenant.fetchval("SELECT take_as_owner()")
+        assert await admin.fetchval(may) is True
+        await admin.execute(f'REVOKE CONNECT ON DATABASE "{neighbour}" FROM "{role}"')
+        await admin.execute(
+            "DROP TABLE drafts, plain; DROP VIEW taken; DROP FUNCTION take_as_owner(), indexed(text), take()"
+        )
+    assert await provisioner.reconcile(check=True) == NOTHING
+
+
 async def succeeds(arena: Arena, case: Case) -> None:
     """See the hole that was made."""
     if case.attack is not None:
