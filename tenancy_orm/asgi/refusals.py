@@ -42,6 +42,8 @@ class RefusalLog:
         window = self._windows.get(key)
         # one that is older was begun in an event loop that has ended
         if window is None or time.monotonic() - window.began > 2 * SECONDS:
+            if window is not None:
+                self._report(window)
             logger.warning("answered %d: %s", status, error)
             self._begin(key, status)
         else:
@@ -57,11 +59,15 @@ class RefusalLog:
         if self._windows.get(key) is not window:
             return
         del self._windows[key]
+        self._report(window)
+        if window.more:
+            self._begin(key, window.status)
+
+    def _report(self, window: _Window) -> None:
         if window.more:
             logger.warning(
                 "answered %d to %d more requests in %g s: %s", window.status, window.more, SECONDS, window.error
             )
-            self._begin(key, window.status)
 
 
 __all__ = ["SECONDS", "RefusalLog"]

@@ -151,6 +151,8 @@ async def test_connections_are_counted_on_the_server_that_they_lead_to(
             return True
 
         await until(are_right, seconds=20.0)
+    await plane.moves.confirm("acme")
+    assert pair.left(moving.name_prefix) == []
 
 
 def open_at(server: TestServer, role: str, tag: str) -> int:

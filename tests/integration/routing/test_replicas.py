@@ -231,9 +231,13 @@ async def test_a_client_reads_what_it_has_written(
         finally:
             standby.resume_replay()
         standby.catch_up()
-        before = len(other.reasons)
-        assert (await other_site.call("GET", ("X-Consistency", token)))[0] == ["kept", "posted", "posted"]
-        assert len(other.reasons) == before
+
+        async def is_read_there() -> bool:
+            before = len(other.reasons)
+            assert (await other_site.call("GET", ("X-Consistency", token)))[0] == ["kept", "posted", "posted"]
+            return len(other.reasons) == before
+
+        await until(is_read_there)
     for name in ("", "a b", "\N{LATIN SMALL LETTER A WITH DIAERESIS}"):
         with pytest.raises(ConfigurationError, match="consistency_header must be the name of a header"):
             TenancyMiddleware(site.served, tenancy=app.tenancy, consistency_header=name)

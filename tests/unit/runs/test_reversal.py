@@ -53,7 +53,7 @@ def test_every_set_of_heads_can_be_returned_to(
     environment: Environment, now: str | None, before: str | None, steps: list[str]
 ) -> None:
     """The revisions that the one has and the other has not, children first; no others."""
-    path = return_to(environment, before).path_from(heads_of(now))
+    path = return_to(environment, before, stamp_irreversible=True).path_from(heads_of(now))
     found = [f"{'+' if step.is_upgrade else '-'}{step.revision.revision}" for step in path.steps]  # type: ignore[union-attr]
     assert sorted(found) == sorted(steps)
     assert path.end == heads_of(before)
@@ -77,6 +77,8 @@ def test_what_cannot_be_taken_back_is_known_first(environment: Environment) -> N
         "a2": "its downgrade() does nothing",
     }
     assert taken_back(environment.script, heads_of("4"), heads_of("m")) == {}
+    with pytest.raises(MigrationError, match=r"revision a2: its downgrade\(\) does nothing"):
+        return_to(environment, "2").path_from(heads_of("4"))
     with pytest.raises(MigrationError, match="revision 9: it has no downgrade"):
         return_to(environment, "4").path_from(heads_of("9"))
     assert len(return_to(environment, "4", stamp_irreversible=True).path_from(heads_of("9")).steps) == 1
