@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 import asyncpg
@@ -17,6 +18,8 @@ from tests.support.control import control_plane
 from tests.support.pgbouncer import free_port
 from tests.support.postgres import Postgres
 from tests.support.waiting import until
+
+COLD_TENANTS = int(os.environ.get("COLD_TENANTS", "60"))
 
 _COUNTS = "SELECT datname, xact_commit + xact_rollback FROM pg_stat_database WHERE datname = ANY($1::text[])"
 
@@ -46,6 +49,49 @@ async def test_five_hundred_requests_for_one_cold_tenant(tenancy_config: Tenancy
         statistics = tenancy.internals.router.statistics()
         assert statistics.engines == 1
         assert statistics.servers["default"].open <= most
+
+
+async def test_one_request_for_each_of_many_cold_tenants(tenancy_config: TenancyConfig, postgres: Postgres) -> None:
+    """Each in a database of its own, on few connections: every request gets its own tenant's row, none is refused."""
+    patient = tenancy_config.replace(
+        pool={"checkout_timeout": 600.0, "max_connections": 20, "max_engines": COLD_TENANTS // 2},
+        directory={"timeout": 600.0},
+        provisioning={"timeout": 600.0},
+    )
+    slugs = [f"cold-{number}" for number in range(COLD_TENANTS)]
+    maker = Tenancy(patient)
+    await maker.open(initialise=True)
+    at_once = asyncio.Semaphore(4)
+
+    async def make(slug: str) -> None:
+        async with at_once:
+            await maker.tenants.create(slug)
+            await maker.execute("INSERT INTO notes (body) VALUES (:slug)", {"slug": slug}, tenant=slug)
+
+    await asyncio.gather(*map(make, slugs))
+    await maker.close()
+    most, ended = 0, asyncio.Event()
+    stem = "SELECT count(*) FROM pg_stat_activity WHERE starts_with(usename, $1)"
+
+    async with Tenancy(patient) as tenancy, postgres.connect() as admin:
+        role = tenancy.internals.provisioner.names.stem + "_t_"
+
+        async def sample() -> None:
+            nonlocal most
+            while not ended.is_set():
+                most = max(most, await admin.fetchval(stem, role))
+
+        async def request(slug: str) -> str:
+            async with tenancy.session(slug) as session:
+                return str(await session.scalar(text("SELECT body FROM notes")))
+
+        sampling = asyncio.create_task(sample())
+        assert await asyncio.gather(*map(request, slugs)) == slugs
+        ended.set()
+        await sampling
+        statistics = tenancy.internals.router.statistics().servers["default"]
+        assert (statistics.refused, statistics.timed_out) == (0, 0)
+    assert 0 < most <= 20
 
 
 async def test_cold_tenants_are_looked_up_together(control_url: str) -> None:
