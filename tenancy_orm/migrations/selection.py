@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from uuid import UUID
 
-from ..errors import ControlUnavailableError, TenantNotFoundError, TenantProvisioningError
+from ..errors import ControlUnavailableError, MarkerMismatchError, TenantNotFoundError, TenantProvisioningError
 from ..postgres.errors import INVALID_CATALOG_NAME, sqlstate_of
 from ..registry.registry import Registry
 from ..tenant import Status, Tenant, TenantRef
@@ -41,6 +41,15 @@ class Selection:
             return False
         try:
             return await self._is_purged(tenant)
+        except ControlUnavailableError:
+            return False
+
+    async def is_elsewhere(self, tenant: Tenant, error: Exception) -> bool:
+        """Whether the tenant has another database by now, as the marker of the one that it has left says."""
+        if not isinstance(error, MarkerMismatchError):
+            return False
+        try:
+            return not await self._registry.is_placed_as(tenant)
         except ControlUnavailableError:
             return False
 

@@ -282,9 +282,7 @@ class WarmPool:
         async with self._alone(server) as connection:
             if connection is None:
                 return None
-            template = await self._services.templates.ensure(server)
-            wanted = recipe(self._services, template, settings, version(connection))
-            await self._records.want(name, wanted)
+            template, wanted = await self._ask(name, server, settings, connection)
             target = await self.target(name)
             records = await self._records.of_server(name)
             for one in self._due(records, wanted, target, replace=replace):
@@ -309,19 +307,25 @@ class WarmPool:
         # no server is connected to where there is nothing to do
         if not any(self._due(records, None, 0, replace=False)):
             return
-        server, settings = (
-            await self._prepared(name) if self._config.warm_pool else (self._services.servers[name], None)
-        )
+        server = self._services.servers[name]
         async with self._alone(server) as connection:
             if connection is None:
                 return
-            if settings is not None:
+            if self._config.warm_pool:
                 # other processes of these settings use it, and ask again only when they create a tenant
-                template = await self._services.templates.ensure(server)
-                await self._records.want(name, recipe(self._services, template, settings, version(connection)))
+                await self._ask(name, *await self._prepared(name), connection)
                 records = await self._records.of_server(name)
             for one in self._due(records, None, 0, replace=False):
                 await self._drop(server, one, found)
+
+    async def _ask(
+        self, name: str, server: Server, settings: RoleSettings, connection: Connection
+    ) -> tuple[TemplateInfo, str]:
+        """Note that what this process's settings make is in use; return its template and its recipe."""
+        template = await self._services.templates.ensure(server)
+        wanted = recipe(self._services, template, settings, version(connection))
+        await self._records.want(name, wanted)
+        return template, wanted
 
     async def _drain(self, name: str, found: _Findings) -> None:
         server = self._services.servers[name]

@@ -17,7 +17,7 @@ from ..migrations.scripts import Environment, load
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from .extensions import ExtensionWork
-from .recorded import RecordedRuns
+from .recorded import RecordedRuns, check_number
 from .records import ProcessRecord, RunRecord, RunState, TenantRecord, TenantRunState
 from .report import FleetReport, Progress
 from .run import RunWork
@@ -195,15 +195,13 @@ class RunCommands:
 
 
 def _checked(concurrency: int | None) -> int | None:
-    if concurrency is not None:
-        check_concurrency(concurrency)
+    check_concurrency(concurrency)
     return concurrency
 
 
-def check_concurrency(concurrency: int) -> None:
+def check_concurrency(concurrency: int | None) -> None:
     """Refuse a number of tenants below 1."""
-    if concurrency < 1:
-        raise ConfigurationError(f"concurrency must be at least 1, not {concurrency}")
+    check_number("concurrency", concurrency)
 
 
 __all__ = ["DEFAULT_CONCURRENCY", "RunCommands", "check_concurrency"]

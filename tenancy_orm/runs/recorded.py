@@ -51,8 +51,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         """Refuse numbers with which a run would never end."""
         for name in ("concurrency", "server_concurrency", "max_failures"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ConfigurationError(f"{name} must be at least 1, not {number}")
+            check_number(name, getattr(self, name))
 
     def as_plan(self, *, everyone: bool) -> dict[str, Any]:
         """Return what is recorded. Values of ``-x`` arguments may be secrets, and are not."""
@@ -67,6 +66,16 @@ class RunOptions:
             "order": self.order,
             **self.more,
         }
+
+
+def check_number(name: str, number: int | None) -> None:
+    """Refuse a number below 1; None is no bound.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if number is not None and number < 1:
+        raise ConfigurationError(f"{name} must be at least 1, not {number}")
 
 
 class RecordedRuns:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ..cancellation import run_to_completion
-from ..errors import ControlUnavailableError, JobLostError, MarkerMismatchError
+from ..errors import ControlUnavailableError, JobLostError
 from ..events import TenantMigrated, TenantMigrationFailed
 from ..migrations.connections import Connections, Health, placement_of
 from ..migrations.data_batches import DataObserver
@@ -136,12 +136,11 @@ class TenantMigration:
             )
         except _ElsewhereError:
             raise
-        except Exception as exc:  # noqa: BLE001 - a revision may raise anything; it is reported for this tenant
+        except Exception as exc:
             if await self._selection.is_gone(tenant, exc):
                 return MigrationResult(outcome=None, is_announced=migration.announced)
-            if isinstance(exc, MarkerMismatchError) and not await self._services.registry.is_placed_as(tenant):
-                # the marker of a database that was replaced says so
-                raise _ElsewhereError from None
+            if await self._selection.is_elsewhere(tenant, exc):
+                raise _ElsewhereError from exc
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc
             if migration.announced and migration.after is None:

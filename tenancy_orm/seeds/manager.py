@@ -11,7 +11,7 @@ from uuid import UUID
 from ..audit.actor import SYSTEM, Actor
 from ..config import ReferenceTable
 from ..context import refuse_while_bound
-from ..errors import ConfigurationError, MarkerMismatchError, UnknownTierError
+from ..errors import ConfigurationError, UnknownTierError
 from ..events import TenantSeeded, TenantSeedingFailed
 from ..migrations.concurrency import interleave, map_concurrently
 from ..migrations.connections import Connections, Health, placement_of, prepare_servers
@@ -265,18 +265,14 @@ class SeedManager:
         error: Exception | None = None
         try:
             await self._apply(tenant, wanted, health, work, dry_run=dry_run)
-        except _ElsewhereError:
-            now = await self._services.registry.get(tenant.id)
-            if now.placement is None:
-                return None
-            return await self._bring(now, wanted, health, dry_run=dry_run, actor=actor)
         except Exception as exc:
+            if isinstance(exc, _ElsewhereError) or await self._selection.is_elsewhere(tenant, exc):
+                now = await self._services.registry.get(tenant.id)
+                if now.placement is None:
+                    return None
+                return await self._bring(now, wanted, health, dry_run=dry_run, actor=actor)
             if await self._selection.is_gone(tenant, exc):
                 return None
-            now = await self._services.registry.get(tenant.id)
-            if isinstance(exc, MarkerMismatchError) and now.placement not in (None, tenant.placement):
-                # the marker of a database that was replaced says so
-                return await self._bring(now, wanted, health, dry_run=dry_run, actor=actor)
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc
         if work.applied and not dry_run:

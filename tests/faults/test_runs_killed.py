@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from tests.support.fleet import Fleet, open_fleet
 from tests.support.postgres import Postgres
@@ -66,12 +65,6 @@ async def another(task: Task, **more: Any) -> AsyncIterator[Program]:
         await child.wait()
 
 
-async def expire(fleet: Fleet) -> None:
-    """Let the time pass after which others take over what a silent process has claimed."""
-    async with fleet.services.control.transaction() as connection:
-        await connection.execute(text("UPDATE tenancy.migration_run_processes SET claimed_until = clock_timestamp()"))
-
-
 async def is_applied_once(fleet: Fleet) -> None:
     for slug in TENANTS:
         assert await fleet.fetch(slug, "SELECT body FROM notes") == [("0002",)], slug
@@ -88,7 +81,7 @@ async def test_a_run_that_is_killed_is_resumed(fleet: Fleet, task: Task, at: str
     """What it has committed and not recorded is found, with the revision that the tenant had before."""
     async with another(task, at=at, signal="SIGKILL") as child, asyncio.timeout(SECONDS):
         assert await child.wait() == -signal.SIGKILL
-    await expire(fleet)
+    await fleet.expire_claims()
     assert (await fleet.migrations.get_run(1)).is_interrupted
     async with asyncio.timeout(SECONDS):
         assert (await fleet.migrations.resume(1)).ok
@@ -108,7 +101,7 @@ async def test_a_relative_target_is_counted_from_where_each_tenant_was(fleet: Fl
         assert await child.wait() == -signal.SIGKILL
     revisions = [await fleet.revision(slug) for slug in TENANTS]
     assert revisions[1:] == ["0003", "0004"]
-    await expire(fleet)
+    await fleet.expire_claims()
     report = await fleet.migrations.resume(2)
     assert report.ok
     assert [await fleet.revision(slug) for slug in TENANTS] == ["0003"] * 3
@@ -121,18 +114,10 @@ async def test_the_rights_are_set_on_what_a_killed_process_has_committed(fleet: 
     Project(Path(task["root"])).add("0003", create, down="0002")
     async with another(task, at="after the change", signal="SIGKILL") as child, asyncio.timeout(SECONDS):
         assert await child.wait() == -signal.SIGKILL
-    await expire(fleet)
+    await fleet.expire_claims()
     assert (await fleet.migrations.resume(1)).ok
     for slug in TENANTS:
-        assert await may_update(fleet, slug) is False, slug
-
-
-async def may_update(fleet: Fleet, slug: str) -> bool:
-    """Whether a tenant's role may update its ledger."""
-    placement = fleet.tenants[slug].placement
-    assert placement is not None
-    ((may,),) = await fleet.fetch(slug, f"SELECT has_table_privilege('{placement.role}', 'ledger', 'UPDATE')")
-    return bool(may)
+        assert await fleet.may(slug, "UPDATE", "ledger") is False, slug
 
 
 @pytest.mark.parametrize("at", ["in the check", "before the second wave", "after the second wave is open"])
@@ -146,7 +131,7 @@ async def test_a_process_is_killed_between_waves(fleet: Fleet, task: Task, tmp_p
         assert await child.wait() == -signal.SIGKILL
     assert checked.read_text() == "1 1\n"
     assert [await fleet.revision(slug) for slug in TENANTS] == ["0002", "0001", "0001"]
-    await expire(fleet)
+    await fleet.expire_claims()
     assert (await fleet.migrations.get_run(1)).is_interrupted
     async with asyncio.timeout(SECONDS):
         assert (await fleet.migrations.join(1)).ok
@@ -164,7 +149,7 @@ async def test_a_frozen_process_does_no_harm_when_it_goes_on(fleet: Fleet, task:
             return stat.read_text().rpartition(")")[2].split()[0] == "T"
 
         await until(is_stopped, seconds=SECONDS)
-        await expire(fleet)
+        await fleet.expire_claims()
         joined = asyncio.create_task(fleet.migrations.upgrade(join=True))
 
         async def is_taken_over() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tenancy_orm.migrations import FleetServices, waits
@@ -90,6 +91,19 @@ class Fleet:
               FROM pg_database d WHERE datname = current_database()
         """
         return (await self.fetch(slug, query))[0]
+
+    async def may(self, slug: str, privilege: str, table: str) -> bool:
+        """Whether a tenant's role has a privilege on one of its tables."""
+        place = self.tenants[slug].placement
+        assert place is not None
+        ((may,),) = await self.fetch(slug, f"SELECT has_table_privilege('{place.role}', '{table}', '{privilege}')")
+        return bool(may)
+
+    async def expire_claims(self) -> None:
+        """Let the time pass after which others take over what a silent process has claimed of a run."""
+        async with self.services.control.transaction() as connection:
+            expire = "UPDATE tenancy.migration_run_processes SET claimed_until = clock_timestamp()"
+            await connection.execute(text(expire))
 
     async def execute(self, slug: str, sql: str) -> None:
         """Do something to a tenant's database, as the administrator."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-import sqlalchemy as sa
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.runs import FleetMigrator
@@ -406,11 +405,7 @@ async def test_machines_build_what_a_killed_one_has_left(
             started[0].kill()
             await started[0].wait()
             assert await fleet.fetch("acme", INDEXES) == [("ix_notes_body", False)]
-            async with fleet.services.control.transaction() as connection:
-                # the time passes after which others take over its tenants
-                await connection.execute(
-                    sa.text("UPDATE tenancy.migration_run_processes SET claimed_until = clock_timestamp()")
-                )
+            await fleet.expire_claims()
             await start("join", "1")
             await start("upgrade", "--join")
             await until(lambda: taking_part(1), 3)

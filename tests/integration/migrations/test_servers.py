@@ -142,10 +142,7 @@ async def test_what_is_migrated_while_the_control_database_is_away_is_recorded_o
             await admin.execute(f'ALTER DATABASE "{control}" ALLOW_CONNECTIONS true')
     if not seconds:
         # what it could not give back is free for others once its claim has expired
-        async with fleet.services.control.transaction() as connection:
-            await connection.execute(
-                text("UPDATE tenancy.migration_run_processes SET claimed_until = clock_timestamp()")
-            )
+        await fleet.expire_claims()
     report = await run if seconds else await fleet.migrations.resume(1)
     assert report.ok
     assert [(one.before, one.after, one.changed) for one in report.outcomes] == [("0001", "0002", True)]
