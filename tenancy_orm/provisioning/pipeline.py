@@ -1,7 +1,8 @@
 """The creation of one tenant, step by step, so that either all or nothing of it remains.
 
 The steps are registered, role, database, grants and proved. Where there are seeds that run for each tenant, the last
-one is called unseeded instead, and seeds follows it. After them the tenant becomes active. The name of a step is in the
+one is called unseeded instead, and seeds follows it; until they have run, a comment of the role says that they have
+not. After them the tenant becomes active. The name of a step is in the
 registry before the step begins, except for the role: it follows "registered" at once, and takes less time than writing
 its name. The administrative connection holds an advisory lock on the tenant's id, from before the row is written until
 the end. When a process dies, the kernel closes its connections and PostgreSQL releases their locks. So ``reconcile``
@@ -268,6 +269,11 @@ class Creation:
             raise ProvisioningError("the lock is not held", tenant=self._draft.slug, step=self._step)
         return self._connection
 
+    @property
+    def _unseeded(self) -> tuple[str, ...]:
+        """The statement that says that the seeds have not run yet, where there are some."""
+        return () if self._seeds is None else (roles.unseeded_statement(self._draft.role),)
+
     async def _create_role(self) -> None:
         password = self._services.keyring.open_password(self._draft.id, self._draft.sealed_password)
         await roles.create(
@@ -275,7 +281,7 @@ class Creation:
             self._draft.role,
             verifier=scram_verifier(password),
             connection_limit=self._services.config.tiers[self._draft.tier].connection_limit,
-            settings=self._settings.statements(self._draft.role),
+            settings=(*self._settings.statements(self._draft.role), *self._unseeded),
         )
 
     async def _create_database(self) -> None:
@@ -309,6 +315,7 @@ class Creation:
                 # the tier may allow one connection, and the last step's may be open still
                 await asyncio.wait(self._closing)
             await self._seeds.run(await self._services.registry.get(self._draft.id))
+            await roles.set_seeded(self._admin, self._draft.role)
 
     def _close_later(self, connection: Connection) -> None:
         """Close a connection during the next step: the server takes 2 ms to end a session."""

@@ -606,8 +606,9 @@ class Provisioner:
 
         Args:
             actor: Who does this, for the audit log.
-            drop_unknown: Also drop databases of tenants that the registry does not know. After an old backup of the
-                registry was restored, these are all tenants created since: read ``unknown`` in the report first.
+            drop_unknown: Also drop databases of tenants that the registry does not know, and of creations that were
+                interrupted and cannot be completed. After an old backup of the registry was restored, these are all
+                tenants created since: read ``unknown`` and ``errors`` in the report first.
             check: Write nothing; the report tells what would be done.
             thorough: Look into every tenant's database, with one connection each, ``provisioning.concurrency`` at once.
                 If False, only into those for which the server's shared catalogues give a reason; roles that are no

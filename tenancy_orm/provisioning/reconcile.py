@@ -6,7 +6,8 @@ beside anything else. It takes that lock before it changes anything, and then re
 A database that the registry does not know is dropped if it never belonged to a tenant: it has no marker, which is set
 before a tenant can become active; or the registry has a tombstone for it. A database with its marker may hold the data
 of a customer that the registry has lost, for example because an older backup of it was restored. It is kept and
-reported as unknown, unless the caller asks to drop it.
+reported as unknown, unless the caller asks to drop it. For the same reason a creation is completed, and not removed,
+where the database has its marker, whatever the row says.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
-from ..errors import ConfigurationError, IsolationError, RoutingError, TenancyError, TenantNotFoundError
+from ..errors import ConfigurationError, LoginRefusedError, TenancyError, TenantNotFoundError
 from ..events import TenantCreated, TenantPurged
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
@@ -37,7 +38,8 @@ from .blockers import Blockers
 from .copy_logins import end_login
 from .differences import Difference
 from .new_databases import drop_all_beside
-from .pipeline import ProvisioningServices, describe, prove, tenant_key
+from .pipeline import UNDOING, ProvisioningServices, describe, prove, tenant_key
+from .scram import scram_verifier
 from .tenant_check import TenantCheck
 from .tenant_rights import TenantRights
 
@@ -49,7 +51,8 @@ class ReconcileReport:
     """What ``reconcile`` has done. Tenants are given by slug, databases and roles by name.
 
     Args:
-        finished: Creations that were nearly complete, and are active now. They have no API key: issue one.
+        finished: Creations that were nearly complete, or that an older backup of the registry took for interrupted;
+            they are active now. They have no API key: issue one.
         removed: Creations that were removed; their slugs are free again.
         purged: Purges that were finished.
         corrected: Tenants with a role that did not agree with the registry: it could log in although the tenant is
@@ -250,32 +253,70 @@ class Reconciler:
                 )
                 return
             if self._check:
-                await self._foresee(one, one.tenant.placement)
+                await self._foresee(connection, one, one.tenant.placement)
             elif one.kind == "purging":
                 await self._finish_purge(connection, one.tenant, one.tenant.placement)
-            elif one.step == "proved" and await self._proves_itself(one.tenant, one.tenant.placement):
-                await self._finish_creation(one.tenant, one.tenant.placement)
-            else:
+            elif not await self._is_whole(connection, one, one.tenant.placement):
                 await self._remove_creation(connection, one, one.tenant.placement)
+            elif (failure := await self._failure_of_proof(connection, one.tenant, one.tenant.placement)) is None:
+                await self._finish_creation(one.tenant, one.tenant.placement)
+            elif self._drop_unknown:
+                await self._remove_creation(connection, one, one.tenant.placement)
+            else:
+                self._keep_creation(one.tenant, one.tenant.placement, failure)
 
-    async def _foresee(self, one: Unfinished, placement: Placement) -> None:
+    async def _foresee(self, connection: Connection, one: Unfinished, placement: Placement) -> None:
         """Note what would be done."""
         if one.kind == "purging":
             self._findings.purged.append(one.tenant.slug)
-        elif one.step == "proved" and await self._proves_itself(one.tenant, placement):
-            self._findings.finished.append(one.tenant.slug)
-        else:
+        elif not await self._is_whole(connection, one, placement):
             self._findings.removed.append(one.tenant.slug)
+        elif (failure := await self._failure_of_proof(connection, one.tenant, placement)) is None:
+            self._findings.finished.append(one.tenant.slug)
+        elif self._drop_unknown:
+            self._findings.removed.append(one.tenant.slug)
+        else:
+            self._keep_creation(one.tenant, placement, failure)
 
-    async def _proves_itself(self, tenant: Tenant, placement: Placement) -> bool:
-        """Whether the last step succeeds now: it was started, but its result is not known."""
+    async def _is_whole(self, connection: Connection, one: Unfinished, placement: Placement) -> bool:
+        """Whether a creation has done all but its last steps, whichever one its row names.
+
+        It may have been completed long ago, and the row be that of an older backup of the control database: what has
+        its marker may hold the data of a customer. The marker is set with the last grants.
+        """
+        state = await databases.state(connection, placement.database)
+        own = marker.marker_text(self._services.installation, one.tenant.id)
+        if one.step == UNDOING or state is None or state.comment != own:
+            return False
+        return not await roles.is_unseeded(connection, placement.role)
+
+    async def _failure_of_proof(
+        self, connection: Connection, tenant: Tenant, placement: Placement
+    ) -> BaseException | None:
+        """Return why the tenant cannot log in to its database now; None where it can."""
         try:
             async with asyncio.timeout(self._timeout):
-                await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
-        except (IsolationError, RoutingError, *SERVER_FAILURES) as exc:
-            logger.info("the last step of tenant %s fails, so its creation is removed: %s", tenant.slug, exc)
-            return False
-        return True
+                try:
+                    await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
+                except LoginRefusedError:
+                    if self._check:
+                        raise
+                    # the password may have been changed, or the tenant suspended, since the backup that the row is from
+                    password = self._services.keyring.open_password(tenant.id, placement.sealed_password)
+                    await roles.set_password(connection, placement.role, verifier=scram_verifier(password))
+                    await roles.set_login(connection, placement.role, True)
+                    await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            return exc
+        return None
+
+    def _keep_creation(self, tenant: Tenant, placement: Placement, failure: BaseException) -> None:
+        logger.error("reconcile: tenant %s cannot log in to its database: %s", tenant.slug, failure)
+        self._findings.errors.append(
+            f"{tenant.slug}: its creation was interrupted, or its row is of an older backup; database "
+            f"{placement.database!r} has its marker and is kept, and cannot be used: {describe(failure)}; correct "
+            "that, or remove it by reconcile(drop_unknown=True)"
+        )
 
     async def _finish_creation(self, tenant: Tenant, placement: Placement) -> None:
         revision = await self._revision(placement)

@@ -35,6 +35,7 @@ REFUSED_ATTRIBUTES: Mapping[str, str] = MappingProxyType(
 
 _TENANT_ROLE = " ".join(["LOGIN", *(f"NO{name}" for name in REFUSED_ATTRIBUTES)])
 
+_UNSEEDED = "tenancy: its seeds have not run"
 
 _OWNER_ROLE = "NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
 
@@ -134,6 +135,22 @@ async def states(connection: Connection, stem: str) -> dict[str, RoleState]:
     }
 
 
+def unseeded_statement(name: str) -> str:
+    """Return the statement that says of a role that the seeds of its new database have not run yet."""
+    return f"COMMENT ON ROLE {quote_identifier(name)} IS {quote_literal(_UNSEEDED)}"
+
+
+async def set_seeded(connection: Connection, name: str) -> None:
+    """Take back what ``unseeded_statement`` says."""
+    await connection.execute(f"COMMENT ON ROLE {quote_identifier(name)} IS NULL")
+
+
+async def is_unseeded(connection: Connection, name: str) -> bool:
+    """Whether the seeds of a role's new database have not run yet."""
+    query = "SELECT shobj_description(oid, 'pg_authid') FROM pg_roles WHERE rolname = $1"
+    return bool(await connection.fetchval(query, name) == _UNSEEDED)
+
+
 async def set_login(connection: Connection, name: str, allowed: bool) -> None:
     """Give a role LOGIN or NOLOGIN. Its open connections stay, see ``terminate``.
 
@@ -209,12 +226,15 @@ __all__ = [
     "expire",
     "is_member",
     "is_superuser",
+    "is_unseeded",
     "join",
     "joined",
     "leave",
     "set_connection_limit",
     "set_login",
     "set_password",
+    "set_seeded",
     "states",
     "terminate",
+    "unseeded_statement",
 ]

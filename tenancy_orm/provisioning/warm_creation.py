@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from uuid import UUID
 
@@ -79,6 +80,7 @@ async def open_for_tenant(
     tenant_id: UUID,
     verifier: str,
     connection_limit: int,
+    further: Sequence[str] = (),
 ) -> None:
     """Give a warm database to a tenant: its marker, and a login. All in one transaction, or not at all.
 
@@ -89,6 +91,7 @@ async def open_for_tenant(
         tenant_id: The tenant.
         verifier: The result of ``scram_verifier`` for the tenant's password.
         connection_limit: Its tier's.
+        further: Statements that are a part of it.
 
     Raises:
         asyncpg.DivisionByZeroError, asyncpg.InvalidCatalogNameError, asyncpg.UndefinedObjectError: it is not a sealed
@@ -102,6 +105,7 @@ async def open_for_tenant(
         f"ALTER ROLE {quoted} LOGIN CONNECTION LIMIT {int(connection_limit)} PASSWORD {quote_literal(verifier)}",
         f"GRANT CONNECT ON DATABASE {quoted} TO {quoted}",
         f"ALTER DATABASE {quoted} WITH ALLOW_CONNECTIONS true",
+        *further,
     )
     # one message is one transaction
     await connection.execute("; ".join(statements))
@@ -143,6 +147,7 @@ class WarmCreation(Creation):
                 tenant_id=draft.id,
                 verifier=scram_verifier(password),
                 connection_limit=self._services.config.tiers[draft.tier].connection_limit,
+                further=self._unseeded,
             )
         except _UNUSABLE as exc:
             logger.warning(

@@ -45,7 +45,24 @@ async def killed(task: Task, what: str, *, at: str) -> None:
     await run_killed("seeding_process", {**task, "what": what, "at": at}, seconds=SECONDS)
 
 
-@pytest.mark.parametrize("at", ["before seeds", "in acme", "after seeds", "before complete"])
+@pytest.mark.parametrize("at", ["after seeds", "before complete"])
+async def test_a_creation_that_is_killed_after_its_seeds_is_completed(task: Task, at: str) -> None:
+    async with opened(task) as tenancy:
+        await tenancy.internals.provisioner.template("default")
+        await killed(task, "create", at=at)
+        finished: list[str] = []
+
+        async def is_finished() -> bool:
+            finished.extend((await tenancy.internals.provisioner.reconcile()).finished)
+            return finished == ["acme"]
+
+        await until(is_finished, seconds=SECONDS)
+        assert (await tenancy.internals.provisioner.reconcile()).clean
+        async with tenancy.session("acme") as session:
+            assert list(await session.scalars(BODIES)) == ["base", "first", "second"]
+
+
+@pytest.mark.parametrize("at", ["before seeds", "in acme"])
 async def test_a_creation_that_is_killed_with_its_seeds_is_removed(task: Task, at: str) -> None:
     """Reconcile leaves no tenant that has some of its seeds, and the slug is free."""
     async with opened(task) as tenancy:

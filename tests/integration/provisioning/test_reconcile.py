@@ -20,7 +20,8 @@ from tenancy_orm.postgres import connections, locks
 from tenancy_orm.protocols import GrantTarget
 from tenancy_orm.provisioning import ReconcileReport, databases, grants, roles
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
-from tenancy_orm.registry.rows import TenantDraft
+from tenancy_orm.provisioning.reconcile import Reconciler
+from tenancy_orm.registry.rows import TenantDraft, Unfinished
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
@@ -105,6 +106,89 @@ async def test_a_creation_that_proves_itself_is_completed(workshop: Workshop, mo
         await connection.execute("INSERT INTO notes (body) VALUES ('works')")
     async with workshop.control.connect() as connection:
         assert await connection.scalar(text("SELECT count(*) FROM tenancy.api_keys")) == 0
+
+
+async def turn_back(workshop: Workshop, tenant: Tenant, step: str) -> None:
+    """Turn a tenant's row back to a step of its creation, as restoring an older backup of the registry does."""
+    statement = text(
+        "UPDATE tenancy.tenants SET status = 'provisioning', next_status = 'active', step = :step, "
+        "schema_revision = NULL WHERE id = :id"
+    )
+    async with workshop.control.transaction() as connection:
+        await connection.execute(text("ALTER TABLE tenancy.tenants DISABLE TRIGGER USER"))
+        await connection.execute(statement, {"id": tenant.id, "step": step})
+        await connection.execute(text("ALTER TABLE tenancy.tenants ENABLE TRIGGER USER"))
+
+
+async def with_a_note(workshop: Workshop) -> Tenant:
+    """A tenant with data."""
+    tenant = await workshop.create("acme")
+    async with workshop.connect(tenant) as connection:
+        await connection.execute("INSERT INTO notes (body) VALUES ('a customer''s')")
+    return tenant
+
+
+async def notes(workshop: Workshop, tenant: Tenant) -> list[str]:
+    async with workshop.connect(tenant) as connection:
+        return [row["body"] for row in await connection.fetch("SELECT body FROM notes")]
+
+
+async def test_without_the_look_at_the_marker_a_restored_row_costs_a_customers_data(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def is_at_its_last_step(_self: object, _connection: object, one: Unfinished, _placement: object) -> bool:
+        return one.step == "proved"
+
+    monkeypatch.setattr(Reconciler, "_is_whole", is_at_its_last_step)
+    await turn_back(workshop, await with_a_note(workshop), "grants")
+    assert await workshop.provisioner.reconcile() == ReconcileReport(removed=("acme",))
+    assert await workshop.present() == set()
+
+
+@pytest.mark.parametrize("step", ["registered", "database", "grants", "proved", "unseeded", "seeds"])
+async def test_a_completed_creation_with_an_older_row_is_completed_again(workshop: Workshop, step: str) -> None:
+    """A backup of the control database was made while the tenant was being created, and was restored long after."""
+    tenant = await with_a_note(workshop)
+    await turn_back(workshop, tenant, step)
+    assert await workshop.provisioner.reconcile(check=True) == ReconcileReport(finished=("acme",))
+    assert await workshop.provisioner.reconcile() == ReconcileReport(finished=("acme",))
+    again = await workshop.registry.get(tenant.id)
+    assert (again.status, again.schema_revision) == (Status.ACTIVE, "0001")
+    assert await notes(workshop, again) == ["a customer's"]
+    assert await workshop.provisioner.reconcile() == NOTHING
+
+
+async def test_a_role_that_was_changed_since_an_older_row_gets_what_the_row_says(workshop: Workshop) -> None:
+    """Its password was changed, and the tenant was suspended."""
+    tenant = await with_a_note(workshop)
+    async with workshop.admin() as connection:
+        await connection.execute(f"ALTER ROLE \"{placement(tenant).role}\" NOLOGIN PASSWORD 'a newer one'")
+    await turn_back(workshop, tenant, "grants")
+    assert await workshop.provisioner.reconcile() == ReconcileReport(finished=("acme",))
+    assert await notes(workshop, await workshop.registry.get(tenant.id)) == ["a customer's"]
+
+
+async def test_what_cannot_be_used_and_has_its_marker_is_kept_and_said(workshop: Workshop) -> None:
+    """Until the caller asks to remove it."""
+    tenant = await with_a_note(workshop)
+    place = placement(tenant)
+    await turn_back(workshop, tenant, "proved")
+    async with workshop.admin() as connection:
+        await connection.execute(f'REVOKE CONNECT ON DATABASE "{place.database}" FROM "{place.role}"')
+    for check in (True, False):
+        report = await workshop.provisioner.reconcile(check=check)
+        (error,) = report.errors
+        assert report == ReconcileReport(errors=(error,))
+        assert (
+            f"acme: its creation was interrupted, or its row is of an older backup; database '{place.database}'"
+            in error
+        )
+        assert "reconcile(drop_unknown=True)" in error
+    assert await workshop.present() == names_of(tenant)
+    for check in (True, False):
+        report = await workshop.provisioner.reconcile(check=check, drop_unknown=True)
+        assert report == ReconcileReport(removed=("acme",))
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {})
 
 
 async def leave_proved(workshop: Workshop, monkeypatch: pytest.MonkeyPatch, draft: TenantDraft) -> None:
