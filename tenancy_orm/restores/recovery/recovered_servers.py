@@ -20,7 +20,7 @@ from ...postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.quoting import quote_identifier
 from ...provisioning import advisory_locks
-from ...provisioning.copy_logins import create_login
+from ...provisioning.copy_logins import HIDES_ROWS, create_login, see_all_rows
 from ...routing import marker
 from ...servers import Servers
 from .accounts import Account
@@ -146,6 +146,8 @@ class RecoveredServer:
                 f"ALTER ROLE {quoted} SET default_transaction_read_only = on; "
                 f"GRANT CONNECT ON DATABASE {quote_identifier(database)} TO {quoted}"
             )
+            if await connection.fetchval(HIDES_ROWS):
+                await see_all_rows(connection, role)
         except SERVER_FAILURES as exc:
             raise RecoveryError(f"the recovered server takes no further login: {login.reason_of(exc)}") from exc
         return replace(made.dsn, user=made.role, password=made.password, database=database)

@@ -504,6 +504,11 @@ async def test_a_server_that_was_recovered_elsewhere_gives_one_database(
             with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
                 await read(recovered, "CREATE TABLE x ()")
         assert elsewhere.query(roles) == before
+        # which hides all rows from the owner as well
+        for change in ("ENABLE ROW LEVEL SECURITY, FORCE", "DISABLE ROW LEVEL SECURITY, NO FORCE"):
+            elsewhere.query(f"ALTER TABLE notes {change} ROW LEVEL SECURITY", database=acme.placement.database)
+            async with tenancy.recovery.open(acme, target, recovered_server=elsewhere.url()) as recovered:
+                assert await read(recovered) == ["first"]
         source = await tenancy.recovery.source("acme", target, recovered_server=elsewhere.url())
         assert elsewhere.password not in str(source.describe())
         await tenancy.restores.restore("acme", source)
