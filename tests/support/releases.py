@@ -67,7 +67,9 @@ def application(tenancy: Tenancy, columns: str) -> Starlette:
 
 @asynccontextmanager
 async def released(config: TenancyConfig, columns: str, *, initialise: bool = False) -> AsyncIterator[Release]:
-    async with open_fleet(config, initialise=initialise) as fleet:
+    # a busy machine may take longer than 2 s for all requests at once
+    patient = config.replace(directory={"timeout": 30.0})
+    async with open_fleet(patient, initialise=initialise) as fleet:
         transport = httpx.ASGITransport(application(fleet.tenancy, columns), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             yield Release(fleet, client)
