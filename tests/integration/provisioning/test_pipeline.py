@@ -28,7 +28,7 @@ from tenancy_orm.errors import (
 from tenancy_orm.events import TenantCreationFailed
 from tenancy_orm.keys.format import generate_key
 from tenancy_orm.postgres import locks
-from tenancy_orm.provisioning import Provisioner, databases
+from tenancy_orm.provisioning import Provisioner, ReconcileReport, databases
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
 from tenancy_orm.servers import Servers
 from tenancy_orm.tenant import Status, Tenant
@@ -343,6 +343,28 @@ async def test_a_tenant_that_reconcile_has_completed_is_not_undone(
         await workshop.create("acme")
     assert await workshop.slugs() == {"acme": "active"}
     assert await workshop.consistent()
+
+
+async def test_what_is_being_undone_is_not_completed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed after a failure, before the database is dropped, leaves a row that says so."""
+    killed: list[ReconcileReport] = []
+    drop = Creation._drop_database
+
+    async def leave(creation: Creation) -> None:
+        """Do what others see once the process is gone, which drops its lock."""
+        await locks.unlock(creation._admin, tenant_key(creation._draft.id))
+        killed.append(await workshop.provisioner_of().reconcile())
+        await drop(creation)
+
+    async def fail(creation: Creation) -> None:
+        raise InjectedError("on purpose")
+
+    monkeypatch.setattr(Creation, "_drop_database", leave)
+    intercept(monkeypatch, "proved", after=fail)
+    with pytest.raises(ProvisioningError, match="has been undone"):
+        await workshop.create("acme")
+    assert killed == [ReconcileReport(removed=("acme",))]
+    assert (await workshop.present(), await workshop.slugs()) == (set(), {})
 
 
 async def test_what_cannot_be_undone_is_left_to_reconcile(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
