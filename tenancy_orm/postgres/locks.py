@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 
-from .connections import POLL_SECONDS, Connection
+from .connections import POLL_SECONDS, Connection, finish
 
 
 def lock_key(text: str) -> int:
@@ -16,6 +19,18 @@ def lock_key(text: str) -> int:
 async def try_lock(connection: Connection, key: int) -> bool:
     """Take the session-level lock ``key`` if it is free. It is released when the connection ends, however it ends."""
     return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1)", key))
+
+
+@asynccontextmanager
+async def try_locked(connection: Connection, key: int) -> AsyncIterator[bool]:
+    """Yield whether the session-level lock ``key`` was free; if so, the body runs under it."""
+    if not await try_lock(connection, key):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        await finish(connection, partial(unlock, connection, key))
 
 
 async def unlock(connection: Connection, key: int) -> bool:

@@ -2,7 +2,7 @@
 
 from .differences import Difference
 from .provisioner import Provisioner
-from .reconcile import ReconcileReport
+from .reconcile_report import ReconcileReport
 from .template_manager import Template, TemplateManager, TemplatePruneReport
 from .templates import SchemaSource, TemplateInfo
 from .warm_pool import WarmPool, WarmReport, WarmStatus

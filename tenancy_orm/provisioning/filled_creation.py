@@ -12,7 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from ..tenant import Tenant
-from . import databases
+from . import databases, roles
 from .database_properties import DatabaseProperties
 from .empty_databases import InstalledExtension
 from .long_creation import LongCreation
@@ -85,6 +85,7 @@ class FilledCreation(LongCreation):
         if self._filling.finish is not None:
             await self._filling.finish(await self._services.registry.get(self._draft.id))
         await self._read_revision()
+        await roles.set_finished(self._admin, self._draft.role)
 
 
 __all__ = ["FilledCreation", "Filling"]

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from ..cancellation import run_to_completion
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
-from . import grants
+from . import grants, roles
 from .admin_connections import HOLDING
 from .pipeline import Creation, Step, tenant_key
 
@@ -28,6 +28,10 @@ class LongCreation(Creation):
             await run_to_completion(connections.close(connection))
             raise
         return connection
+
+    @property
+    def _unfinished(self) -> tuple[str, ...]:
+        return (roles.unfinished_statement(self._draft.role),)
 
     async def _read_revision(self) -> None:
         """Take the revision from the database: it is not that of a template."""

@@ -303,7 +303,7 @@ class MarkedDatabases:
                     server=one.server, name=one.name, tenant_id=tenant.id, role=place.role, state="kept"
                 )
                 await services.registry.record_database(kept)
-            if switched:
+            if tenant.id not in unfinished:
                 return tenant, told
             revision = await self.revision(found)
             tenant = await run_to_completion(

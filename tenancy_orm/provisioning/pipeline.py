@@ -1,12 +1,14 @@
 """The creation of one tenant, step by step, so that either all or nothing of it remains.
 
 The steps are registered, role, database, grants and proved. Where there are seeds that run for each tenant, the last
-one is called unseeded instead, and seeds follows it; until they have run, a comment of the role says that they have
-not. After them the tenant becomes active. The name of a step is in the
+one is called unseeded instead, and seeds follows it. After them the tenant becomes active. The name of a step is in the
 registry before the step begins, except for the role: it follows "registered" at once, and takes less time than writing
-its name. The administrative connection holds an advisory lock on the tenant's id, from before the row is written until
-the end. When a process dies, the kernel closes its connections and PostgreSQL releases their locks. So ``reconcile``
-can tell a creation under way from a dead one exactly, and without a clock.
+its name. A database with its marker is whole, unless a comment of the role says otherwise: until the seeds have run, or
+until the last step of a creation with contents from elsewhere.
+
+The administrative connection holds an advisory lock on the tenant's id, from before the row is written until the end.
+When a process dies, the kernel closes its connections and PostgreSQL releases their locks. So ``reconcile`` can tell a
+creation under way from a dead one exactly, and without a clock.
 
 A failure or a cancellation undoes the steps that were started, in reverse. Becoming active is one commit in the
 registry, and the point of no return: where it is in doubt, the registry is read again, and an active tenant is never
@@ -271,9 +273,9 @@ class Creation:
         return self._connection
 
     @property
-    def _unseeded(self) -> tuple[str, ...]:
-        """The statement that says that the seeds have not run yet, where there are some."""
-        return () if self._seeds is None else (roles.unseeded_statement(self._draft.role),)
+    def _unfinished(self) -> tuple[str, ...]:
+        """The statement that says of the role that its database is not whole yet, where the marker does not say it."""
+        return () if self._seeds is None else (roles.unfinished_statement(self._draft.role),)
 
     async def _create_role(self) -> None:
         password = self._services.keyring.open_password(self._draft.id, self._draft.sealed_password)
@@ -282,7 +284,7 @@ class Creation:
             self._draft.role,
             verifier=scram_verifier(password),
             connection_limit=self._services.config.tiers[self._draft.tier].connection_limit,
-            settings=(*self._settings.statements(self._draft.role), *self._unseeded),
+            settings=(*self._settings.statements(self._draft.role), *self._unfinished),
         )
 
     async def _create_database(self) -> None:
@@ -316,7 +318,7 @@ class Creation:
                 # the tier may allow one connection, and the last step's may be open still
                 await asyncio.wait(self._closing)
             await self._seeds.run(await self._services.registry.get(self._draft.id))
-            await roles.set_seeded(self._admin, self._draft.role)
+            await roles.set_finished(self._admin, self._draft.role)
 
     def _close_later(self, connection: Connection) -> None:
         """Close a connection during the next step: the server takes 2 ms to end a session."""
@@ -383,24 +385,27 @@ class Creation:
         if step == "locked":
             return True
         await self._ensure_lock()
-        try:
-            tenant = await self._services.registry.get(self._draft.id)
-        except TenantNotFoundError:
-            tenant = None  # the row was never written, or a reconcile has removed it
-        if tenant is not None and tenant.status is not Status.PROVISIONING:
+        # whoever finds the row must not complete what is being undone
+        is_recorded = await self._services.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
+        # the row may never have been written, or a reconcile may have removed or completed it
+        tenant = await self._find()
+        if tenant is not None and not is_recorded and tenant.status is not Status.PROVISIONING:
             if self._lock_unbroken:
                 self._tenant = tenant
             else:
                 self._taken_over = True
             return False
-        if tenant is not None:
-            # whoever finds the row must not complete what is being undone
-            await self._services.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
         for started_step in reversed(self._started_steps):
             await started_step.undo()
         if tenant is not None:
             await self._services.registry.discard(self._draft.id, step=step, error=describe(error), actor=self._actor)
         return True
+
+    async def _find(self) -> Tenant | None:
+        try:
+            return await self._services.registry.get(self._draft.id)
+        except TenantNotFoundError:
+            return None
 
     async def _ensure_lock(self) -> None:
         """Take the lock again if its connection is lost."""
@@ -468,6 +473,19 @@ async def prove(services: ProvisioningServices, tenant_id: UUID, slug: str, plac
     return connection
 
 
+async def is_whole(
+    services: ProvisioningServices, connection: Connection, tenant_id: UUID, placement: Placement
+) -> bool:
+    """Whether a creation has made its database to the end, whichever step its row names.
+
+    The row may be that of an older backup of the control database, and the database a customer's since.
+    """
+    state = await databases.state(connection, placement.database)
+    if state is None or state.comment != marker.marker_text(services.installation, tenant_id):
+        return False
+    return not await roles.is_unfinished(connection, placement.role)
+
+
 async def _wait_for(work: asyncio.Future[None]) -> None:
     """Wait for the end of ``work`` without raising its error: that is raised only if nothing else has failed."""
     await asyncio.wait((work,))
@@ -484,4 +502,4 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-__all__ = ["Creation", "ProvisioningServices", "Step", "describe", "prove", "tenant_key"]
+__all__ = ["UNDOING", "Creation", "ProvisioningServices", "Step", "describe", "is_whole", "prove", "tenant_key"]

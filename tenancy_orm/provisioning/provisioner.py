@@ -43,11 +43,20 @@ from .databases import Strategy
 from .extensions import Extensions
 from .filled_creation import FilledCreation, Filling
 from .new_databases import NewDatabases, drop_all_beside
-from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds, describe, tenant_key
+from .pipeline import (
+    Creation,
+    FirstConnections,
+    ProvisioningServices,
+    TenantSeeds,
+    describe,
+    is_whole,
+    tenant_key,
+)
 from .preparation import prepare
 from .public_access import SharedDatabases, read_control
 from .readers import Readers
-from .reconcile import Reconciler, ReconcileReport
+from .reconcile import Reconciler
+from .reconcile_report import Findings, ReconcileReport
 from .replaced_databases import refuse_replaced
 from .role_settings import RoleSettings
 from .scratch import ScratchDatabases
@@ -59,6 +68,7 @@ from .template_records import TemplateRecords
 from .templates import SchemaSource, TemplateInfo, Templates
 from .temporary_logins import TemporaryLogins
 from .tenant_rights import TenantRights
+from .unfinished import UnfinishedWork
 from .warm_creation import WarmCreation
 from .warm_pool import WarmPool
 from .warm_records import WarmRecords
@@ -653,7 +663,8 @@ class Provisioner:
             False if another process does it, or the takeover is under way.
 
         Raises:
-            OperationStateError: no operation under way takes a database over for this tenant.
+            OperationStateError: no operation under way takes a database over for this tenant; or it is done, and the
+                tenant's row is of an older backup of the control database.
             ProvisioningError: the server refused, or did not finish in time.
             ServerUnavailableError: the server does not answer.
         """
@@ -672,6 +683,11 @@ class Provisioner:
                 if not await services.registry.is_taken_over(tenant.id):
                     raise OperationStateError(f"no database is being taken over for tenant {tenant.slug!r}")
                 async with asyncio.timeout(self._timeout * 10):
+                    if await is_whole(services, connection, tenant.id, place):
+                        raise OperationStateError(
+                            f"database {place.database!r} has become tenant {tenant.slug!r} since the backup of the "
+                            "control database that its row is of; run: tenancy reconcile"
+                        )
                     if state:
                         taken = DatabaseTakeover(services, place.server, state["database"], place.role)
                         await taken.undo(state, connection, name=place.database)
@@ -700,12 +716,12 @@ class Provisioner:
             False if another process does it, or the creation is under way.
 
         Raises:
-            ProvisioningError: what is left could not be removed in time.
+            ProvisioningError: what is left could not be removed in time, or is kept: a customer may have used it.
             ServerUnavailableError: the server does not answer.
         """
         refuse_while_bound("settling a creation")
         try:
-            return await Reconciler(self._services, actor=actor).settle_creation(tenant)
+            return await UnfinishedWork(self._services, Findings(), actor=actor).settle_creation(tenant)
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
                 f"what is left of the creation of tenant {tenant.slug!r} could not be removed ({describe(exc)}); try "

@@ -14,16 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
-from ..errors import ConfigurationError, LoginRefusedError, TenancyError, TenantNotFoundError
-from ..events import TenantCreated, TenantPurged
+from ..errors import ConfigurationError, TenancyError, TenantNotFoundError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
@@ -31,84 +27,19 @@ from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.reading import TenantFilter
 from ..registry.rows import Unfinished
 from ..routing import marker
-from ..tenant import Placement, Status, Tenant
-from . import access, databases, grants, removal, role_settings, roles, server_state, temporary_logins
+from ..tenant import Status, Tenant
+from . import databases, removal, role_settings, roles, server_state, temporary_logins
 from .alignment import align_role, role_deviations
 from .blockers import Blockers
 from .copy_logins import end_login
 from .differences import Difference
-from .new_databases import drop_all_beside
-from .pipeline import UNDOING, ProvisioningServices, describe, prove, tenant_key
-from .scram import scram_verifier
+from .pipeline import ProvisioningServices, describe, tenant_key
+from .reconcile_report import Findings, ReconcileReport
 from .tenant_check import TenantCheck
 from .tenant_rights import TenantRights
+from .unfinished import UnfinishedWork
 
 logger = logging.getLogger("tenancy_orm.provisioning")
-
-
-@dataclass(frozen=True, slots=True)
-class ReconcileReport:
-    """What ``reconcile`` has done. Tenants are given by slug, databases and roles by name.
-
-    Args:
-        finished: Creations that were nearly complete, or that an older backup of the registry took for interrupted;
-            they are active now. They have no API key: issue one.
-        removed: Creations that were removed; their slugs are free again.
-        purged: Purges that were finished.
-        corrected: Tenants with a role that did not agree with the registry: it could log in although the tenant is
-            suspended or deleted, or could not although it is neither; or it had another connection limit than its tier;
-            or it had given itself settings or members.
-        orphans: Databases and roles that were dropped because the registry does not know them, roles of purged tenants
-            that could not be dropped before, and temporary logins that have expired.
-        unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
-            hold data. Register them again (``tenancy rebuild``), or drop them by ``reconcile(drop_unknown=True)``,
-            which drops none that a tenant may use whose row is older than a restore or a move.
-        differences: How tenants' databases and roles differed from what provisioning makes, mended or not.
-        errors: What could not be done or checked, and why. Everything else was.
-    """
-
-    finished: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-    purged: tuple[str, ...] = ()
-    corrected: tuple[str, ...] = ()
-    orphans: tuple[str, ...] = ()
-    unknown: tuple[str, ...] = ()
-    differences: tuple[Difference, ...] = ()
-    errors: tuple[str, ...] = ()
-
-    @property
-    def clean(self) -> bool:
-        """Whether nothing was found. After a check, this is whether a reconcile would have nothing to do."""
-        return self == ReconcileReport()
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything is as it should be now: no errors, and nothing that differs is left."""
-        return not self.errors and all(difference.mended for difference in self.differences)
-
-
-@dataclass(slots=True)
-class _Findings:
-    finished: list[str] = field(default_factory=list)
-    removed: list[str] = field(default_factory=list)
-    purged: list[str] = field(default_factory=list)
-    corrected: list[str] = field(default_factory=list)
-    orphans: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    differences: list[Difference] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    def report(self) -> ReconcileReport:
-        names = [name for name in self.__slots__ if name != "differences"]
-        differences = sorted(self.differences, key=lambda one: (one.tenant, one.mended, not one.dangerous, one.kind))
-        return ReconcileReport(
-            **{name: tuple(sorted(getattr(self, name))) for name in names}, differences=tuple(differences)
-        )
-
-    def correct(self, slug: str) -> None:
-        """Note that a tenant is corrected, once however much there was to do."""
-        if slug not in self.corrected:
-            self.corrected.append(slug)
 
 
 class Reconciler:
@@ -140,8 +71,9 @@ class Reconciler:
         self._check = check
         self._thorough = thorough
         self._adopt = tuple(adopt)
-        self._findings = _Findings()
+        self._findings = Findings()
         self._timeout = services.config.provisioning.timeout
+        self._unfinished = UnfinishedWork(services, self._findings, actor=actor, check=check, drop_unknown=drop_unknown)
 
     async def run(self) -> ReconcileReport:
         """Reconcile all servers at once.
@@ -160,24 +92,6 @@ class Reconciler:
         runs = (self._attempt(name, partial(self._reconcile_server, name, found)) for name, found in by_server.items())
         await asyncio.gather(*runs)
         return self._findings.report()
-
-    async def settle_creation(self, tenant: Tenant) -> bool:
-        """Finish or remove one tenant's interrupted creation; False if a process does it now.
-
-        Raises:
-            ProvisioningError: it could not be removed.
-            ServerUnavailableError: the server does not answer.
-        """
-        one = await self._services.registry.find_unfinished(tenant.id)
-        if one is None or one.tenant.placement is None:
-            return True
-        connection = await self._blockers(one.tenant.placement.server).connect()
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self._resume(connection, one)
-        finally:
-            await connections.close(connection)
-        return await self._services.registry.find_unfinished(tenant.id) is None
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout
@@ -213,7 +127,7 @@ class Reconciler:
         connection = await self._blockers(server).connect()
         try:
             for one in unfinished:
-                await self._do(connection, one.tenant.slug, partial(self._resume, connection, one))
+                await self._do(connection, one.tenant.slug, partial(self._unfinished.settle, connection, one))
             await self._drop_warm(server, connection)
             await self._drop_orphans(server, connection)
             await self._drop_logins(server, connection)
@@ -223,139 +137,6 @@ class Reconciler:
             await self._check_tenants(server, connection)
             await self._correct_roles(server, connection)
             await self._correct_settings(server, connection)
-        finally:
-            await connections.close(connection)
-
-    @asynccontextmanager
-    async def _try_locked(self, connection: Connection, key: int) -> AsyncIterator[bool]:
-        """Yield whether the lock was free; if so, the body runs under it."""
-        if not await locks.try_lock(connection, key):
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            await connections.finish(connection, partial(locks.unlock, connection, key))
-
-    # --- creations and purges ---------------------------------------------------------------------------------------
-
-    async def _resume(self, connection: Connection, found: Unfinished) -> None:
-        async with self._try_locked(connection, tenant_key(found.tenant.id)) as free:
-            if not free:
-                return  # under way
-            one = await self._services.registry.find_unfinished(found.tenant.id)
-            if one is None or one.tenant.placement is None:
-                return
-            if await self._services.registry.is_taken_over(one.tenant.id):
-                self._findings.errors.append(
-                    f"{one.tenant.slug}: an adoption in place was interrupted, and its database is left alone; repeat "
-                    "the command, which brings it back or goes on"
-                )
-                return
-            if self._check:
-                await self._foresee(connection, one, one.tenant.placement)
-            elif one.kind == "purging":
-                await self._finish_purge(connection, one.tenant, one.tenant.placement)
-            elif not await self._is_whole(connection, one, one.tenant.placement):
-                await self._remove_creation(connection, one, one.tenant.placement)
-            elif (failure := await self._failure_of_proof(connection, one.tenant, one.tenant.placement)) is None:
-                await self._finish_creation(one.tenant, one.tenant.placement)
-            elif self._drop_unknown:
-                await self._remove_creation(connection, one, one.tenant.placement)
-            else:
-                self._keep_creation(one.tenant, one.tenant.placement, failure)
-
-    async def _foresee(self, connection: Connection, one: Unfinished, placement: Placement) -> None:
-        """Note what would be done."""
-        if one.kind == "purging":
-            self._findings.purged.append(one.tenant.slug)
-        elif not await self._is_whole(connection, one, placement):
-            self._findings.removed.append(one.tenant.slug)
-        elif (failure := await self._failure_of_proof(connection, one.tenant, placement)) is None:
-            self._findings.finished.append(one.tenant.slug)
-        elif self._drop_unknown:
-            self._findings.removed.append(one.tenant.slug)
-        else:
-            self._keep_creation(one.tenant, placement, failure)
-
-    async def _is_whole(self, connection: Connection, one: Unfinished, placement: Placement) -> bool:
-        """Whether a creation has done all but its last steps, whichever one its row names.
-
-        It may have been completed long ago, and the row be that of an older backup of the control database: what has
-        its marker may hold the data of a customer. The marker is set with the last grants.
-        """
-        state = await databases.state(connection, placement.database)
-        own = marker.marker_text(self._services.installation, one.tenant.id)
-        if one.step == UNDOING or state is None or state.comment != own:
-            return False
-        return not await roles.is_unseeded(connection, placement.role)
-
-    async def _failure_of_proof(
-        self, connection: Connection, tenant: Tenant, placement: Placement
-    ) -> BaseException | None:
-        """Return why the tenant cannot log in to its database; None where it can, once its role is as its row says."""
-        try:
-            async with asyncio.timeout(self._timeout):
-                try:
-                    await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
-                except LoginRefusedError:
-                    if self._check:
-                        return None  # most likely: what follows mends it
-                    # the password may have been changed, or the tenant suspended, since the backup that the row is from
-                    password = self._services.keyring.open_password(tenant.id, placement.sealed_password)
-                    await roles.set_password(connection, placement.role, verifier=scram_verifier(password))
-                    blockers = self._blockers(placement.server)
-                    await access.unblock(connection, blockers, database=placement.database, role=placement.role)
-                    await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
-        except (TenancyError, *SERVER_FAILURES) as exc:
-            return exc
-        return None
-
-    def _keep_creation(self, tenant: Tenant, placement: Placement, failure: BaseException) -> None:
-        logger.error("reconcile: tenant %s cannot log in to its database: %s", tenant.slug, failure)
-        self._findings.errors.append(
-            f"{tenant.slug}: its creation was interrupted, or its row is of an older backup; database "
-            f"{placement.database!r} has its marker and is kept, and cannot be used: {describe(failure)}; correct "
-            "that, or remove it by reconcile(drop_unknown=True)"
-        )
-
-    async def _finish_creation(self, tenant: Tenant, placement: Placement) -> None:
-        revision = await self._revision(placement)
-        await self._services.registry.complete(tenant.id, revision=revision, key=None, actor=self._actor)
-        self._findings.finished.append(tenant.slug)
-        seconds = 0.0 if tenant.created_at is None else (datetime.now(UTC) - tenant.created_at).total_seconds()
-        self._services.events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
-
-    async def _remove_creation(self, connection: Connection, one: Unfinished, placement: Placement) -> None:
-        installation = self._services.installation
-        own = (marker.warm_text(installation), marker.marker_text(installation, one.tenant.id))
-        if not await removal.is_foreign(connection, placement.database, *own):
-            await self._remove(connection, placement.server, placement.database, placement.role)
-        error = "interrupted; removed by reconcile"
-        await self._services.registry.discard(
-            one.tenant.id, step=one.step or "registered", error=error, actor=self._actor
-        )
-        self._findings.removed.append(one.tenant.slug)
-
-    async def _finish_purge(self, connection: Connection, tenant: Tenant, placement: Placement) -> None:
-        await drop_all_beside(self._services, connection, placement.server, tenant.id, timeout=self._timeout)
-        await removal.purge(
-            connection,
-            self._blockers(placement.server),
-            self._services.names,
-            self._services.registry,
-            tenant.id,
-            placement,
-            deadline=self._deadline(),
-            actor=self._actor,
-        )
-        self._findings.purged.append(tenant.slug)
-        self._services.events.emit(TenantPurged(tenant_id=tenant.id, slug=tenant.slug))
-
-    async def _revision(self, placement: Placement) -> str | None:
-        connection = await self._blockers(placement.server).connect(placement.database)
-        try:
-            return await grants.revision(connection, self._services.names.owner)
         finally:
             await connections.close(connection)
 
@@ -385,7 +166,7 @@ class Reconciler:
                 await self._do(connection, name, partial(self._drop_orphan, server, connection, name, number))
 
     async def _drop_orphan(self, server: str, connection: Connection, name: str, number: UUID) -> None:
-        async with self._try_locked(connection, tenant_key(number)) as free:
+        async with locks.try_locked(connection, tenant_key(number)) as free:
             # in this order: a creation on another server of the same cluster makes a warm database a tenant's
             if not free or await self._is_warm(name):
                 return
@@ -464,7 +245,7 @@ class Reconciler:
         number = self._services.names.parse(name)
         if number is None:
             return
-        async with self._try_locked(connection, tenant_key(number)) as free:
+        async with locks.try_locked(connection, tenant_key(number)) as free:
             found = await self._services.warm_records.find(name) if free else None
             if found is None:
                 return  # it is being made, or a creation has claimed it
@@ -512,7 +293,7 @@ class Reconciler:
                 await self._do(connection, state.name, partial(self._drop_leftover, server, connection, state.name))
 
     async def _drop_leftover(self, server: str, connection: Connection, name: str) -> None:
-        async with self._try_locked(connection, locks.lock_key(name)) as free:
+        async with locks.try_locked(connection, locks.lock_key(name)) as free:
             state = await databases.state(connection, name) if free else None
             if state is not None and not state.is_template:
                 if not self._check:
@@ -528,7 +309,7 @@ class Reconciler:
             await self._do(connection, name, partial(self._drop_leftover_role, server, connection, name))
 
     async def _drop_leftover_role(self, server: str, connection: Connection, name: str) -> None:
-        async with self._try_locked(connection, locks.lock_key(name)) as free:
+        async with locks.try_locked(connection, locks.lock_key(name)) as free:
             state = (await roles.states(connection, name)).get(name) if free else None
             if state is None or state.connect_granted_on & await self._services.registry.database_names(server):
                 return  # it is used, or goes with a database that an operation has begun, see ``new_databases``
@@ -575,7 +356,7 @@ class Reconciler:
                 await self._do(connection, found.slug, partial(self._settle, check, connection, found.id))
 
     async def _settle(self, check: TenantCheck, connection: Connection, tenant_id: UUID) -> None:
-        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
+        async with locks.try_locked(connection, tenant_key(tenant_id)) as free:
             tenant = await self._services.registry.get(tenant_id)
             if not free or tenant.placement is None or await self._services.registry.find_unfinished(tenant_id):
                 return  # it is being changed, or removed
@@ -598,7 +379,7 @@ class Reconciler:
                 await self._do(connection, tenant.slug, partial(self._correct_role, connection, tenant.id))
 
     async def _correct_role(self, connection: Connection, tenant_id: UUID) -> None:
-        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
+        async with locks.try_locked(connection, tenant_key(tenant_id)) as free:
             tenant = await self._services.registry.get(tenant_id)
             if not free or tenant.placement is None:
                 return
@@ -627,7 +408,7 @@ class Reconciler:
     async def _correct_setting(
         self, server: str, connection: Connection, role: str, tenant_id: UUID, detail: str, dangerous: bool
     ) -> None:
-        async with self._try_locked(connection, tenant_key(tenant_id)) as free:
+        async with locks.try_locked(connection, tenant_key(tenant_id)) as free:
             if not free or await self._status(role) in (None, Status.PROVISIONING, Status.PURGED):
                 return
             tenant = await self._services.registry.get(tenant_id)

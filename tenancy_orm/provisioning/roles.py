@@ -35,7 +35,7 @@ REFUSED_ATTRIBUTES: Mapping[str, str] = MappingProxyType(
 
 _TENANT_ROLE = " ".join(["LOGIN", *(f"NO{name}" for name in REFUSED_ATTRIBUTES)])
 
-_UNSEEDED = "tenancy: its seeds have not run"
+_UNFINISHED = "tenancy: being created"
 
 _OWNER_ROLE = "NOLOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS"
 
@@ -135,20 +135,20 @@ async def states(connection: Connection, stem: str) -> dict[str, RoleState]:
     }
 
 
-def unseeded_statement(name: str) -> str:
-    """Return the statement that says of a role that the seeds of its new database have not run yet."""
-    return f"COMMENT ON ROLE {quote_identifier(name)} IS {quote_literal(_UNSEEDED)}"
+def unfinished_statement(name: str) -> str:
+    """Return the statement that says of a role that its database, even with its marker, is not whole yet."""
+    return f"COMMENT ON ROLE {quote_identifier(name)} IS {quote_literal(_UNFINISHED)}"
 
 
-async def set_seeded(connection: Connection, name: str) -> None:
-    """Take back what ``unseeded_statement`` says."""
+async def set_finished(connection: Connection, name: str) -> None:
+    """Take back what ``unfinished_statement`` says."""
     await connection.execute(f"COMMENT ON ROLE {quote_identifier(name)} IS NULL")
 
 
-async def is_unseeded(connection: Connection, name: str) -> bool:
-    """Whether the seeds of a role's new database have not run yet."""
+async def is_unfinished(connection: Connection, name: str) -> bool:
+    """Whether a role has what ``unfinished_statement`` says."""
     query = "SELECT shobj_description(oid, 'pg_authid') FROM pg_roles WHERE rolname = $1"
-    return bool(await connection.fetchval(query, name) == _UNSEEDED)
+    return bool(await connection.fetchval(query, name) == _UNFINISHED)
 
 
 async def set_login(connection: Connection, name: str, allowed: bool) -> None:
@@ -226,15 +226,15 @@ __all__ = [
     "expire",
     "is_member",
     "is_superuser",
-    "is_unseeded",
+    "is_unfinished",
     "join",
     "joined",
     "leave",
     "set_connection_limit",
+    "set_finished",
     "set_login",
     "set_password",
-    "set_seeded",
     "states",
     "terminate",
-    "unseeded_statement",
+    "unfinished_statement",
 ]

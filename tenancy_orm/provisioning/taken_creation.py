@@ -6,12 +6,19 @@ takes it over, see ``Registry.is_taken_over``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ..errors import TenancyError
+from ..postgres.failures import SERVER_FAILURES
+from ..tenant import Tenant
+from . import roles
 from .long_creation import LongCreation
-from .pipeline import Step
+from .pipeline import Step, describe
 from .takeover import DatabaseTakeover, Takeover
+
+logger = logging.getLogger("tenancy_orm.provisioning")
 
 
 class TakenCreation(LongCreation):
@@ -29,7 +36,7 @@ class TakenCreation(LongCreation):
 
     @property
     def _proof_name(self) -> str:
-        return "taken"  # which no reconcile finishes, or removes
+        return "taken"  # which no reconcile removes, or finishes before it is the tenant's
 
     def _making_steps(self) -> tuple[Step, ...]:
         return (
@@ -54,6 +61,15 @@ class TakenCreation(LongCreation):
         tenant = await self._services.registry.get(draft.id)
         await database.take(tenant, takeover, self._admin, name=draft.database)
         await self._read_revision()
+
+    async def _complete(self) -> Tenant:
+        tenant = await super()._complete()
+        # not before: until it is the tenant's for good, an undo brings it back to how it was
+        try:
+            await roles.set_finished(self._admin, self._draft.role)
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            logger.warning("the role of tenant %s keeps the comment of a creation: %s", tenant.slug, describe(exc))
+        return tenant
 
     async def _give_back(self) -> None:
         if self._state is not None:

@@ -147,7 +147,7 @@ class WarmCreation(Creation):
                 tenant_id=draft.id,
                 verifier=scram_verifier(password),
                 connection_limit=self._services.config.tiers[draft.tier].connection_limit,
-                further=self._unseeded,
+                further=self._unfinished,
             )
         except _UNUSABLE as exc:
             logger.warning(

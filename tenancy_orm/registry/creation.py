@@ -189,6 +189,28 @@ class Creation(TenantTable):
             error = constraint_error(exc, values)
             raise (placement_error(exc, draft.server) or error) from exc
 
+    async def end_creation_for_rebuilding(self, tenant_id: UUID, *, reason: str, actor: Actor = SYSTEM) -> None:
+        """Make of the row of a tenant that is being created one as ``register_again`` makes it; others are left.
+
+        Args:
+            tenant_id: The tenant. The row is of an older backup, and names the database in use by now.
+            reason: Why it is in maintenance.
+            actor: Who does this, for the audit log.
+
+        Raises:
+            TenantNotFoundError: there is no such tenant.
+        """
+        refuse_other_tenant(tenant_id)
+        async with self._control.transaction() as connection:
+            before, _ = await self._lock_unless_purged(connection, tenant_id)
+            if before.status is not Status.PROVISIONING:
+                return
+            await self._set(connection, tenant_id, status=Status.ACTIVE, next_status=None, step=REBUILDING)
+            maintenance = {"status": Status.MAINTENANCE, "former_status": Status.ACTIVE, "reason": reason}
+            after = await self._set(connection, tenant_id, **maintenance)
+            old, new = difference(before, after)
+            await self._write_audit(connection, "tenant.rebuild", after, actor, before=old, after=new)
+
     async def rebuilding(self) -> frozenset[UUID]:
         """Return the tenants that ``register_again`` has registered and nothing has proved."""
         refuse_while_bound("listing tenants")
@@ -277,10 +299,10 @@ class Creation(TenantTable):
                 connection, "tenant.create_failed", tenant, actor, detail={"step": step, "error": error}
             )
 
-    async def record_failure(self, tenant_id: UUID, *, step: str, error: str) -> None:
-        """Store in the row that ``step`` failed and could not be undone, for ``reconcile``."""
+    async def record_failure(self, tenant_id: UUID, *, step: str, error: str) -> bool:
+        """Store in the row of a creation that it is undone, for ``reconcile``; False if there is no such row now."""
         refuse_other_tenant(tenant_id)
+        condition = and_(tenants.c.id == tenant_id, tenants.c.status == Status.PROVISIONING)
         async with self._control.transaction() as connection:
-            await connection.execute(
-                update(tenants).where(tenants.c.id == tenant_id).values(step=step, step_error=error)
-            )
+            found = await connection.execute(update(tenants).where(condition).values(step=step, step_error=error))
+        return bool(found.rowcount)

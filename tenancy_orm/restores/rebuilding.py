@@ -419,6 +419,7 @@ class RegistryRebuilding:
             if switched:
                 kept_until = datetime.now(UTC) + timedelta(seconds=self._config.backup.keep_replaced)
                 await self._marked.switch(marked, kept_until=kept_until, actor=actor)
+                await self._registry.end_creation_for_rebuilding(one.tenant_id, reason=REASON, actor=actor)
             elif one.tenant_id not in all_found.registered:
                 await self._marked.register(
                     marked,

@@ -10,10 +10,11 @@ import pytest
 import sqlalchemy as sa
 
 from tenancy_orm.adoption.in_place import InPlace
-from tenancy_orm.errors import AdoptionError, ProvisioningError, TenantNotFoundError
+from tenancy_orm.errors import AdoptionError, OperationStateError, ProvisioningError, TenantNotFoundError
 from tenancy_orm.provisioning import pipeline
 from tests.integration.adoption.test_databases import OLD
 from tests.support.fleet import Fleet
+from tests.support.older_rows import turn_back
 from tests.support.postgres import Postgres
 from tests.support.provisioning import VERSIONS, running_server
 from tests.support.sources import ForeignDatabase, foreign_database
@@ -91,6 +92,17 @@ async def test_a_database_becomes_a_tenant_where_it_is(fleet: Fleet, postgres: P
     assert (await fleet.provisioner.reconcile(check=True)).clean
     again = await adopt("acme", source.url, in_place=True)
     assert again.tenant is not None and again.tenant.id == report.tenant.id
+
+    # a control database that is restored from when it was being taken over brings nothing back
+    await turn_back(fleet.services.control, "acme", "taken", operations=True)
+    with pytest.raises(OperationStateError, match=r"has become tenant 'acme' since.*run: tenancy reconcile"):
+        await adopt("acme", source.url, in_place=True)
+    assert (await fleet.provisioner.reconcile(check=True)).finished == ("acme",)
+    assert (await fleet.provisioner.reconcile()).finished == ("acme",)
+    again = await adopt("acme", source.url, in_place=True)
+    assert again.tenant is not None and again.tenant.id == report.tenant.id
+    assert await fleet.fetch("acme", "SELECT body FROM notes WHERE id = 99") == [("!LOUD",)]
+    assert await fleet.tenancy.operations.list(kinds=("adopt",), states=("running",)) == ()
 
 
 async def test_what_fails_brings_it_back_to_how_it_was(

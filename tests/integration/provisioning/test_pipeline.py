@@ -345,6 +345,14 @@ async def test_a_tenant_that_reconcile_has_completed_is_not_undone(
     assert await workshop.consistent()
 
 
+async def test_a_failure_is_recorded_of_what_is_being_created_alone(workshop: Workshop) -> None:
+    """The last commit may have come first: the tenant is active then, and is not undone."""
+    tenant = await workshop.create("acme")
+    assert not await workshop.registry.record_failure(tenant.id, step="undoing", error="on purpose")
+    async with workshop.control.connect() as connection:
+        assert (await connection.execute(text("SELECT step, step_error FROM tenancy.tenants"))).one() == (None, None)
+
+
 async def test_what_is_being_undone_is_not_completed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is killed after a failure, before the database is dropped, leaves a row that says so."""
     killed: list[ReconcileReport] = []

@@ -15,14 +15,15 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from tenancy_orm.errors import ControlUnavailableError, ProvisioningError
+from tenancy_orm.errors import ControlUnavailableError, ProvisioningError, ServerUnavailableError
 from tenancy_orm.postgres import connections, locks
 from tenancy_orm.protocols import GrantTarget
-from tenancy_orm.provisioning import ReconcileReport, databases, grants, roles
+from tenancy_orm.provisioning import ReconcileReport, databases, grants, roles, unfinished
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
-from tenancy_orm.provisioning.reconcile import Reconciler
+from tenancy_orm.provisioning.unfinished import UnfinishedWork
 from tenancy_orm.registry.rows import TenantDraft, Unfinished
 from tenancy_orm.tenant import Status, Tenant
+from tests.support.older_rows import turn_back
 from tests.support.postgres import Postgres
 from tests.support.provisioning import (
     VERSIONS,
@@ -108,18 +109,6 @@ async def test_a_creation_that_proves_itself_is_completed(workshop: Workshop, mo
         assert await connection.scalar(text("SELECT count(*) FROM tenancy.api_keys")) == 0
 
 
-async def turn_back(workshop: Workshop, tenant: Tenant, step: str) -> None:
-    """Turn a tenant's row back to a step of its creation, as restoring an older backup of the registry does."""
-    statement = text(
-        "UPDATE tenancy.tenants SET status = 'provisioning', next_status = 'active', step = :step, "
-        "schema_revision = NULL WHERE id = :id"
-    )
-    async with workshop.control.transaction() as connection:
-        await connection.execute(text("ALTER TABLE tenancy.tenants DISABLE TRIGGER USER"))
-        await connection.execute(statement, {"id": tenant.id, "step": step})
-        await connection.execute(text("ALTER TABLE tenancy.tenants ENABLE TRIGGER USER"))
-
-
 async def with_a_note(workshop: Workshop) -> Tenant:
     """A tenant with data."""
     tenant = await workshop.create("acme")
@@ -139,8 +128,8 @@ async def test_without_the_look_at_the_marker_a_restored_row_costs_a_customers_d
     async def is_at_its_last_step(_self: object, _connection: object, one: Unfinished, _placement: object) -> bool:
         return one.step == "proved"
 
-    monkeypatch.setattr(Reconciler, "_is_whole", is_at_its_last_step)
-    await turn_back(workshop, await with_a_note(workshop), "grants")
+    monkeypatch.setattr(UnfinishedWork, "_is_whole", is_at_its_last_step)
+    await turn_back(workshop.control, (await with_a_note(workshop)).slug, "grants")
     assert await workshop.provisioner.reconcile() == ReconcileReport(removed=("acme",))
     assert await workshop.present() == set()
 
@@ -149,7 +138,7 @@ async def test_without_the_look_at_the_marker_a_restored_row_costs_a_customers_d
 async def test_a_completed_creation_with_an_older_row_is_completed_again(workshop: Workshop, step: str) -> None:
     """A backup of the control database was made while the tenant was being created, and was restored long after."""
     tenant = await with_a_note(workshop)
-    await turn_back(workshop, tenant, step)
+    await turn_back(workshop.control, "acme", step)
     assert await workshop.provisioner.reconcile(check=True) == ReconcileReport(finished=("acme",))
     assert await workshop.provisioner.reconcile() == ReconcileReport(finished=("acme",))
     again = await workshop.registry.get(tenant.id)
@@ -158,15 +147,46 @@ async def test_a_completed_creation_with_an_older_row_is_completed_again(worksho
     assert await workshop.provisioner.reconcile() == NOTHING
 
 
-async def test_a_role_that_was_changed_since_an_older_row_gets_what_the_row_says(workshop: Workshop) -> None:
-    """Its password was changed, and the tenant was suspended."""
+async def test_a_password_that_was_changed_since_an_older_row_is_that_of_the_row_again(workshop: Workshop) -> None:
     tenant = await with_a_note(workshop)
     async with workshop.admin() as connection:
         await connection.execute(f"ALTER ROLE \"{placement(tenant).role}\" PASSWORD 'a newer one'")
-    await workshop.set_login(tenant, False)
-    await turn_back(workshop, tenant, "grants")
+    await turn_back(workshop.control, "acme", "grants")
     for check in (True, False):
         assert await workshop.provisioner.reconcile(check=check) == ReconcileReport(finished=("acme",))
+    assert await notes(workshop, await workshop.registry.get(tenant.id)) == ["a customer's"]
+
+
+async def test_a_tenant_that_was_suspended_since_an_older_row_is_not_let_in(workshop: Workshop) -> None:
+    """Until somebody says so: it may have been deleted as well."""
+    tenant = await with_a_note(workshop)
+    place = placement(tenant)
+    await workshop.set_login(tenant, False)
+    await turn_back(workshop.control, "acme", "proved")
+    for check in (True, False):
+        (error,) = (await workshop.provisioner.reconcile(check=check)).errors
+        assert "if it was suspended or deleted since: GRANT CONNECT, and LOGIN" in error
+    async with workshop.admin() as connection:
+        await connection.execute(
+            f'ALTER ROLE "{place.role}" LOGIN; GRANT CONNECT ON DATABASE "{place.database}" TO "{place.role}"'
+        )
+    assert await workshop.provisioner.reconcile() == ReconcileReport(finished=("acme",))
+    assert await notes(workshop, await workshop.registry.get(tenant.id)) == ["a customer's"]
+
+
+async def test_what_cannot_be_proved_now_is_never_removed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on request, where the tenant's login was not refused: the server is too busy, say."""
+    tenant = await with_a_note(workshop)
+    await turn_back(workshop.control, "acme", "proved")
+
+    async def prove(*_: object) -> object:
+        raise ServerUnavailableError(server="default", tenant="acme")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "prove", prove)
+        report = await workshop.provisioner.reconcile(drop_unknown=True)
+    assert (len(report.errors), report.removed) == (1, ())
+    assert await workshop.provisioner.reconcile(drop_unknown=True) == ReconcileReport(finished=("acme",))
     assert await notes(workshop, await workshop.registry.get(tenant.id)) == ["a customer's"]
 
 
@@ -174,12 +194,14 @@ async def test_what_cannot_be_used_and_has_its_marker_is_kept_and_said(workshop:
     """Until the caller asks to remove it."""
     tenant = await with_a_note(workshop)
     place = placement(tenant)
-    await turn_back(workshop, tenant, "proved")
+    await turn_back(workshop.control, "acme", "proved")
     async with workshop.admin() as connection:
         await connection.execute(f"ALTER ROLE \"{place.role}\" VALID UNTIL '2020-01-01'")
     for _ in range(2):
         report = await workshop.provisioner.reconcile()
         (error,) = report.errors
+        with pytest.raises(ProvisioningError, match="has its marker and is kept"):
+            await workshop.provisioner.settle_creation(await workshop.registry.get(tenant.id))
         assert report == ReconcileReport(errors=(error,))
         kept = f"acme: its creation was interrupted, or its row is of an older backup; database '{place.database}' has"
         assert kept in error and "reconcile(drop_unknown=True)" in error

@@ -14,10 +14,11 @@ from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import OperationStateError, ProvisioningError, TenancyError
 from tenancy_orm.provisioning.new_databases import NewDatabases
 from tenancy_orm.restores import DumpSource
-from tenancy_orm.tenant import Placement
+from tenancy_orm.tenant import Placement, Status
 from tests.integration.restores.test_restores import add, databases, notes
 from tests.support.dumps import dump, restored_copy
 from tests.support.fleet import Fleet, open_fleet
+from tests.support.older_rows import turn_back
 from tests.support.postgres import Postgres
 
 # what is left on the server is compared as a whole
@@ -174,6 +175,30 @@ async def test_a_rebuild_finds_what_is_used_once_what_it_has_replaced_is_dropped
         await expire(fleet)
         assert (await fleet.tenancy.restores.settle()).errors == ()
         assert await fleet.registry.databases_of(swapper.fleet.tenants["acme"].id) == ()
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+async def test_a_row_of_its_creation_takes_nothing_from_a_tenant_that_was_restored_since(
+    swapper: Swapper, is_dropped: bool
+) -> None:
+    """Neither its role nor its database, also once the first one is gone; a rebuild has it name the one in use."""
+    first = swapper.fleet.database("acme")
+    older = await swapper.remember()
+    used = await swapper.restore()
+    if is_dropped:
+        await expire(swapper.fleet)
+        assert (await swapper.fleet.tenancy.restores.settle()).dropped == (first,)
+    async with swapper.back(older) as fleet:
+        await turn_back(fleet.services.control, "acme", "grants")
+        for check, drop_unknown in ((True, False), (False, False), (False, True)):
+            report = await fleet.provisioner.reconcile(check=check, drop_unknown=drop_unknown)
+            (error,) = report.errors
+            assert "acme: the row of its creation is of an older backup" in error
+            assert (report.removed, report.finished, report.unknown) == ((), (), (used,))
+            assert await writable(fleet) == [used]
+        await rebuild(fleet, used, first)
+        assert (await fleet.registry.find("acme")).status is Status.ACTIVE
+        assert await notes(fleet, "acme") == 101
 
 
 async def test_what_an_undo_has_brought_back_is_not_dropped_as_kept(swapper: Swapper) -> None:
