@@ -1,7 +1,8 @@
 """``FilledCreation``: the creation of a tenant with contents from elsewhere, all or nothing.
 
 In place of the clone of a template, the step "filled" makes an empty database, lets the caller bring contents in, and
-hands them over: see ``new_databases``. A process that dies leaves what ``reconcile`` removes, as any creation does.
+hands them over: see ``new_databases``. A process that dies leaves what ``reconcile`` removes, or
+completes where all is done, as any creation does.
 """
 
 from __future__ import annotations

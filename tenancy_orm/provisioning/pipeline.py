@@ -386,10 +386,10 @@ class Creation:
             return True
         await self._ensure_lock()
         # whoever finds the row must not complete what is being undone
-        is_recorded = await self._services.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
+        await self._services.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
         # the row may never have been written, or a reconcile may have removed or completed it
         tenant = await self._find()
-        if tenant is not None and not is_recorded and tenant.status is not Status.PROVISIONING:
+        if tenant is not None and tenant.status is not Status.PROVISIONING:
             if self._lock_unbroken:
                 self._tenant = tenant
             else:
@@ -473,19 +473,6 @@ async def prove(services: ProvisioningServices, tenant_id: UUID, slug: str, plac
     return connection
 
 
-async def is_whole(
-    services: ProvisioningServices, connection: Connection, tenant_id: UUID, placement: Placement
-) -> bool:
-    """Whether a creation has made its database to the end, whichever step its row names.
-
-    The row may be that of an older backup of the control database, and the database a customer's since.
-    """
-    state = await databases.state(connection, placement.database)
-    if state is None or state.comment != marker.marker_text(services.installation, tenant_id):
-        return False
-    return not await roles.is_unfinished(connection, placement.role)
-
-
 async def _wait_for(work: asyncio.Future[None]) -> None:
     """Wait for the end of ``work`` without raising its error: that is raised only if nothing else has failed."""
     await asyncio.wait((work,))
@@ -502,4 +489,4 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-__all__ = ["UNDOING", "Creation", "ProvisioningServices", "Step", "describe", "is_whole", "prove", "tenant_key"]
+__all__ = ["UNDOING", "Creation", "ProvisioningServices", "Step", "describe", "prove", "tenant_key"]

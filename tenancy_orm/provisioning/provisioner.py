@@ -43,13 +43,13 @@ from .databases import Strategy
 from .extensions import Extensions
 from .filled_creation import FilledCreation, Filling
 from .new_databases import NewDatabases, drop_all_beside
+from .older_rows import find_another, is_whole
 from .pipeline import (
     Creation,
     FirstConnections,
     ProvisioningServices,
     TenantSeeds,
     describe,
-    is_whole,
     tenant_key,
 )
 from .preparation import prepare
@@ -335,7 +335,7 @@ class Provisioner:
             TemplateError: the template could not be built or cloned.
             SeedError: a seed failed, or took too long; what was made has been undone.
             ProvisioningError: a step failed, or did not finish within ``provisioning.timeout``. What was made has been
-                undone, or ``reconcile`` will remove it; the message says which.
+                undone, or ``reconcile`` will remove or complete it; the message says which.
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
@@ -683,11 +683,7 @@ class Provisioner:
                 if not await services.registry.is_taken_over(tenant.id):
                     raise OperationStateError(f"no database is being taken over for tenant {tenant.slug!r}")
                 async with asyncio.timeout(self._timeout * 10):
-                    if await is_whole(services, connection, tenant.id, place):
-                        raise OperationStateError(
-                            f"database {place.database!r} has become tenant {tenant.slug!r} since the backup of the "
-                            "control database that its row is of; run: tenancy reconcile"
-                        )
+                    await self._refuse_older(connection, tenant, place, but=state.get("database"))
                     if state:
                         taken = DatabaseTakeover(services, place.server, state["database"], place.role)
                         await taken.undo(state, connection, name=place.database)
@@ -704,6 +700,23 @@ class Provisioner:
                 step="takeover",
             ) from exc
         return True
+
+    async def _refuse_older(self, connection: Connection, tenant: Tenant, place: Placement, *, but: str | None) -> None:
+        """Refuse to undo a takeover that was done before the control database was restored from a backup.
+
+        Raises:
+            OperationStateError: it was.
+        """
+        if await is_whole(self._services, connection, tenant.id, place):
+            raise OperationStateError(
+                f"database {place.database!r} has become tenant {tenant.slug!r} since the backup of the control "
+                "database that its row is of; run: tenancy reconcile"
+            )
+        if (why := await find_another(self._services, connection, tenant.id, place, but=but)) is not None:
+            raise OperationStateError(
+                f"the row of tenant {tenant.slug!r} is of an older backup of the control database: {why}; run: "
+                "tenancy rebuild --dry-run"
+            )
 
     async def settle_creation(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> bool:
         """Finish or remove the creation of a tenant that a process which died has left, as ``reconcile`` does.

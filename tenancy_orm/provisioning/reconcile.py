@@ -128,6 +128,7 @@ class Reconciler:
         try:
             for one in unfinished:
                 await self._do(connection, one.tenant.slug, partial(self._unfinished.settle, connection, one))
+            await self._set_finished(server, connection)
             await self._drop_warm(server, connection)
             await self._drop_orphans(server, connection)
             await self._drop_logins(server, connection)
@@ -139,6 +140,17 @@ class Reconciler:
             await self._correct_settings(server, connection)
         finally:
             await connections.close(connection)
+
+    async def _set_finished(self, server: str, connection: Connection) -> None:
+        """Take back what roles say of their databases, where the process has died that had completed them."""
+        if self._check:
+            return
+        async with asyncio.timeout(self._timeout):
+            found = await roles.unfinished(connection, self._services.names.tenant_stem)
+        for role in found:
+            # in this order: the comment is there before the tenant is active
+            if await self._status(role) not in (None, Status.PROVISIONING):
+                await self._do(connection, role, partial(roles.set_finished, connection, role))
 
     async def _remove(self, connection: Connection, server: str, database: str, role: str) -> None:
         await removal.remove(

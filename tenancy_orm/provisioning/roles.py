@@ -140,6 +140,15 @@ def unfinished_statement(name: str) -> str:
     return f"COMMENT ON ROLE {quote_identifier(name)} IS {quote_literal(_UNFINISHED)}"
 
 
+async def unfinished(connection: Connection, stem: str) -> list[str]:
+    """Return the roles with names that begin with ``stem`` that have what ``unfinished_statement`` says."""
+    query = (
+        "SELECT rolname::text FROM pg_roles WHERE starts_with(rolname::text, $1) "
+        "AND shobj_description(oid, 'pg_authid') = $2 ORDER BY 1"
+    )
+    return [row[0] for row in await connection.fetch(query, stem, _UNFINISHED)]
+
+
 async def set_finished(connection: Connection, name: str) -> None:
     """Take back what ``unfinished_statement`` says."""
     await connection.execute(f"COMMENT ON ROLE {quote_identifier(name)} IS NULL")
@@ -147,8 +156,7 @@ async def set_finished(connection: Connection, name: str) -> None:
 
 async def is_unfinished(connection: Connection, name: str) -> bool:
     """Whether a role has what ``unfinished_statement`` says."""
-    query = "SELECT shobj_description(oid, 'pg_authid') FROM pg_roles WHERE rolname = $1"
-    return bool(await connection.fetchval(query, name) == _UNFINISHED)
+    return name in await unfinished(connection, name)
 
 
 async def set_login(connection: Connection, name: str, allowed: bool) -> None:
@@ -236,5 +244,6 @@ __all__ = [
     "set_password",
     "states",
     "terminate",
+    "unfinished",
     "unfinished_statement",
 ]

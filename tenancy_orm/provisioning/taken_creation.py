@@ -6,11 +6,14 @@ takes it over, see ``Registry.is_taken_over``.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ..cancellation import run_to_completion
 from ..errors import TenancyError
+from ..postgres import connections
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Tenant
 from . import roles
@@ -62,14 +65,24 @@ class TakenCreation(LongCreation):
         await database.take(tenant, takeover, self._admin, name=draft.database)
         await self._read_revision()
 
-    async def _complete(self) -> Tenant:
-        tenant = await super()._complete()
+    async def run(self) -> Tenant:
+        """Create the tenant, or bring the database back to how it was; see ``Creation``."""
+        tenant = await super().run()
         # not before: until it is the tenant's for good, an undo brings it back to how it was
-        try:
-            await roles.set_finished(self._admin, self._draft.role)
-        except (TenancyError, *SERVER_FAILURES) as exc:
-            logger.warning("the role of tenant %s keeps the comment of a creation: %s", tenant.slug, describe(exc))
+        await run_to_completion(self._set_finished())
         return tenant
+
+    async def _set_finished(self) -> None:
+        """Take the comment back; reconcile does so too."""
+        try:
+            async with asyncio.timeout(self._services.config.pool.connect_timeout):
+                connection = await self._blockers.connect()
+                try:
+                    await roles.set_finished(connection, self._draft.role)
+                finally:
+                    await connections.close(connection)
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            logger.warning("role %s keeps the comment of a creation until reconcile: %s", self.role, describe(exc))
 
     async def _give_back(self) -> None:
         if self._state is not None:

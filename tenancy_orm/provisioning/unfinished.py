@@ -22,10 +22,11 @@ from ..postgres.failures import SERVER_FAILURES
 from ..registry.rows import Unfinished
 from ..routing import marker
 from ..tenant import Placement, Tenant
-from . import databases, grants, removal, roles
+from . import grants, removal, roles
 from .blockers import Blockers
 from .new_databases import drop_all_beside
-from .pipeline import UNDOING, ProvisioningServices, describe, is_whole, prove, tenant_key
+from .older_rows import find_another, is_whole
+from .pipeline import UNDOING, ProvisioningServices, describe, prove, tenant_key
 from .reconcile_report import Findings
 from .scram import scram_verifier
 
@@ -123,46 +124,29 @@ class UnfinishedWork:
         self, connection: Connection, one: Unfinished, placement: Placement
     ) -> Literal["purged", "finished", "removed"] | None:
         """Return what becomes of a creation or purge; None where it is left alone, which is reported."""
+        tenant = one.tenant
         if one.kind == "purging":
             return "purged"
-        if await self._is_stale(connection, one.tenant, placement):
-            return None
-        if not await self._is_whole(connection, one, placement):
-            if not await self._services.registry.is_taken_over(one.tenant.id):
+        if await self._is_whole(connection, one, placement):
+            failure = await self._failure_of_proof(connection, tenant, placement)
+            if failure is None:
+                return "finished"
+            if self._drop_unknown and isinstance(failure, LoginRefusedError):
                 return "removed"
+            self._keep_creation(tenant, placement, failure)
+        elif await self._services.registry.is_taken_over(tenant.id):
             self._findings.errors.append(
-                f"{one.tenant.slug}: an adoption in place was interrupted, and its database is left alone; repeat "
-                "the command, which brings it back or goes on"
+                f"{tenant.slug}: an adoption in place was interrupted, and its database is left alone; repeat the "
+                "command, which brings it back or goes on"
             )
-            return None
-        failure = await self._failure_of_proof(connection, one.tenant, placement)
-        if failure is None:
-            return "finished"
-        if self._drop_unknown and isinstance(failure, LoginRefusedError):
+        elif (why := await find_another(self._services, connection, tenant.id, placement)) is not None:
+            self._findings.errors.append(
+                f"{tenant.slug}: the row of its creation is of an older backup, and nothing is removed: {why}; run: "
+                "tenancy rebuild --dry-run"
+            )
+        else:
             return "removed"
-        self._keep_creation(one.tenant, placement, failure)
         return None
-
-    async def _is_stale(self, connection: Connection, tenant: Tenant, placement: Placement) -> bool:
-        """Whether the tenant uses another database than the row of its creation names, which is reported.
-
-        The row is then that of an older backup of the control database: the tenant was restored or moved since.
-        """
-        own = marker.marker_text(self._services.installation, tenant.id)
-        state = await databases.state(connection, placement.database)
-        found = (await roles.states(connection, placement.role)).get(placement.role)
-        others = frozenset() if found is None else found.connect_granted_on - {placement.database}
-        is_stale = state is not None and marker.replaced_by(state.comment) is not None
-        for name in others:
-            other = await databases.state(connection, name)
-            is_stale = is_stale or (other is not None and other.comment == own)
-        if is_stale:
-            self._findings.errors.append(
-                f"{tenant.slug}: the row of its creation is of an older backup, and names database "
-                f"{placement.database!r}, which another one has replaced; nothing is removed; run: tenancy rebuild "
-                "--dry-run"
-            )
-        return is_stale
 
     async def _is_whole(self, connection: Connection, one: Unfinished, placement: Placement) -> bool:
         return one.step != UNDOING and await is_whole(self._services, connection, one.tenant.id, placement)
@@ -179,22 +163,35 @@ class UnfinishedWork:
                     raise
                 if self._check:
                     return None  # most likely: what follows mends it
-                # it may have been changed since the backup that the row is from
+                # it may have been changed since the backup that the row is of
+                if not await roles.exists(connection, placement.role):
+                    return ProvisioningError(
+                        f"role {placement.role!r} does not exist: create it, with LOGIN, and GRANT CONNECT"
+                    )
                 password = self._services.keyring.open_password(tenant.id, placement.sealed_password)
                 change = partial(roles.set_password, connection, placement.role, verifier=scram_verifier(password))
                 await self._blockers(placement.server).run(connection, change, role=placement.role)
                 await connections.close(await prove(self._services, tenant.id, tenant.slug, placement))
+                logger.warning(
+                    "tenant %s has the password again that it had when it was created; if somebody knows it, run: "
+                    "tenancy secrets rotate-passwords",
+                    tenant.slug,
+                )
         except (TenancyError, *SERVER_FAILURES) as exc:
             return exc
         return None
 
     def _keep_creation(self, tenant: Tenant, placement: Placement, failure: BaseException) -> None:
         logger.error("reconcile: tenant %s cannot log in to its database: %s", tenant.slug, failure)
+        remedy = "correct that"
+        if isinstance(failure, LoginRefusedError):
+            remedy = (
+                "correct that (if it was suspended or deleted since: GRANT CONNECT, and LOGIN), or remove it by "
+                "reconcile(drop_unknown=True)"
+            )
         self._findings.errors.append(
             f"{tenant.slug}: its creation was interrupted, or its row is of an older backup; database "
-            f"{placement.database!r} has its marker and is kept, and cannot be used: {describe(failure)}; correct "
-            "that (if it was suspended or deleted since: GRANT CONNECT, and LOGIN), or remove it by "
-            "reconcile(drop_unknown=True)"
+            f"{placement.database!r} has its marker and is kept, and cannot be used: {describe(failure)}; {remedy}"
         )
 
     async def _finish_creation(self, tenant: Tenant, placement: Placement) -> None:

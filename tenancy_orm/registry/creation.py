@@ -60,7 +60,8 @@ WITH done AS (
     UPDATE tenancy.tenants
        SET status = coalesce(next_status, 'active'), next_status = NULL, step = NULL, step_error = NULL,
            schema_revision = $2::text
-     WHERE id = $1::uuid AND status = 'provisioning'
+     -- a commit that comes late completes nothing that is being undone
+     WHERE id = $1::uuid AND status = 'provisioning' AND step IS DISTINCT FROM 'undoing'
     RETURNING {RETURNED}),
 first_key AS (
     INSERT INTO tenancy.api_keys (id, tenant_id, prefix, name, digest, digest_version, scopes, networks)
@@ -202,11 +203,12 @@ class Creation(TenantTable):
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
-            before, _ = await self._lock_unless_purged(connection, tenant_id)
+            before, row = await self._lock_unless_purged(connection, tenant_id)
             if before.status is not Status.PROVISIONING:
                 return
-            await self._set(connection, tenant_id, status=Status.ACTIVE, next_status=None, step=REBUILDING)
-            maintenance = {"status": Status.MAINTENANCE, "former_status": Status.ACTIVE, "reason": reason}
+            former = row.next_status or Status.ACTIVE
+            await self._set(connection, tenant_id, status=former, next_status=None, step=REBUILDING)
+            maintenance = {"status": Status.MAINTENANCE, "former_status": former, "reason": reason}
             after = await self._set(connection, tenant_id, **maintenance)
             old, new = difference(before, after)
             await self._write_audit(connection, "tenant.rebuild", after, actor, before=old, after=new)
@@ -226,10 +228,15 @@ class Creation(TenantTable):
         """
         refuse_other_tenant(tenant_id)
         async with self._control.transaction() as connection:
-            before, _ = await self._lock_unless_purged(connection, tenant_id)
+            before, row = await self._lock_unless_purged(connection, tenant_id)
             values: dict[str, Any] = {"step": None, "schema_revision": revision}
             if before.status is Status.MAINTENANCE:
-                values |= {"status": Status.ACTIVE, "reason": None, "former_status": None, "former_reason": None}
+                values |= {
+                    "status": row.former_status or Status.ACTIVE,
+                    "reason": None,
+                    "former_status": None,
+                    "former_reason": None,
+                }
             after = await self._set(connection, tenant_id, **values)
             old, new = difference(before, after)
             await self._write_audit(connection, "tenant.activate", after, actor, before=old, after=new)
@@ -299,10 +306,9 @@ class Creation(TenantTable):
                 connection, "tenant.create_failed", tenant, actor, detail={"step": step, "error": error}
             )
 
-    async def record_failure(self, tenant_id: UUID, *, step: str, error: str) -> bool:
-        """Store in the row of a creation that it is undone, for ``reconcile``; False if there is no such row now."""
+    async def record_failure(self, tenant_id: UUID, *, step: str, error: str) -> None:
+        """Store in the row of a creation that it is undone, for ``reconcile``; a completed one stays as it is."""
         refuse_other_tenant(tenant_id)
         condition = and_(tenants.c.id == tenant_id, tenants.c.status == Status.PROVISIONING)
         async with self._control.transaction() as connection:
-            found = await connection.execute(update(tenants).where(condition).values(step=step, step_error=error))
-        return bool(found.rowcount)
+            await connection.execute(update(tenants).where(condition).values(step=step, step_error=error))

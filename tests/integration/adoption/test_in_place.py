@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from tenancy_orm.adoption.in_place import InPlace
 from tenancy_orm.errors import AdoptionError, OperationStateError, ProvisioningError, TenantNotFoundError
 from tenancy_orm.provisioning import pipeline
+from tenancy_orm.routing.marker import marker_text
 from tests.integration.adoption.test_databases import OLD
 from tests.support.fleet import Fleet
 from tests.support.older_rows import turn_back
@@ -94,9 +95,15 @@ async def test_a_database_becomes_a_tenant_where_it_is(fleet: Fleet, postgres: P
     assert again.tenant is not None and again.tenant.id == report.tenant.id
 
     # a control database that is restored from when it was being taken over brings nothing back
+    own = marker_text(fleet.tenancy.internals.control.installation, report.tenant.id)
     await turn_back(fleet.services.control, "acme", "taken", operations=True)
     with pytest.raises(OperationStateError, match=r"has become tenant 'acme' since.*run: tenancy reconcile"):
         await adopt("acme", source.url, in_place=True)
+    mark = f'COMMENT ON DATABASE "{place.database}" IS '
+    await postgres.administer(f"{mark}'{own}:replaced:default/another'")
+    with pytest.raises(OperationStateError, match=r"default/another has replaced.*run: tenancy rebuild"):
+        await adopt("acme", source.url, in_place=True)
+    await postgres.administer(f"{mark}'{own}'")
     assert (await fleet.provisioner.reconcile(check=True)).finished == ("acme",)
     assert (await fleet.provisioner.reconcile()).finished == ("acme",)
     again = await adopt("acme", source.url, in_place=True)

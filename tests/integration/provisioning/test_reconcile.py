@@ -22,6 +22,7 @@ from tenancy_orm.provisioning import ReconcileReport, databases, grants, roles, 
 from tenancy_orm.provisioning.pipeline import Creation, tenant_key
 from tenancy_orm.provisioning.unfinished import UnfinishedWork
 from tenancy_orm.registry.rows import TenantDraft, Unfinished
+from tenancy_orm.routing import marker
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.older_rows import turn_back
 from tests.support.postgres import Postgres
@@ -449,6 +450,51 @@ async def test_a_server_that_is_away_is_reported_and_stops_nothing(workshop: Wor
     async with second_server(workshop, own_server.admin_url) as two:
         assert await two.provisioner.reconcile() == ReconcileReport(removed=("broken",))
         assert {slug for slug, status in (await two.slugs()).items() if status == "active"} == {"elsewhere"}
+
+
+async def test_a_creation_of_a_tenant_that_was_moved_since_keeps_its_row(
+    workshop: Workshop, own_server: Postgres
+) -> None:
+    """What it had on the first server is gone; the row is older than that."""
+    tenant = await with_a_note(workshop)
+    place = placement(tenant)
+    async with workshop.admin() as connection:
+        await connection.execute(f'DROP DATABASE "{place.database}"')
+        await connection.execute(f'DROP ROLE "{place.role}"')
+    moved = f"{place.database}_moved"
+    async with own_server.connect() as connection:
+        await connection.execute(f'CREATE DATABASE "{moved}"')
+        await set_marker(connection, moved, marker.marker_text(workshop.control.installation, tenant.id))
+    await turn_back(workshop.control, "acme", "database")
+    async with second_server(workshop, own_server.admin_url) as two:
+        for drop_unknown in (False, True):
+            report = await two.provisioner.reconcile(drop_unknown=drop_unknown)
+            (error,) = report.errors
+            assert f"nothing is removed: database '{moved}' on server 'second' has its marker" in error
+            assert report.removed == ()
+        assert await two.slugs() == {"acme": "provisioning"}
+    async with own_server.connect() as connection:
+        assert await connection.fetchval("SELECT true FROM pg_database WHERE datname = $1", moved)
+
+
+async def test_what_a_role_says_of_a_creation_that_has_ended_is_taken_back(workshop: Workshop) -> None:
+    """A process may die right after the commit that has ended it."""
+    tenant, creating = await workshop.create("acme"), workshop.draft("globex")
+    await abandon(workshop, creating, "database")
+    async with workshop.admin() as connection:
+        for role in (placement(tenant).role, creating.role):
+            await connection.execute(roles.unfinished_statement(role))
+        async with holding(workshop, creating):
+            assert (await workshop.provisioner.reconcile()).removed == ()
+        assert await roles.unfinished(connection, workshop.names.tenant_stem) == [creating.role]
+
+
+@asynccontextmanager
+async def holding(workshop: Workshop, draft: TenantDraft) -> AsyncIterator[None]:
+    """Hold the lock of a creation that is under way."""
+    async with workshop.admin() as connection:
+        await locks.lock(connection, tenant_key(draft.id), timeout=1)
+        yield
 
 
 async def test_a_server_that_is_no_longer_configured_is_reported(workshop: Workshop, own_server: Postgres) -> None:

@@ -193,7 +193,7 @@ async def test_a_row_of_its_creation_takes_nothing_from_a_tenant_that_was_restor
         for check, drop_unknown in ((True, False), (False, False), (False, True)):
             report = await fleet.provisioner.reconcile(check=check, drop_unknown=drop_unknown)
             (error,) = report.errors
-            assert "acme: the row of its creation is of an older backup" in error
+            assert "acme: the row of its creation is of an older backup, and nothing is removed" in error
             assert (report.removed, report.finished, report.unknown) == ((), (), (used,))
             assert await writable(fleet) == [used]
         await rebuild(fleet, used, first)
