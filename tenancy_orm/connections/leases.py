@@ -29,9 +29,11 @@ from ..control.database import ControlDatabase
 from ..control.names import Names
 from ..control.notifications import LeaseCall
 from ..deadlines import clock
+from ..errors import ControlUnavailableError
 from ..events import ConnectionLeaseLost, ConnectionLeaseRestored, EventBus
 from ..loops import HomeLoop
 from ..postgres.connections import Connection
+from ..postgres.errors import CONNECTION_DOES_NOT_EXIST, IDLE_IN_TRANSACTION, sqlstate_of
 from ..postgres.locks import try_lock
 from ..servers.server import Server
 from . import rows, usage
@@ -51,6 +53,7 @@ RECALL_SECONDS = 30.0
 FIRST = 5
 """How many connections a process gets when it opens, where they are free."""
 
+_OPENING_ATTEMPTS = 3
 _ATTEMPT_SECONDS = 1.5  # how long the control database may take
 _CLOCK_SECONDS = 0.5  # how often a process looks whether its leases are about to expire
 _END_SECONDS = 3.0  # how long the closing of a process waits for the end of what it has cut
@@ -107,7 +110,14 @@ class ConnectionLeases:
         """
         for server in accepted:
             self.lease(server)
-        await self._register(accepted)
+        for left in reversed(range(_OPENING_ATTEMPTS)):
+            try:
+                await self._register(accepted)
+                break
+            except ControlUnavailableError as exc:
+                # this process was stopped for a moment, in the transaction: its session was ended, and others went on
+                if not left or sqlstate_of(exc) not in (IDLE_IN_TRANSACTION, CONNECTION_DOES_NOT_EXIST):
+                    raise
         self._begin()
 
     def open_like(self, former: ConnectionLeases) -> None:

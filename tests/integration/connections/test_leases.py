@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
@@ -259,6 +260,23 @@ async def test_the_clock_of_the_control_database_may_be_set(
             await until(is_renewed)
             assert [one.internals.leases.processes for one in (tenancy, other)] == processes
         assert len(reclaimed) == 1
+
+
+async def test_a_process_that_is_stopped_while_it_opens_opens_all_the_same(
+    tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL has ended its transaction, since it held a lock that other processes wait for."""
+    stops, read = iter([True]), rows.read
+
+    async def stopped(*args: Any) -> Any:
+        if next(stops, False):
+            time.sleep(2)  # noqa: ASYNC251 - as by SIGSTOP: the event loop does nothing
+        return await read(*args)
+
+    monkeypatch.setattr(rows, "read", stopped)
+    async with opened(tenancy_config) as other:
+        assert next(stops, None) is None
+        assert await granted(tenancy, other) == FIRST
 
 
 async def test_what_is_opened_waits_for_a_lease_that_has_expired(tenancy: Tenancy) -> None:
