@@ -332,6 +332,8 @@ async def test_an_index_that_another_session_builds_is_left_to_it(fleet: Fleet, 
     """A run waits for it only where a revision creates an index of that name."""
     project.add("0002", 'op.create_table("other", sa.Column("id", sa.Integer))', down="0001")
     async with fleet.connect("acme") as builder:
+        # it waits for the snapshots of others in the end, and so for the run: that gives way, not this
+        await builder.execute("SET deadlock_timeout = '5min'")
         async with writer(fleet, "acme") as holder:
             building = asyncio.create_task(builder.execute("CREATE INDEX CONCURRENTLY ix_notes_body ON notes (body)"))
             await until(lambda: is_waiting(holder, "virtualxid"))
