@@ -35,6 +35,7 @@ from ..events import EventBus, TenantCreationFailed
 from ..keys.format import NewKey
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
+from ..registry.creation import UNDOING
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..routing import marker
@@ -52,10 +53,6 @@ from .tenant_rights import TenantRights
 from .warm_records import WarmRecords
 
 logger = logging.getLogger("tenancy_orm.provisioning")
-
-# The step in the registry's row of a creation that is being undone, or could not be. It is not a real step: reconcile
-# undoes it.
-UNDOING = "undoing"
 
 # CREATE DATABASE takes some time even without blockers.
 _PATIENCE_SECONDS = 1.0
@@ -387,8 +384,10 @@ class Creation:
         await self._ensure_lock()
         # whoever finds the row must not complete what is being undone
         await self._services.registry.record_failure(self._draft.id, step=UNDOING, error=describe(error))
-        # the row may never have been written, or a reconcile may have removed or completed it
-        tenant = await self._find()
+        try:
+            tenant = await self._services.registry.get(self._draft.id)
+        except TenantNotFoundError:
+            tenant = None  # the row was never written, or a reconcile has removed it
         if tenant is not None and tenant.status is not Status.PROVISIONING:
             if self._lock_unbroken:
                 self._tenant = tenant
@@ -400,12 +399,6 @@ class Creation:
         if tenant is not None:
             await self._services.registry.discard(self._draft.id, step=step, error=describe(error), actor=self._actor)
         return True
-
-    async def _find(self) -> Tenant | None:
-        try:
-            return await self._services.registry.get(self._draft.id)
-        except TenantNotFoundError:
-            return None
 
     async def _ensure_lock(self) -> None:
         """Take the lock again if its connection is lost."""
@@ -489,4 +482,4 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-__all__ = ["UNDOING", "Creation", "ProvisioningServices", "Step", "describe", "prove", "tenant_key"]
+__all__ = ["Creation", "ProvisioningServices", "Step", "describe", "prove", "tenant_key"]

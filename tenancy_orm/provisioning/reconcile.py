@@ -128,7 +128,7 @@ class Reconciler:
         try:
             for one in unfinished:
                 await self._do(connection, one.tenant.slug, partial(self._unfinished.settle, connection, one))
-            await self._set_finished(server, connection)
+            await self._set_finished(connection)
             await self._drop_warm(server, connection)
             await self._drop_orphans(server, connection)
             await self._drop_logins(server, connection)
@@ -141,7 +141,7 @@ class Reconciler:
         finally:
             await connections.close(connection)
 
-    async def _set_finished(self, server: str, connection: Connection) -> None:
+    async def _set_finished(self, connection: Connection) -> None:
         """Take back what roles say of their databases, where the process has died that had completed them."""
         if self._check:
             return

@@ -13,7 +13,6 @@ from typing import Any
 
 from ..cancellation import run_to_completion
 from ..errors import TenancyError
-from ..postgres import connections
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Tenant
 from . import roles
@@ -75,12 +74,11 @@ class TakenCreation(LongCreation):
     async def _set_finished(self) -> None:
         """Take the comment back; reconcile does so too."""
         try:
-            async with asyncio.timeout(self._services.config.pool.connect_timeout):
-                connection = await self._blockers.connect()
-                try:
-                    await roles.set_finished(connection, self._draft.role)
-                finally:
-                    await connections.close(connection)
+            async with (
+                asyncio.timeout(self._services.config.pool.connect_timeout),
+                self._services.admin_connections.use(self._server) as connection,
+            ):
+                await roles.set_finished(connection, self.role)
         except (TenancyError, *SERVER_FAILURES) as exc:
             logger.warning("role %s keeps the comment of a creation until reconcile: %s", self.role, describe(exc))
 

@@ -19,6 +19,7 @@ from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.errors import INVALID_PASSWORD
 from ..postgres.failures import SERVER_FAILURES
+from ..registry.creation import UNDOING
 from ..registry.rows import Unfinished
 from ..routing import marker
 from ..tenant import Placement, Tenant
@@ -26,7 +27,7 @@ from . import grants, removal, roles
 from .blockers import Blockers
 from .new_databases import drop_all_beside
 from .older_rows import find_another, is_whole
-from .pipeline import UNDOING, ProvisioningServices, describe, prove, tenant_key
+from .pipeline import ProvisioningServices, describe, prove, tenant_key
 from .reconcile_report import Findings
 from .scram import scram_verifier
 

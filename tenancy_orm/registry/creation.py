@@ -12,6 +12,7 @@ import asyncpg
 from sqlalchemy import and_, delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.entries import entry_parameters
@@ -51,6 +52,9 @@ SELECT added.*, tenancy.audit_append(
 REBUILDING = "rebuilding"
 """The step of a tenant that is registered again, see ``Creation.register_again``, until it is proved."""
 
+UNDOING = "undoing"
+"""The step of a creation that is being undone, or could not be: nothing completes it, and ``reconcile`` undoes it."""
+
 _RECORD_STEP = (
     "WITH relaxed AS (SELECT set_config('synchronous_commit', 'off', true)) "
     "UPDATE tenancy.tenants SET step = $1::text FROM relaxed WHERE id = $2::uuid"
@@ -61,7 +65,7 @@ WITH done AS (
        SET status = coalesce(next_status, 'active'), next_status = NULL, step = NULL, step_error = NULL,
            schema_revision = $2::text
      -- a commit that comes late completes nothing that is being undone
-     WHERE id = $1::uuid AND status = 'provisioning' AND step IS DISTINCT FROM 'undoing'
+     WHERE id = $1::uuid AND status = 'provisioning' AND step IS DISTINCT FROM '{UNDOING}'
     RETURNING {RETURNED}),
 first_key AS (
     INSERT INTO tenancy.api_keys (id, tenant_id, prefix, name, digest, digest_version, scopes, networks)
@@ -178,10 +182,7 @@ class Creation(TenantTable):
                 inserted = insert(tenants).values(values).on_conflict_do_nothing(index_elements=["id"])
                 if (await connection.execute(inserted.returning(tenants.c.id))).first() is None:
                     return
-                # the lifecycle admits no other way there
-                await self._set(connection, draft.id, status=Status.ACTIVE)
-                maintenance = {"status": Status.MAINTENANCE, "former_status": Status.ACTIVE, "reason": reason}
-                tenant = await self._set(connection, draft.id, **maintenance)
+                tenant = await self._hold(connection, draft.id, reason)
                 detail = {"server": draft.server, "database": draft.database}
                 await self._write_audit(
                     connection, "tenant.rebuild", tenant, actor, after=snapshot(tenant), detail=detail
@@ -206,12 +207,17 @@ class Creation(TenantTable):
             before, row = await self._lock_unless_purged(connection, tenant_id)
             if before.status is not Status.PROVISIONING:
                 return
-            former = row.next_status or Status.ACTIVE
-            await self._set(connection, tenant_id, status=former, next_status=None, step=REBUILDING)
-            maintenance = {"status": Status.MAINTENANCE, "former_status": former, "reason": reason}
-            after = await self._set(connection, tenant_id, **maintenance)
+            after = await self._hold(connection, tenant_id, reason, former=row.next_status or Status.ACTIVE)
             old, new = difference(before, after)
             await self._write_audit(connection, "tenant.rebuild", after, actor, before=old, after=new)
+
+    async def _hold(
+        self, connection: AsyncConnection, tenant_id: UUID, reason: str, *, former: Status = Status.ACTIVE
+    ) -> Tenant:
+        """Hold a tenant that is being created in maintenance, until it is proved."""
+        # the lifecycle admits no other way there
+        await self._set(connection, tenant_id, status=former, next_status=None, step=REBUILDING)
+        return await self._set(connection, tenant_id, status=Status.MAINTENANCE, former_status=former, reason=reason)
 
     async def rebuilding(self) -> frozenset[UUID]:
         """Return the tenants that ``register_again`` has registered and nothing has proved."""

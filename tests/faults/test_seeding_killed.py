@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy
+from tenancy_orm.provisioning import ReconcileReport
 from tests.support.killed import run_killed
 from tests.support.postgres import Postgres
 from tests.support.seeding_process import config_of, seeds_of
@@ -45,19 +46,26 @@ async def killed(task: Task, what: str, *, at: str) -> None:
     await run_killed("seeding_process", {**task, "what": what, "at": at}, seconds=SECONDS)
 
 
+async def reconciled(tenancy: Tenancy) -> ReconcileReport:
+    """What a reconcile has done about the creation of a process that has died, after which nothing is left to do."""
+    reports: list[ReconcileReport] = []
+
+    async def is_done() -> bool:
+        # PostgreSQL lets the dead process's connections go once their statements have ended
+        reports.append(await tenancy.internals.provisioner.reconcile())
+        return not reports[-1].clean
+
+    await until(is_done, seconds=SECONDS)
+    assert (await tenancy.internals.provisioner.reconcile()).clean
+    return reports[-1]
+
+
 @pytest.mark.parametrize("at", ["after seeds", "before complete"])
 async def test_a_creation_that_is_killed_after_its_seeds_is_completed(task: Task, at: str) -> None:
     async with opened(task) as tenancy:
         await tenancy.internals.provisioner.template("default")
         await killed(task, "create", at=at)
-        finished: list[str] = []
-
-        async def is_finished() -> bool:
-            finished.extend((await tenancy.internals.provisioner.reconcile()).finished)
-            return finished == ["acme"]
-
-        await until(is_finished, seconds=SECONDS)
-        assert (await tenancy.internals.provisioner.reconcile()).clean
+        assert await reconciled(tenancy) == ReconcileReport(finished=("acme",))
         async with tenancy.session("acme") as session:
             assert list(await session.scalars(BODIES)) == ["base", "first", "second"]
 
@@ -68,15 +76,7 @@ async def test_a_creation_that_is_killed_with_its_seeds_is_removed(task: Task, a
     async with opened(task) as tenancy:
         await tenancy.internals.provisioner.template("default")
         await killed(task, "create", at=at)
-        removed: list[str] = []
-
-        async def is_removed() -> bool:
-            # PostgreSQL lets the dead process's connections go once their statements have ended
-            removed.extend((await tenancy.internals.provisioner.reconcile()).removed)
-            return removed == ["acme"]
-
-        await until(is_removed, seconds=SECONDS)
-        assert (await tenancy.internals.provisioner.reconcile()).clean
+        assert await reconciled(tenancy) == ReconcileReport(removed=("acme",))
         await tenancy.tenants.create("acme")
         async with tenancy.session("acme") as session:
             assert list(await session.scalars(BODIES)) == ["base", "first", "second"]

@@ -484,17 +484,10 @@ async def test_what_a_role_says_of_a_creation_that_has_ended_is_taken_back(works
     async with workshop.admin() as connection:
         for role in (placement(tenant).role, creating.role):
             await connection.execute(roles.unfinished_statement(role))
-        async with holding(workshop, creating):
+        async with workshop.admin() as holder:
+            await locks.lock(holder, tenant_key(creating.id), timeout=1)
             assert (await workshop.provisioner.reconcile()).removed == ()
         assert await roles.unfinished(connection, workshop.names.tenant_stem) == [creating.role]
-
-
-@asynccontextmanager
-async def holding(workshop: Workshop, draft: TenantDraft) -> AsyncIterator[None]:
-    """Hold the lock of a creation that is under way."""
-    async with workshop.admin() as connection:
-        await locks.lock(connection, tenant_key(draft.id), timeout=1)
-        yield
 
 
 async def test_a_server_that_is_no_longer_configured_is_reported(workshop: Workshop, own_server: Postgres) -> None:
