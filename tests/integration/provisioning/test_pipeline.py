@@ -17,6 +17,7 @@ from sqlalchemy.engine import make_url
 from tenancy_orm.errors import (
     ControlUnavailableError,
     DatabaseExistsError,
+    InvalidTransitionError,
     MarkerMismatchError,
     ProvisioningError,
     ServerUnavailableError,
@@ -351,6 +352,16 @@ async def test_a_failure_is_recorded_of_what_is_being_created_alone(workshop: Wo
     await workshop.registry.record_failure(tenant.id, step="undoing", error="on purpose")
     async with workshop.control.connect() as connection:
         assert (await connection.execute(text("SELECT step, step_error FROM tenancy.tenants"))).one() == (None, None)
+
+
+async def test_a_late_commit_completes_nothing_that_is_being_undone(workshop: Workshop) -> None:
+    """One that was sent before a connection was lost, say."""
+    draft = workshop.draft("acme")
+    await workshop.registry.register(draft)
+    await workshop.registry.record_failure(draft.id, step="undoing", error="on purpose")
+    with pytest.raises(InvalidTransitionError):
+        await workshop.registry.complete(draft.id, revision=None, key=None)
+    assert await workshop.slugs() == {"acme": "provisioning"}
 
 
 async def test_what_is_being_undone_is_not_completed(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
