@@ -254,13 +254,14 @@ def _new_prefix(postgres: Postgres) -> str:
 async def control_url(
     postgres: Postgres, installation: Names, lasting_installation: Names, request: pytest.FixtureRequest
 ) -> AsyncIterator[str]:
-    """The URL of a new control database that has its tables and no rows, as the superuser; dropped after the test."""
+    """The URL of a new control database that has its tables, its viewer role and no rows, as the superuser.
+
+    It is dropped after the test.
+    """
     from tests.support.control_databases import create_control_database
 
     name = postgres.new_name()
-    yield await create_control_database(
-        postgres, name, installation=installation.installation, lasts=installation is lasting_installation
-    )
+    yield await create_control_database(postgres, name, names=installation, lasts=installation is lasting_installation)
     if not _keep(request, name):
         await postgres.drop_database(name, but=lasting_installation.stem)
 
@@ -330,7 +331,7 @@ async def tenancy(tenancy_config: TenancyConfig) -> AsyncIterator[Tenancy]:
     from tenancy_orm import Tenancy
 
     opened = Tenancy(tenancy_config)
-    await opened.open(initialise=True)
+    await opened.open()
     try:
         yield opened
     finally:

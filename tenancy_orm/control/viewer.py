@@ -142,6 +142,22 @@ _INVOKER_VIEWS = text(
     # asyncpg knows the type text[], and would ask the server for name[], which takes 10 ms
     "AND relname = ANY(CAST(:views AS text[])) AND 'security_invoker=true' = ANY(reloptions)"
 )
+# everything that it may do in the schema, as one text each
+_HELD = text(
+    """
+    WITH viewer AS (SELECT oid FROM pg_roles WHERE rolname = :viewer), acls AS (
+        SELECT c.relname::text AS name, '' AS part, c.relacl AS acl FROM pg_class c
+        WHERE c.relnamespace = 'tenancy'::regnamespace
+        UNION ALL SELECT c.relname::text, a.attname::text, a.attacl FROM pg_attribute a
+        JOIN pg_class c ON c.oid = a.attrelid WHERE c.relnamespace = 'tenancy'::regnamespace AND a.attacl IS NOT NULL
+        UNION ALL SELECT p.proname::text || '()', '', p.proacl FROM pg_proc p
+        WHERE p.pronamespace = 'tenancy'::regnamespace
+        UNION ALL SELECT '', '', nspacl FROM pg_namespace WHERE nspname = 'tenancy'
+    )
+    SELECT concat_ws(' ', e.privilege_type, acls.name, acls.part, CASE WHEN e.is_grantable THEN 'grantable' END)
+    FROM viewer, acls CROSS JOIN LATERAL aclexplode(acls.acl) e WHERE e.grantee = viewer.oid
+    """
+)
 
 
 async def prepare_viewer(connection: AsyncConnection, prefix: str) -> str:
@@ -164,8 +180,10 @@ async def prepare_viewer(connection: AsyncConnection, prefix: str) -> str:
     for role in (owner, *await connection.scalars(_APPLICATIONS)):
         await grant_viewer(connection, viewer, role)
     views = list(await connection.scalars(_INVOKER_VIEWS, {"views": list(VIEWER_VIEWS)}))
-    for statement in _rights(viewer, views):
-        await connection.exec_driver_sql(statement)
+    # To revoke and grant takes ten times as long as to look, and would write to the catalogue at every start.
+    if set(await connection.scalars(_HELD, {"viewer": viewer})) != _expected(views):
+        for statement in _rights(viewer, views):
+            await connection.exec_driver_sql(statement)
     if row.viewer is None:
         await connection.execute(update(installation).values(viewer=viewer))
     return viewer
@@ -217,6 +235,12 @@ async def _execute_privileged(connection: AsyncConnection, statement: str, *more
         if sqlstate_of(exc) != INSUFFICIENT_PRIVILEGE:
             raise
         raise AdministratorNeededError((statement, *more)) from exc
+
+
+def _expected(views: list[str]) -> set[str]:
+    """What ``_HELD`` returns once the statements of ``_rights`` have run."""
+    columns = {f"SELECT {table} {column}" for table, names in VIEWER_COLUMNS.items() for column in names}
+    return {"USAGE  ", "EXECUTE viewing_tenant() "} | columns | {f"SELECT {view} " for view in views}
 
 
 def _rights(viewer: str, views: list[str]) -> list[str]:

@@ -469,6 +469,57 @@ async def test_the_applications_policies_come_and_go_with_its_grants(two: Two, p
         await two.sql(f"DROP ROLE {quoted}")
 
 
+# what the viewer may do in the schema, by the catalogue alone
+RIGHTS = """
+    SELECT c.relname, a.attname, has_column_privilege(:viewer, c.oid, a.attnum, p.name)
+    FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND NOT a.attisdropped,
+        unnest('{SELECT,INSERT,UPDATE,REFERENCES,SELECT WITH GRANT OPTION}'::text[]) AS p (name)
+    WHERE c.relnamespace = 'tenancy'::regnamespace AND c.relkind IN ('r', 'p', 'v')
+    UNION ALL SELECT c.relname, '', has_sequence_privilege(:viewer, c.oid, 'USAGE, SELECT, UPDATE')
+    FROM pg_class c WHERE c.relnamespace = 'tenancy'::regnamespace AND c.relkind = 'S'
+    UNION ALL SELECT p.oid::regprocedure::text, '', EXISTS (
+        SELECT FROM aclexplode(p.proacl) a WHERE a.grantee = (SELECT oid FROM pg_roles WHERE rolname = :viewer))
+    FROM pg_proc p WHERE p.pronamespace = 'tenancy'::regnamespace
+    UNION ALL SELECT '', p.name, has_schema_privilege(:viewer, 'tenancy', p.name)
+    FROM unnest('{USAGE,CREATE,USAGE WITH GRANT OPTION}'::text[]) AS p (name)
+    ORDER BY 1, 2, 3
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "GRANT SELECT ON tenancy.api_keys TO {viewer}",
+        "GRANT UPDATE (digest) ON tenancy.api_keys TO {viewer}",
+        "GRANT SELECT (id) ON tenancy.tenants TO {viewer} WITH GRANT OPTION",
+        "GRANT USAGE ON ALL SEQUENCES IN SCHEMA tenancy TO {viewer}",
+        "GRANT EXECUTE ON FUNCTION tenancy.audit_ensure_partitions TO {viewer}",
+        "GRANT CREATE ON SCHEMA tenancy TO {viewer}",
+        "REVOKE SELECT (id) ON tenancy.tenants FROM {viewer}",
+        "REVOKE SELECT ON tenancy.audit_summary FROM {viewer}",
+        "REVOKE EXECUTE ON FUNCTION tenancy.viewing_tenant FROM {viewer}",
+        "REVOKE USAGE ON SCHEMA tenancy FROM {viewer}",
+    ],
+)
+async def test_an_upgrade_gives_the_viewer_exactly_its_rights_again(two: Two, change: str) -> None:
+    """What it has too much, and what it lacks."""
+    viewer = await two.viewer()
+    before = await two.sql(RIGHTS, viewer=viewer)
+    await two.sql(change.format(viewer=quote_identifier(viewer)))
+    assert await two.sql(RIGHTS, viewer=viewer) != before
+    await two.control.upgrade()
+    assert await two.sql(RIGHTS, viewer=viewer) == before
+
+
+async def test_an_upgrade_that_changes_nothing_writes_nothing(two: Two) -> None:
+    """Each start of a process that initialises would leave dead rows in the catalogue."""
+    rows = "SELECT oid, xmin::text FROM pg_class UNION ALL SELECT oid, xmin::text FROM pg_namespace"
+    columns = "SELECT attrelid, attnum, xmin::text FROM pg_attribute"
+    before = await two.sql(rows), await two.sql(columns)
+    await two.control.upgrade()
+    assert (await two.sql(rows), await two.sql(columns)) == before
+
+
 async def test_an_upgrade_keeps_an_application_that_was_granted_before(two: Two, application: ControlPlane) -> None:
     """Without another grant it sees every row as before, and one tenant's as that tenant."""
     role = make_url(application.config.control_url).username or ""

@@ -29,7 +29,7 @@ async def create_control_database(
     postgres: Postgres,
     name: str,
     *,
-    installation: UUID | None = None,
+    names: Names | None = None,
     lasts: bool = False,
     owner: tuple[str, str] | None = None,
 ) -> str:
@@ -38,23 +38,25 @@ async def create_control_database(
     Args:
         postgres: Its server.
         name: Its name.
-        installation: The id of an installation whose owner role and templates are there already; a new one where None.
+        names: Of an installation, which gets its viewer role; a new one without that role where None.
         lasts: Whether further tests use that installation, so that a template of its own pays.
         owner: Name and password of the role that owns the database and its tables, and is in the URL; the superuser
             where None.
     """
     user, password = owner or (None, None)
     template = await _find_template(postgres, user, password)
-    if lasts and installation is not None:
-        key = postgres.admin_url, user, installation
+    if lasts and names is not None:
+        key = postgres.admin_url, user, names.installation
         if key not in _templates:
-            _templates[key] = postgres.new_name("template")
-            await postgres.create_database(_templates[key], template=template, owner=user)
-            await _name_installation(postgres, _templates[key], installation)
-        template = _templates[key]
+            made = postgres.new_name("template")
+            await create_control_database(postgres, made, names=names, owner=owner)
+            _templates[key] = made
+        await postgres.create_database(name, template=_templates[key], owner=user)
+        return postgres.url(name, user=user, password=password)
     await postgres.create_database(name, template=template, owner=user)
-    if not lasts or installation is None:
-        await _name_installation(postgres, name, installation)
+    await _name_installation(postgres, name, None if names is None else names.installation)
+    if names is not None:
+        await _upgrade(postgres.url(name, user=user, password=password), "head", names.prefix)
     return postgres.url(name, user=user, password=password)
 
 
@@ -112,10 +114,14 @@ async def _name_installation(postgres: Postgres, database: str, installation: UU
 async def _create_template(postgres: Postgres, user: str | None, password: str | None) -> str:
     name = postgres.new_name("template")
     await postgres.create_database(name, owner=user)
-    control = ControlDatabase(postgres.url(name, user=user, password=password))
+    # not "head", at which it makes the role that reads for a tenant: its name holds the installation's id
+    await _upgrade(postgres.url(name, user=user, password=password), "heads")
+    return name
+
+
+async def _upgrade(url: str, revision: str, prefix: str = "tenancy") -> None:
+    control = ControlDatabase(url, name_prefix=prefix)
     try:
-        # not "head", at which it makes the role that reads for a tenant: its name holds the installation's id
-        await control.upgrade("heads")
+        await control.upgrade(revision)
     finally:
         await control.close()
-    return name

@@ -330,7 +330,7 @@ async def lasting_control_database(versioned: Postgres, prefix: str) -> AsyncIte
     names = _installations.setdefault((versioned.admin_url, prefix), Names(prefix, uuid7()))
     name = versioned.new_name()
     try:
-        url = await create_control_database(versioned, name, installation=names.installation, lasts=True)
+        url = await create_control_database(versioned, name, names=names, lasts=True)
         yield url
         await drop_tenants(versioned, url, prefix, names)
     finally:

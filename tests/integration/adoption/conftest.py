@@ -47,5 +47,5 @@ def config(postgres: Postgres, name_prefix: str, control_url: str, project: Proj
 @pytest.fixture
 async def fleet(config: TenancyConfig) -> AsyncIterator[Fleet]:
     """No tenant yet."""
-    async with open_fleet(config, initialise=True) as opened:
+    async with open_fleet(config) as opened:
         yield opened

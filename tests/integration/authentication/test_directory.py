@@ -55,6 +55,30 @@ async def test_a_key_is_looked_up_once(plane: ControlPlane) -> None:
     assert looked_up(plane) == before
 
 
+async def test_no_look_up_asks_the_server_for_a_type(
+    control_url: str, plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asyncpg asks for one that it does not know on each connection; the first request of a process waited for that."""
+    asked: list[object] = []
+    introspect = asyncpg.Connection._introspect_types
+
+    async def record(self: object, typeoids: object, timeout: object) -> object:
+        asked.append(typeoids)
+        return await introspect(self, typeoids, timeout)
+
+    tenant, key = await plane.tenant("acme")
+    bound = await plane.key("acme", networks=["10.0.0.0/8", "2001:db8::/32"])
+    monkeypatch.setattr(asyncpg.Connection, "_introspect_types", record)
+    async with control_plane(control_url, initialise=False, opened=False) as fresh:
+        assert (await fresh.directory.authenticate(key)).tenant.id == tenant.id
+        assert (await fresh.directory.authenticate(bound.text, source="10.1.2.3")).tenant.id == tenant.id
+        with pytest.raises(InvalidCredentialError):
+            await fresh.directory.authenticate(bound.text, source="192.0.2.1")
+        assert (await fresh.directory.tenant("acme")).id == tenant.id
+        assert [str(network) for network in bound.info.networks] == ["10.0.0.0/8", "2001:db8::/32"]
+        assert asked == []
+
+
 async def test_a_key_makes_its_tenant_known(plane: ControlPlane) -> None:
     """By id and by slug: a request needs one query, not two."""
     tenant, key = await plane.tenant("acme")

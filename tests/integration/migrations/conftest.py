@@ -30,7 +30,7 @@ def config(postgres: Postgres, name_prefix: str, control_url: str, project: Proj
 @pytest.fixture
 async def fleet(config: TenancyConfig) -> AsyncIterator[Fleet]:
     """Three tenants at 0001: acme, globex and initech."""
-    async with open_fleet(config, initialise=True) as opened:
+    async with open_fleet(config) as opened:
         await opened.create("acme", "globex", "initech")
         yield opened
 

@@ -27,7 +27,7 @@ def moving(pair: Pair, control_url: str, name_prefix: str) -> TenancyConfig:
 async def plane(moving: TenancyConfig) -> AsyncIterator[Tenancy]:
     """An open ``Tenancy``; tenants are made on server ``one``."""
     opened = Tenancy(moving)
-    await opened.open(initialise=True)
+    await opened.open()
     try:
         yield opened
     finally:

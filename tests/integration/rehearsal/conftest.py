@@ -24,7 +24,7 @@ Leftovers = Callable[[], Awaitable[list[str]]]
 @pytest.fixture
 async def fleet(config: TenancyConfig) -> AsyncIterator[Fleet]:
     """Two tenants at 0001: acme with a note, and globex with 20,000, the larger and younger one."""
-    async with open_fleet(config, initialise=True) as opened:
+    async with open_fleet(config) as opened:
         await opened.create("acme", "globex")
         await opened.execute("acme", "INSERT INTO notes (body) VALUES ('of acme')")
         await opened.execute("globex", "INSERT INTO notes (body) SELECT 'note ' || n FROM generate_series(1, 20000) n")

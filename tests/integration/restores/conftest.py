@@ -27,7 +27,7 @@ def config(postgres: Postgres, name_prefix: str, control_url: str, project: Proj
 
 @pytest.fixture
 async def fleet(config: TenancyConfig) -> AsyncIterator[Fleet]:
-    async with open_fleet(config, initialise=True) as opened:
+    async with open_fleet(config) as opened:
         await opened.create("acme", "globex")
         await opened.execute("acme", "INSERT INTO notes (body) SELECT 'note ' || n FROM generate_series(1, 100) n")
         yield opened

@@ -61,7 +61,7 @@ def opened(configure: Configure) -> Opened:
     @asynccontextmanager
     async def open_one(*args: Any, **kwargs: Any) -> AsyncIterator[Fleet]:
         tenancy = Tenancy(configure(*args, **kwargs))
-        await tenancy.open(initialise=True)
+        await tenancy.open()
         try:
             yield Fleet(tenancy)
         finally:
