@@ -432,6 +432,9 @@ class MigrationConfig(Section, frozen=True):
     """How long a migration waits for another run that migrates the same tenant, in seconds."""
     timeout: Seconds = 3_600.0
     """How long the migration of one tenant may take, in seconds."""
+    server_wait: SecondsOrZero = 120.0
+    """How long a run waits for a server that it has reached and that is down now, in seconds: it may be restarting.
+    Then that server's tenants fail; 0 is at once."""
     preflight_timeout: Seconds = 60.0
     """How long each check of a revision's ``preflight()`` may take on one tenant, in seconds."""
     alembic_config: AlembicFile | None = None

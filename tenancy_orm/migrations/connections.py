@@ -22,7 +22,7 @@ from ..postgres.errors import TOO_MANY_CONNECTIONS, sqlstate_of
 from ..routing.marker import marker_text
 from ..tenant import Placement, Tenant
 from .data_batches import DataLimits
-from .database import ConnectionAdapter, Target
+from .database import ConnectionAdapter, Target, close
 from .extensions import WantedExtensions
 from .failures import describe
 from .limits import Limits
@@ -35,16 +35,37 @@ _PAUSE = 5.0  # for so many seconds; one of them is tried then
 
 
 class Health:
-    """Which servers are down, in one run: their remaining tenants fail at once, so that the others need not wait."""
+    """Which servers are down, in one run: their remaining tenants fail at once, so that the others need not wait.
 
-    def __init__(self) -> None:
+    Args:
+        patience: For how many seconds a server that has answered in this run is awaited once it is down. It may only be
+            restarting. Nobody tries its tenants in that time.
+    """
+
+    def __init__(self, patience: float = 0.0) -> None:
+        self._patience = patience
         self._failures: dict[str, int] = {}
         self._tried: dict[str, float] = {}  # when a server that is down was tried last
+        self._known: set[str] = set()  # those that have answered
+        self._since: dict[str, float] = {}  # since when those of them are down that are
 
     @property
     def unreached(self) -> frozenset[str]:
-        """The servers that are down, as far as this process knows."""
-        return frozenset(server for server, number in self._failures.items() if number >= _FAILURES)
+        """The servers that are down, as far as this process knows, and not awaited."""
+        down = frozenset(server for server, number in self._failures.items() if number >= _FAILURES)
+        return down - self.awaited
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """The servers that are down, and were not for ``patience``."""
+        return frozenset(server for server in self._since if self.may_await(server))
+
+    def may_await(self, server: str) -> bool:
+        """Whether this server is awaited where it is down."""
+        if not self._patience or server not in self._known:
+            return False
+        now = time.monotonic()
+        return now - self._since.get(server, now) < self._patience
 
     def check(self, server: str, tenant: str | None) -> None:
         """Refuse to connect to a server that is down.
@@ -59,18 +80,25 @@ class Health:
         self._tried[server] = time.monotonic()
 
     def failed(self, server: str) -> None:
-        """Count a failed connect; after the second one in a row the server is down."""
+        """Count a failed connect; after the second one in a row the server is down, and from the first one awaited."""
         self._failures[server] = self._failures.get(server, 0) + 1
-        self._tried[server] = time.monotonic()
+        self._note(server)
 
     def answered(self, server: str) -> None:
         """Record that a connect succeeded."""
         self._failures[server] = 0
+        self._known.add(server)
+        self._since.pop(server, None)
 
     def down(self, server: str) -> None:
         """Record that the server is down."""
         self._failures[server] = _FAILURES
-        self._tried[server] = time.monotonic()
+        self._note(server)
+
+    def _note(self, server: str) -> None:
+        now = self._tried[server] = time.monotonic()
+        if server in self._known:
+            self._since.setdefault(server, now)
 
 
 class Connections:
@@ -153,6 +181,19 @@ class Connections:
             raise
         health.answered(server)
         return connection
+
+    async def reach(self, server: str, health: Health) -> bool:
+        """Ask whether a server that is down answers again, and record it. It may refuse for another reason then."""
+        try:
+            connection = await self._services.provisioner.connect_admin(server, None, purpose="tenancy-migration")
+        except Exception as exc:  # noqa: BLE001 - whatever else it is, is the next tenant's error
+            if is_down(exc):
+                health.failed(server)
+                return False
+        else:
+            await close(connection)
+        health.answered(server)
+        return True
 
 
 def placement_of(tenant: Tenant) -> Placement:

@@ -10,8 +10,10 @@ from typing import Any
 
 from alembic.runtime.environment import EnvironmentContext
 from sqlalchemy import Connection as SyncConnection
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ..control.database import is_unavailable
 from ..errors import MigrationError
 from ..postgres.connections import Connection
 from ..postgres.errors import QUERY_CANCELED, sqlstate_of
@@ -38,6 +40,10 @@ from .waits import naming_blockers
 _COMMITTED = (
     "; the revision is not recorded, but its autocommit_block() has committed changes of rows, which a repetition "
     "makes again: undo them before you run it again, or put the block into a revision of its own"
+)
+_PERHAPS_COMMITTED = (
+    "; the connection was lost while its autocommit_block() changed rows: find out whether they are changed before you "
+    "run it again, which would change them twice"
 )
 
 
@@ -102,6 +108,11 @@ class DatabaseMigration:
     def _has_committed_rows(self) -> bool:
         """Whether a revision that has failed has changed rows nevertheless."""
         return self._observer is not None and self._observer.has_committed_rows
+
+    @property
+    def may_have_committed_rows(self) -> bool:
+        """The same, where it is not known how its last statement has ended."""
+        return self._observer is not None and self._observer.may_have_committed_rows
 
     @property
     def target_revision(self) -> str | None:
@@ -340,9 +351,12 @@ class DatabaseMigration:
         try:
             await adapted.run_sync(self._run, state, steps)
             self._observer = None
-        except Exception as exc:
+        except Exception as raised:  # noqa: BLE001 - it is raised again
+            exc = _cause_of(raised)
             prefix = "" if self._step is None else f"{self._step.short_log}: "
             suffix = _COMMITTED if self._has_committed_rows else ""
+            if self.may_have_committed_rows and not suffix and is_unavailable(exc):
+                suffix = _PERHAPS_COMMITTED
             raise MigrationError(prefix + describe(exc) + hint(exc) + self._limit(exc) + suffix) from exc
         finally:
             await adapted.rollback()
@@ -437,6 +451,13 @@ def active(
         with quiet():
             context.configure(connection=connection, **{**environment.options, "tenant": tenant})
         yield
+
+
+def _cause_of(error: Exception) -> Exception:
+    """What a connection was lost with in an autocommit_block; to leave the block with it raises an error of its own."""
+    while isinstance(error, PendingRollbackError) and isinstance(error.__context__, Exception):
+        error = error.__context__
+    return error
 
 
 def make_version_table(

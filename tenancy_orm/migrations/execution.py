@@ -133,6 +133,7 @@ class StatementObserver:
     An ``autocommit_block`` commits what the same revision did before, without recording the revision; when it fails,
     the repetition does that part a second time. Such revisions are warned of. ``has_committed_rows`` is whether the
     revision that ran last has committed changes of rows in this way: a repetition may make them twice without an error.
+    ``may_have_committed_rows`` is the same where the connection is lost, and nobody knows how the last statement ended.
 
     Where the database has invalid indexes, one is dropped before a statement that creates an index of its name.
     """
@@ -144,12 +145,13 @@ class StatementObserver:
         self._changed = False
         self._in_block = False
         self._wrote_rows = False
-        self.has_committed_rows = False
+        self.has_committed_rows = self.may_have_committed_rows = False
 
     def begin(self, step: MigrationStep) -> None:
         """Receive the step that runs from now on."""
         self._revision = step.revision.revision if isinstance(step, RevisionStep) else None
-        self._changed = self._wrote_rows = self.has_committed_rows = False
+        self._changed = self._wrote_rows = False
+        self.has_committed_rows = self.may_have_committed_rows = False
 
     @contextmanager
     def on(self, context: EnvironmentContext, connection: SyncConnection) -> Iterator[None]:
@@ -160,6 +162,7 @@ class StatementObserver:
         @contextmanager
         def autocommit_block() -> Iterator[None]:
             self._warn()
+            self.may_have_committed_rows = self.may_have_committed_rows or self._wrote_rows
             with block():
                 self.has_committed_rows = self.has_committed_rows or self._wrote_rows
                 self._in_block = True
@@ -183,6 +186,8 @@ class StatementObserver:
     ) -> tuple[str, Any]:
         if not self._changed:
             self._changed = any(statement.changes for statement in statements(text))
+        if self._in_block and not self.may_have_committed_rows:
+            self.may_have_committed_rows = any(statement.writes_rows for statement in statements(text))
         if self._schema is not None and "SCHEMA" in text.upper():
             text = keep_schema(text, self._schema)
         if self._has_invalid_indexes and (created := indexes_created(text)):

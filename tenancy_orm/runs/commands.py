@@ -190,7 +190,12 @@ class RunCommands:
             return UndoWork(await self.environment(x), self.services, self._connections, **how)
         plan = Plan.of(await self.environment(x), record.command, given["revision"], purge=given["purge"])
         return MigrationWork(
-            plan, self.services, self._connections, checks=given["checks"], concurrency=given["concurrency"]
+            plan,
+            self.services,
+            self._connections,
+            checks=given["checks"],
+            concurrency=given["concurrency"],
+            patience=self.services.config.migration.server_wait,
         )
 
 

@@ -16,6 +16,7 @@ from ..migrations.services import FleetServices
 from ..postgres.errors import sqlstate_of
 from ..tenant import Tenant
 from .claims import Claimed
+from .outages import Outages
 from .records import RunRecord, TenantRecord
 from .report import TenantOutcome
 from .tenant_migration import Begin, MigrationResult
@@ -33,14 +34,19 @@ class ExtensionWork:
         self._services = services
         self._connections = connections
         self._selection = Selection(services.registry)
-        self._health = Health()
+        self._health = Health(services.config.migration.server_wait)
+        self._outages = Outages(connections, self._health)
 
     holds = False
 
     @property
-    def unreached(self) -> frozenset[str]:
-        """The servers that this process does not reach."""
-        return self._health.unreached
+    def health(self) -> Health:
+        """Which servers are down."""
+        return self._health
+
+    async def reach(self, server: str) -> bool:
+        """Ask whether a server that is down answers again."""
+        return await self._connections.reach(server, self._health)
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check that the servers have the extensions, and build the template on each."""
@@ -49,6 +55,7 @@ class ExtensionWork:
 
     async def _prepare_server(self, name: str) -> None:
         await self._services.provisioner.extensions.check(name)
+        self._health.answered(name)
         # tenants that are created during the run get the extensions from it
         await self._services.provisioner.template(name)
 
@@ -78,6 +85,9 @@ class ExtensionWork:
             except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
                 if await self._selection.is_gone(tenant, exc):
                     return MigrationResult(outcome=None)
+                # to install what is there already does nothing
+                if await self._outages.waits(tenant, exc, has_begun=False):
+                    return MigrationResult(outcome=None, is_interrupted=True)
                 error = exc
         outcome = TenantOutcome(
             tenant_id=tenant.id,

@@ -350,7 +350,14 @@ class FleetMigrator(Rehearsing):
         if refuse_drift:
             more[_REFUSES_DRIFT] = True
         return await self._recorded.start(
-            MigrationWork(plan, self.services, self._connections, checks=checks, concurrency=options.concurrency),
+            MigrationWork(
+                plan,
+                self.services,
+                self._connections,
+                checks=checks,
+                concurrency=options.concurrency,
+                patience=self.services.config.migration.server_wait,
+            ),
             tenants,
             replace(options, more=more),
             command=plan.command,

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from uuid import UUID
 
 from ..cancellation import run_to_completion
 from ..errors import ControlUnavailableError, JobLostError
+from ..migrations.connections import Health
 from ..migrations.failures import describe
 from . import patience
 from .claims import Claimed, Finished, RunClaims, Turn
@@ -42,7 +43,8 @@ class Participation:
         stop_on_failure: Whether the run ends at the first failure.
         max_failures: The run ends at so many failures.
         at_gate: The wave at the end of which this process has the gate already.
-        unreached: Returns the servers that this process does not reach.
+        health: Which servers are down, as far as this process knows.
+        reach: Asks whether one of them answers again, and records it in ``health``.
     """
 
     def __init__(
@@ -57,7 +59,8 @@ class Participation:
         stop_on_failure: bool,
         max_failures: int | None = None,
         at_gate: int | None = None,
-        unreached: Callable[[], frozenset[str]] = frozenset,
+        health: Health,
+        reach: Callable[[str], Awaitable[bool]],
     ) -> None:
         self._claims = claims
         self._prepare = prepare
@@ -77,7 +80,10 @@ class Participation:
         self._finished: list[Finished] = []
         self._oldest = 0.0  # when the first of them has ended
         self._state: RunState = "running"
-        self._unreached = unreached
+        self._health = health
+        self._reach = reach
+        self._awaited: frozenset[str] = frozenset()  # the servers that are down and awaited, at the last turn
+        self._asking: dict[str, asyncio.Task[None]] = {}  # whether they answer again
         self._of_nobody: frozenset[str] = frozenset()  # the servers that no other process reaches either
         self._at_gate = at_gate  # the wave at the end of which this process has the gate
         self._failure: Exception | None = None
@@ -107,7 +113,7 @@ class Participation:
             self._stopped = True
             keeper.cancel()
             await asyncio.wait([keeper])
-            await self._stop_tasks()
+            await self._stop_tasks([*self._asking.values(), *self._tasks.values()])
             await self._leave()
         return self._state
 
@@ -152,7 +158,12 @@ class Participation:
         if self._state != "running" or self._failing_since is not None or self._stopped:
             return
         while len(self._tasks) < self._concurrency:
-            ready = [s for s, waiting in self._queue.items() if waiting and self._busy[s] < self._slots.get(s, 0)]
+            awaited = self._health.awaited
+            ready = [
+                server
+                for server, waiting in self._queue.items()
+                if waiting and self._busy[server] < self._slots.get(server, 0) and server not in awaited
+            ]
             if not ready:
                 return
             claimed = self._queue[min(ready, key=lambda s: self._busy[s])].popleft()
@@ -170,7 +181,7 @@ class Participation:
             if not self._finished:
                 self._oldest = time.monotonic()
             self._finished.append(finished)
-            self._done[claimed.server] += 1
+            self._done[claimed.server] += finished.state != "waiting"
             self._failures += finished.state == "failed"
             most = 1 if self._stop_on_failure else self._max_failures
             if most is not None and self._failures >= most:
@@ -184,8 +195,8 @@ class Participation:
             self._changed.set()
             self._wake.set()
 
-    async def _stop_tasks(self) -> None:
-        tasks = list(self._tasks.values())
+    @staticmethod
+    async def _stop_tasks(tasks: Sequence[asyncio.Task[None]]) -> None:
         for task in tasks:
             # a second cancellation would interrupt the clean-up that the first one has started
             if not task.cancelling():
@@ -288,7 +299,11 @@ class Participation:
         ahead = {s: min(_MOST_AHEAD, int(_AHEAD * rate)) for s, rate in self._rates.items()}
         # at first it is not known how long they take; what is too much is given back
         first = 0 if self._has_begun else self._concurrency
-        return {s: max(0, min(free, slots[s])) + ahead.get(s, first) - len(self._queue[s]) for s in self._queue}
+        awaited = self._health.awaited
+        return {
+            s: 0 if s in awaited else max(0, min(free, slots[s])) + ahead.get(s, first) - len(self._queue[s])
+            for s in self._queue
+        }
 
     def _give_back_excess(self) -> None:
         """Let go of what was claimed ahead when tenants were done more quickly than they are now."""
@@ -304,8 +319,9 @@ class Participation:
                 self._rates[server] = 0.5 * self._rates.get(server, now) + 0.5 * now
             self._done.clear()
             self._give_back_excess()
-        unreached = self._unreached()
-        self._give_back(unreached - self._of_nobody)
+        self._look_after_servers()
+        unreached = self._health.unreached
+        self._give_back(self._awaited | (unreached - self._of_nobody))
         finished = list(self._finished)
         idle = not self._tasks and not any(self._queue.values())
         claiming = self._is_ready and self._state == "running" and self._at_gate is None and not self._stopped
@@ -332,6 +348,32 @@ class Participation:
         if any(number > 0 and turn.slots.get(server) for server, number in wanted.items()):
             self._has_more = bool(turn.claimed)
         await self._learn(turn, claiming=claiming)
+
+    def _look_after_servers(self) -> None:
+        """Ask whether the servers that are awaited answer again. Their tenants are left to whoever reaches them."""
+        awaited, before = self._health.awaited, self._awaited
+        self._awaited = awaited
+        for server in awaited - before:
+            logger.warning(
+                "run %d: server %s does not answer any more; its tenants wait for it", self._claims.run, server
+            )
+        for server in before - awaited:
+            self._has_more = True
+            if server in self._health.unreached:
+                logger.error("run %d: server %s is waited for no longer; its tenants fail", self._claims.run, server)
+            else:
+                logger.info("run %d: server %s answers again", self._claims.run, server)
+        for server in awaited:
+            if server not in self._asking:
+                self._asking[server] = asyncio.create_task(self._ask(server), name=f"tenancy-reach-{server}")
+
+    async def _ask(self, server: str) -> None:
+        try:
+            if await self._reach(server):
+                self._has_more = True
+                self._wake.set()
+        finally:
+            del self._asking[server]
 
     async def _learn(self, turn: Turn, *, claiming: bool) -> None:
         self._slots = dict(turn.slots)

@@ -10,6 +10,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..errors import ControlUnavailableError, JobLostError
 from ..events import EventBus, MigrationRunEnded, MigrationRunStarted
 from ..jobs import Claimant
+from ..migrations.connections import Health
 from ..migrations.data_batches import DataObserver, DataProgress
 from ..migrations.failures import describe
 from ..migrations.logs import logger, warning_once
@@ -30,8 +31,8 @@ _OBSERVED_SECONDS = 1.0  # between two notes of how far a data migration has com
 class RunWork(Protocol):
     """What a run does: each process has its own.
 
-    ``holds`` is whether it brings tenants to a revision that they are not upgraded from by themselves. ``unreached``
-    are the servers that this process does not reach.
+    ``holds`` is whether it brings tenants to a revision that they are not upgraded from by themselves. ``health`` is
+    which servers are down.
     """
 
     @property
@@ -39,8 +40,11 @@ class RunWork(Protocol):
         """As in the class."""
 
     @property
-    def unreached(self) -> frozenset[str]:
+    def health(self) -> Health:
         """As in the class."""
+
+    async def reach(self, server: str) -> bool:
+        """Ask whether a server that is down answers again."""
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check the servers and make what new tenants need, in each process, before it claims a tenant.
@@ -145,7 +149,8 @@ class Run:
             stop_on_failure=bool(plan["stop_on_failure"]),
             max_failures=plan.get("max_failures"),
             at_gate=record.wave if record.gate == self._claims.claimant.id else None,
-            unreached=lambda: self._work.unreached,
+            health=self._work.health,
+            reach=self._work.reach,
         )
         try:
             await part.run()

@@ -20,6 +20,7 @@ from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..postgres.errors import sqlstate_of
 from ..tenant import Tenant
+from .outages import Outages
 from .patience import repeat
 from .report import TenantOutcome
 
@@ -32,10 +33,10 @@ it raises prevents the change."""
 class MigrationResult:
     """How the migration of one tenant ended.
 
-    ``outcome`` is None where the tenant has been purged, or ``is_interrupted``: it was cancelled, and is whole, at
-    ``revision``. ``has_read`` is whether its revision could be read, ``is_announced`` whether every process was told of
-    a change, and ``is_granted`` whether the rights on what was committed are set: before that the registry does not
-    learn of it.
+    ``outcome`` is None where the tenant has been purged, or ``is_interrupted``: it was cancelled, or waits for its
+    server, and is whole, at ``revision``. ``has_read`` is whether its revision could be read, ``is_announced`` whether
+    every process was told of a change, and ``is_granted`` whether the rights on what was committed are set: before that
+    the registry does not learn of it.
     """
 
     outcome: TenantOutcome | None
@@ -64,6 +65,7 @@ class TenantMigration:
         self._connections = connections
         self._health = health
         self._selection = Selection(services.registry)
+        self._outages = Outages(connections, health)
 
     async def run(
         self,
@@ -141,6 +143,10 @@ class TenantMigration:
                 return MigrationResult(outcome=None, is_announced=migration.announced)
             if await self._selection.is_elsewhere(tenant, exc):
                 raise _ElsewhereError from exc
+            if not migration.may_have_committed_rows and await self._outages.waits(
+                tenant, exc, has_begun=migration.announced or migration.changed
+            ):
+                return MigrationResult(outcome=None, is_announced=migration.announced, is_interrupted=True)
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc
             if migration.announced and migration.after is None:

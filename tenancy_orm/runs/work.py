@@ -34,6 +34,7 @@ class MigrationWork:
         checks: When checks of revisions are asked: of all tenants before the first is changed, of each right before a
             revision runs, or never.
         concurrency: How many tenants are asked at once.
+        patience: For how many seconds a server that is lost is awaited.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class MigrationWork:
         *,
         checks: ChecksAsked = "in_place",
         concurrency: int = 1,
+        patience: float = 0.0,
     ) -> None:
         self.plan = plan
         self.services = services
@@ -51,7 +53,7 @@ class MigrationWork:
         self._checks = checks
         self._concurrency = concurrency
         self._answered: Mapping[UUID, frozenset[str]] = {}  # by tenant: the revisions with checks that have passed
-        self._health = Health()
+        self._health = Health(patience)
         self._migration = TenantMigration(services, connections, self._health)
 
     @property
@@ -60,9 +62,13 @@ class MigrationWork:
         return self.plan.command != "upgrade"
 
     @property
-    def unreached(self) -> frozenset[str]:
-        """The servers that this process does not reach."""
-        return self._health.unreached
+    def health(self) -> Health:
+        """Which servers are down."""
+        return self._health
+
+    async def reach(self, server: str) -> bool:
+        """Ask whether a server that is down answers again."""
+        return await self._connections.reach(server, self._health)
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check which servers answer, and build the template on each."""
@@ -70,12 +76,14 @@ class MigrationWork:
         await prepare_servers(names, self._prepare_server, self._health)
 
     async def _prepare_server(self, name: str) -> None:
-        if self.plan.command == "upgrade":
+        # the server is asked in any case: what is known here of its template says nothing of whether it is there
+        if self.plan.command == "upgrade" and self.services.config.extensions:
             await self.services.provisioner.extensions.check(name)
-        if self.plan.reaches_head:
-            await self.services.provisioner.template(name)
+            self._health.answered(name)
         else:
             await close(await self._connections.connect(name, None, self._health))
+        if self.plan.reaches_head:
+            await self.services.provisioner.template(name)
 
     async def open(self, record: RunRecord, tenants: Callable[[], Awaitable[Sequence[Tenant]]]) -> None:
         """Ask the checks of all tenants, and forget where the fleet is, unless it is upgraded.
@@ -183,7 +191,7 @@ class UndoWork:
         self._holds = holds
         self._whole = whole
         self._plans: dict[str, Plan] = {}
-        self._health = Health()
+        self._health = Health(services.config.migration.server_wait)
         self._migration = TenantMigration(services, connections, self._health)
 
     @property
@@ -192,9 +200,13 @@ class UndoWork:
         return self._holds
 
     @property
-    def unreached(self) -> frozenset[str]:
-        """The servers that this process does not reach."""
-        return self._health.unreached
+    def health(self) -> Health:
+        """Which servers are down."""
+        return self._health
+
+    async def reach(self, server: str) -> bool:
+        """Ask whether a server that is down answers again."""
+        return await self._connections.reach(server, self._health)
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check which servers answer."""

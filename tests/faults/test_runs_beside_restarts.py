@@ -1,0 +1,325 @@
+"""A server restarts, fails over or crashes while a run migrates its tenants: they wait, and nothing is done twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from tenancy_orm import TenancyConfig
+from tenancy_orm.migrations.connections import Connections, Health
+from tenancy_orm.runs.report import FleetReport, TenantOutcome
+from tests.support import restarts
+from tests.support.fleet import Fleet, fleet_config, open_fleet
+from tests.support.postgres import Postgres
+from tests.support.projects import NOTES, Project
+from tests.support.replication import TestServer, primary_server
+from tests.support.waiting import until
+
+SECONDS = 120.0
+NEIGHBOURS = tuple(f"neighbour-{number}" for number in range(8))
+OTHERS = ("eve", "frank", "mallory")
+# a second application of it would fail, and leave another row
+RATING = """
+op.add_column("notes", sa.Column("rating", sa.Integer))
+op.execute("INSERT INTO notes (body) VALUES ('0002')")
+"""
+HELD = """
+from tests.support import restarts
+op.add_column("notes", sa.Column("rating", sa.Integer))
+restarts.reached()
+op.execute("INSERT INTO notes (body) VALUES ('0002')")
+"""
+BLOCK = """
+from tests.support import restarts
+with op.get_context().autocommit_block():
+    restarts.reached()
+    op.execute("{statement}")
+"""
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[TestServer]:
+    """The server that goes down."""
+    with primary_server() as server:
+        yield server
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    made = Project.create(tmp_path / "app")
+    made.add("0001", NOTES, 'op.drop_table("notes")')
+    yield made
+    restarts.forget()
+
+
+@pytest.fixture
+async def config(
+    postgres: Postgres, control_url: str, name_prefix: str, project: Project, other: TestServer
+) -> AsyncIterator[TenancyConfig]:
+    made = fleet_config(postgres, control_url, name_prefix, project)
+    yield made.replace(
+        servers={"default": postgres.admin_url, "other": other.url()},
+        default_server="default",
+        pool={"connect_timeout": 5.0},
+        migration={"notice": 0.0},
+    )
+    if not other.is_running():
+        other.start_again()
+    await other.as_postgres(postgres).drop_all(name_prefix)
+
+
+class Watch:
+    """Counts outcomes, halts the other server after its first one, and starts it once the neighbours are done."""
+
+    def __init__(self, other: TestServer, *, starts: bool = True) -> None:
+        self._other, self._starts = other, starts
+        self.outcomes: list[TenantOutcome] = []
+        self.halted = False
+
+    def total(self, count: int) -> None:
+        """As ``Progress``."""
+
+    def done(self, outcome: TenantOutcome) -> None:
+        """As ``Progress``."""
+        self.outcomes.append(outcome)
+        if outcome.server == "other" and not self.halted:
+            self.halted = True
+            self._other.halt()
+        left = len(NEIGHBOURS) - sum(one.server == "default" for one in self.outcomes)
+        if self.halted and self._starts and not left and not self._other.is_running():
+            self._other.start_again()
+
+
+async def make(fleet: Fleet) -> None:
+    await fleet.create(*NEIGHBOURS)
+    await fleet.create(*OTHERS, server="other")
+
+
+async def upgrade(fleet: Fleet, watch: Watch | None = None) -> FleetReport:
+    async with asyncio.timeout(SECONDS):
+        return await fleet.migrations.upgrade(concurrency=2, progress=watch)
+
+
+async def are_applied_once(fleet: Fleet, *slugs: str) -> None:
+    for slug in slugs:
+        assert await fleet.fetch(slug, "SELECT body FROM notes") == [("0002",)], slug
+        assert await fleet.recorded(slug) == "0002"
+
+
+def fail_over(monkeypatch: pytest.MonkeyPatch, other: TestServer) -> None:
+    """Start the server again once a run has found that it does not answer."""
+    reach = Connections.reach
+
+    async def started(self: Connections, server: str, health: Health) -> bool:
+        answers = await reach(self, server, health)
+        if not answers and not other.is_running():
+            await asyncio.to_thread(other.start_again)
+        return answers
+
+    monkeypatch.setattr(Connections, "reach", started)
+
+
+# --- between tenants ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["upgrade", "undo", "extensions"])
+@pytest.mark.parametrize("wait", [0.0, 60.0])
+async def test_the_tenants_of_a_server_that_restarts_wait_for_it(
+    config: TenancyConfig, project: Project, other: TestServer, command: str, wait: float
+) -> None:
+    """They failed at once; the other server's tenants go on beside that, and do not wait for it."""
+    changed = config.replace(migration={"server_wait": wait})
+    async with open_fleet(changed.replace(extensions=["vector"]) if command == "extensions" else changed) as fleet:
+        await make(fleet)
+        if command == "extensions":
+            for slug in (*NEIGHBOURS, *OTHERS):
+                await fleet.execute(slug, "DROP EXTENSION vector")
+        else:
+            project.add("0002", RATING, 'op.drop_column("notes", "rating")', down="0001")
+        watch = Watch(other, starts=wait > 0)
+        async with asyncio.timeout(SECONDS):
+            if command == "upgrade":
+                report = await upgrade(fleet, watch)
+            elif command == "undo":
+                assert (await fleet.migrations.upgrade()).ok
+                report = await fleet.migrations.undo(1, concurrency=2, progress=watch)
+            else:
+                report = await fleet.migrations.install_extensions(concurrency=2, progress=watch)
+        assert watch.halted
+        failed = {outcome.slug for outcome in report.failures}
+        assert len(failed) == (0 if wait else 2) and failed <= set(OTHERS)
+        assert {outcome.slug for outcome in watch.outcomes} == {*NEIGHBOURS, *OTHERS}
+        if not wait:
+            return
+        if command == "upgrade":
+            await are_applied_once(fleet, *NEIGHBOURS, *OTHERS)
+        elif command == "undo":
+            assert {await fleet.revision(slug) for slug in (*NEIGHBOURS, *OTHERS)} == {"0001"}
+        assert report.run is not None
+        assert {one.losses for one in await fleet.migrations.run_tenants(report.run)} == {0}
+
+
+async def test_a_server_that_stays_away_is_waited_for_so_long_and_no_longer(
+    config: TenancyConfig, project: Project, other: TestServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its tenants fail then, the others are done, and those are tried again once it is back."""
+    async with open_fleet(config.replace(migration={"server_wait": 0.5})) as fleet:
+        await make(fleet)
+        project.add("0002", RATING, down="0001")
+        watch = Watch(other, starts=False)
+        report = await upgrade(fleet, watch)
+        assert len(report.failures) == 2 and {one.server for one in report.failures} == {"other"}
+        assert "server other does not answer any more; its tenants wait for it" in caplog.text
+        assert "server other is waited for no longer; its tenants fail" in caplog.text
+        other.start_again()
+        breaker = fleet.services.servers["other"].breaker
+        await until(lambda: not breaker.is_open, seconds=SECONDS)
+        assert report.run is not None
+        assert (await fleet.migrations.retry(report.run)).ok
+        await are_applied_once(fleet, *NEIGHBOURS, *OTHERS)
+
+
+async def test_a_server_that_did_not_answer_from_the_beginning_is_not_waited_for(
+    config: TenancyConfig, project: Project, other: TestServer
+) -> None:
+    """Its tenants fail after one time-out: this is no restart."""
+    async with open_fleet(config) as fleet:
+        await make(fleet)
+        project.add("0002", RATING, down="0001")
+        other.halt()
+        report = await upgrade(fleet, Watch(other, starts=False))
+        assert {outcome.slug for outcome in report.failures} == set(OTHERS)
+
+
+async def test_a_machine_that_joins_then_leaves_the_tenants_to_the_one_that_waits(
+    config: TenancyConfig, project: Project, other: TestServer
+) -> None:
+    """It has never reached the server, and would let them fail."""
+    unreached = "SELECT count(*) FROM tenancy.migration_run_processes WHERE run = 1 AND slots->>'other' = '-1'"
+    async with open_fleet(config) as fleet, open_fleet(config) as second:
+        await make(fleet)
+        project.add("0002", RATING, down="0001")
+        watch = Watch(other, starts=False)
+        running = asyncio.create_task(upgrade(fleet, watch))
+        await until(lambda: watch.halted, seconds=SECONDS)
+        joined = asyncio.create_task(second.migrations.join(1))
+
+        async def has_taken_a_turn() -> bool:
+            async with fleet.services.control.connect() as connection:
+                return bool(await connection.scalar(text(unreached)))
+
+        await until(has_taken_a_turn, seconds=SECONDS)
+        await asyncio.to_thread(other.start_again)
+        async with asyncio.timeout(SECONDS):
+            assert (await running).ok and (await joined).ok
+        await are_applied_once(fleet, *NEIGHBOURS, *OTHERS)
+
+
+# --- in the middle of a revision ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["halt", "kill"])
+async def test_a_tenant_whose_session_is_lost_with_the_server_is_migrated_again(
+    config: TenancyConfig, project: Project, other: TestServer, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """By a shut-down and by a crash; what it had changed was rolled back."""
+    calls: list[str] = []
+
+    def stop() -> None:
+        calls.append("eve")
+        if len(calls) == 1:
+            getattr(other, how)()
+
+    fail_over(monkeypatch, other)
+    async with open_fleet(config) as fleet:
+        await make(fleet)
+        project.add("0002", HELD, down="0001")
+        restarts.call_back("eve", stop)
+        report = await upgrade(fleet)
+        assert report.ok, report.failures
+        await are_applied_once(fleet, *NEIGHBOURS, *OTHERS)
+        assert calls == ["eve"] * 2
+
+
+async def test_a_session_that_somebody_ends_is_not_begun_again(
+    config: TenancyConfig, project: Project, other: TestServer
+) -> None:
+    """The server is there: who ends the session alone means to stop the migration."""
+    calls: list[str] = []
+
+    def terminate() -> None:
+        calls.append("eve")
+        other.query("SELECT pg_terminate_backend(%s, 10000)", (restarts.session(),))
+
+    async with open_fleet(config) as fleet:
+        await make(fleet)
+        project.add("0002", HELD, down="0001")
+        restarts.call_back("eve", terminate)
+        report = await upgrade(fleet)
+        assert [outcome.slug for outcome in report.failures] == ["eve"]
+        assert "terminating connection due to administrator command" in str(report.failures[0].error)
+        assert calls == ["eve"]
+
+
+async def test_a_revision_that_crashes_its_server_is_begun_twice_at_most(
+    config: TenancyConfig, project: Project, other: TestServer
+) -> None:
+    """Each time ends the sessions of all tenants of that server; the others are migrated nevertheless."""
+    calls: list[str] = []
+
+    def crash() -> None:
+        calls.append("eve")
+        os.kill(restarts.session(), signal.SIGKILL)
+
+    async with open_fleet(config) as fleet:
+        await make(fleet)
+        project.add("0002", HELD, down="0001")
+        restarts.call_back("eve", crash)
+        report = await upgrade(fleet)
+        assert [outcome.slug for outcome in report.failures] == ["eve"]
+        # once, where it had recovered before anybody asked
+        assert calls in (["eve"], ["eve"] * 2)
+        await are_applied_once(fleet, *NEIGHBOURS, "frank", "mallory")
+
+
+@pytest.mark.parametrize(
+    ("statement", "again"),
+    [
+        ("CREATE INDEX CONCURRENTLY IF NOT EXISTS notes_body ON notes (body)", True),
+        ("INSERT INTO notes (body) VALUES ('0002')", False),
+    ],
+)
+async def test_what_may_have_been_committed_is_not_done_again(
+    config: TenancyConfig,
+    project: Project,
+    other: TestServer,
+    monkeypatch: pytest.MonkeyPatch,
+    statement: str,
+    again: bool,
+) -> None:
+    """Nobody knows whether a change of rows outside a transaction was made; an index may be built again."""
+    calls: list[str] = []
+
+    def stop() -> None:
+        calls.append("eve")
+        if len(calls) == 1:
+            other.halt()
+
+    fail_over(monkeypatch, other)
+    async with open_fleet(config) as fleet:
+        await make(fleet)
+        project.add("0002", BLOCK.format(statement=statement), down="0001")
+        restarts.call_back("eve", stop)
+        report = await upgrade(fleet)
+        assert len(calls) == (2 if again else 1)
+        if again:
+            assert report.ok, report.failures
+        else:
+            (failure,) = report.failures
+            assert failure.slug == "eve" and "find out whether they are changed" in str(failure.error)
