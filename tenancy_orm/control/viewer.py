@@ -150,8 +150,9 @@ _HELD = text(
         WHERE c.relnamespace = 'tenancy'::regnamespace
         UNION ALL SELECT c.relname::text, a.attname::text, a.attacl FROM pg_attribute a
         JOIN pg_class c ON c.oid = a.attrelid WHERE c.relnamespace = 'tenancy'::regnamespace AND a.attacl IS NOT NULL
-        UNION ALL SELECT p.proname::text || '()', '', p.proacl FROM pg_proc p
-        WHERE p.pronamespace = 'tenancy'::regnamespace
+        AND NOT a.attisdropped
+        UNION ALL SELECT concat(p.proname, '(', pg_get_function_identity_arguments(p.oid), ')'), '', p.proacl
+        FROM pg_proc p WHERE p.pronamespace = 'tenancy'::regnamespace
         UNION ALL SELECT '', '', nspacl FROM pg_namespace WHERE nspname = 'tenancy'
     )
     SELECT concat_ws(' ', e.privilege_type, acls.name, acls.part, CASE WHEN e.is_grantable THEN 'grantable' END)

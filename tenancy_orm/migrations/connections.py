@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
 
 from sqlalchemy.engine import URL
 
@@ -32,6 +33,7 @@ from .timeouts import milliseconds
 
 _FAILURES = 2  # failed connects in a row after which a server's other tenants are not tried
 _PAUSE = 5.0  # for so many seconds; one of them is tried then
+_SERVER = "SELECT pg_catalog.pg_postmaster_start_time() AS started, pg_catalog.pg_is_in_recovery() AS is_standby"
 
 
 class Health:
@@ -48,6 +50,9 @@ class Health:
         self._tried: dict[str, float] = {}  # when a server that is down was tried last
         self._known: set[str] = set()  # those that have answered
         self._since: dict[str, float] = {}  # since when those of them are down that are
+        self._silent: set[str] = set()  # those of them that were asked themselves, and do not answer
+        self._until: dict[str, float] = {}  # when such ones have answered again
+        self._odd: dict[str, int] = {}  # tenants in a row that cannot be connected to, although the server answers
 
     @property
     def unreached(self) -> frozenset[str]:
@@ -66,6 +71,14 @@ class Health:
             return False
         now = time.monotonic()
         return now - self._since.get(server, now) < self._patience
+
+    def is_down(self, server: str) -> bool:
+        """Whether a server that has answered is down now."""
+        return server in self._since
+
+    def was_down(self, server: str, since: float) -> bool:
+        """Whether a server is down, or was down since a time of ``time.monotonic``."""
+        return server in self._silent or self._until.get(server, -math.inf) >= since
 
     def check(self, server: str, tenant: str | None) -> None:
         """Refuse to connect to a server that is down.
@@ -86,9 +99,35 @@ class Health:
 
     def answered(self, server: str) -> None:
         """Record that a connect succeeded."""
-        self._failures[server] = 0
+        self._failures[server] = self._odd[server] = 0
+        self.back(server)
+
+    def back(self, server: str) -> None:
+        """Record that a server answers. That is nothing new where its tenants cannot be connected to nevertheless."""
+        if self._odd.get(server, 0) >= _FAILURES:
+            return
         self._known.add(server)
+        self._failures[server] = 0
         self._since.pop(server, None)
+        if server in self._silent:
+            self._silent.remove(server)
+            self._until[server] = time.monotonic()
+
+    def silent(self, server: str) -> None:
+        """Record that a server was asked itself and does not answer: it is not a tenant's connect alone that fails."""
+        self._silent.add(server)
+        self.failed(server)
+
+    def odd(self, server: str) -> None:
+        """Count a tenant that cannot be connected to although its server answers.
+
+        After the second one in a row that server counts as one that has not answered: its others fail at once.
+        """
+        self._odd[server] = self._odd.get(server, 0) + 1
+        if self._odd[server] >= _FAILURES:
+            self._known.discard(server)
+            self._since.pop(server, None)
+            self.down(server)
 
     def down(self, server: str) -> None:
         """Record that the server is down."""
@@ -182,18 +221,27 @@ class Connections:
         health.answered(server)
         return connection
 
-    async def reach(self, server: str, health: Health) -> bool:
-        """Ask whether a server that is down answers again, and record it. It may refuse for another reason then."""
+    async def reach(self, server: str, health: Health) -> datetime | None:
+        """Ask whether a server answers, and record it.
+
+        Returns:
+            When it was started; None where it is down, or is a standby: one that is to be promoted, for example.
+        """
         try:
             connection = await self._services.provisioner.connect_admin(server, None, purpose="tenancy-migration")
-        except Exception as exc:  # noqa: BLE001 - whatever else it is, is the next tenant's error
-            if is_down(exc):
-                health.failed(server)
-                return False
-        else:
-            await close(connection)
-        health.answered(server)
-        return True
+            try:
+                row = await connection.fetchrow(_SERVER, timeout=self.limits.connect)
+            finally:
+                await close(connection)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, its tenants are not tried now
+            logger.debug("server %s does not answer: %s", server, describe(exc))
+            row = None
+        if row is None or row["is_standby"]:
+            health.silent(server)
+            return None
+        health.back(server)
+        started: datetime = row["started"]
+        return started
 
 
 def placement_of(tenant: Tenant) -> Placement:

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
 from typing import Any
 
 from alembic.runtime.environment import EnvironmentContext
 from sqlalchemy import Connection as SyncConnection
-from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ..control.database import is_unavailable
 from ..errors import MigrationError
 from ..postgres.connections import Connection
 from ..postgres.errors import QUERY_CANCELED, sqlstate_of
@@ -42,8 +42,8 @@ _COMMITTED = (
     "makes again: undo them before you run it again, or put the block into a revision of its own"
 )
 _PERHAPS_COMMITTED = (
-    "; the connection was lost while its autocommit_block() changed rows: find out whether they are changed before you "
-    "run it again, which would change them twice"
+    "; the connection was lost, and its autocommit_block() has perhaps committed what is not recorded: find out what "
+    "before you run it again, which would do that twice"
 )
 
 
@@ -57,7 +57,8 @@ class DatabaseMigration:
     committed. At the end the revision is read back.
 
     ``before`` and ``after`` are the first and last heads that were read, None if unknown; they are also valid after a
-    failure, where ``after`` is None if the connection was lost, until ``read_again``. ``installed`` are the extensions
+    failure, where ``after`` is None if the connection was lost, until ``read_again``. ``server_started`` is when the
+    server was started that they were read from, None if unknown. ``installed`` are the extensions
     that this migration installed, and ``changed`` is whether it changed the heads, installed any or ran data
     migrations. ``announce`` is called before the first change, and ``announced`` tells whether it was. ``attempts`` is
     how often the migration was tried. ``observe_data`` is called after each batch of a data migration, and ``reached``
@@ -92,6 +93,7 @@ class DatabaseMigration:
         self.installed: tuple[str, ...] = ()
         self.announced = False
         self.attempts = 0
+        self.server_started: datetime | None = None
         self._announce = announce
         self._asks = asks
         self._observe_data = observe_data
@@ -110,9 +112,9 @@ class DatabaseMigration:
         return self._observer is not None and self._observer.has_committed_rows
 
     @property
-    def may_have_committed_rows(self) -> bool:
-        """The same, where it is not known how its last statement has ended."""
-        return self._observer is not None and self._observer.may_have_committed_rows
+    def may_have_committed(self) -> bool:
+        """Whether a revision that has failed may have committed what is not recorded, if its connection was lost."""
+        return self._observer is not None and self._observer.may_have_committed
 
     @property
     def target_revision(self) -> str | None:
@@ -204,6 +206,7 @@ class DatabaseMigration:
             locking=self._locking,
         )
         self.after = state.heads
+        self.server_started = state.server_started
         return state
 
     @property
@@ -355,7 +358,7 @@ class DatabaseMigration:
             exc = _cause_of(raised)
             prefix = "" if self._step is None else f"{self._step.short_log}: "
             suffix = _COMMITTED if self._has_committed_rows else ""
-            if self.may_have_committed_rows and not suffix and is_unavailable(exc):
+            if self.may_have_committed and not suffix and isinstance(exc, DBAPIError) and exc.connection_invalidated:
                 suffix = _PERHAPS_COMMITTED
             raise MigrationError(prefix + describe(exc) + hint(exc) + self._limit(exc) + suffix) from exc
         finally:

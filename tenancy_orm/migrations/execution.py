@@ -133,7 +133,9 @@ class StatementObserver:
     An ``autocommit_block`` commits what the same revision did before, without recording the revision; when it fails,
     the repetition does that part a second time. Such revisions are warned of. ``has_committed_rows`` is whether the
     revision that ran last has committed changes of rows in this way: a repetition may make them twice without an error.
-    ``may_have_committed_rows`` is the same where the connection is lost, and nobody knows how the last statement ended.
+    ``may_have_committed`` is whether it may have committed anything in this way that a repetition makes again, or fails
+    at: where the connection is lost, nobody knows how the last statement ended. Where all revisions share a
+    transaction, both are also of an earlier revision, until a COMMIT records that.
 
     Where the database has invalid indexes, one is dropped before a statement that creates an index of its name.
     """
@@ -145,13 +147,16 @@ class StatementObserver:
         self._changed = False
         self._in_block = False
         self._wrote_rows = False
-        self.has_committed_rows = self.may_have_committed_rows = False
+        self._is_each_recorded = bool(environment.options.get("transaction_per_migration"))
+        self._committed = self._committed_rows = False  # by the blocks of this revision
+        self.has_committed_rows = self.may_have_committed = False
 
     def begin(self, step: MigrationStep) -> None:
         """Receive the step that runs from now on."""
         self._revision = step.revision.revision if isinstance(step, RevisionStep) else None
-        self._changed = self._wrote_rows = False
-        self.has_committed_rows = self.may_have_committed_rows = False
+        self._changed = self._wrote_rows = self._committed = self._committed_rows = False
+        if self._is_each_recorded:
+            self.has_committed_rows = self.may_have_committed = False
 
     @contextmanager
     def on(self, context: EnvironmentContext, connection: SyncConnection) -> Iterator[None]:
@@ -162,9 +167,11 @@ class StatementObserver:
         @contextmanager
         def autocommit_block() -> Iterator[None]:
             self._warn()
-            self.may_have_committed_rows = self.may_have_committed_rows or self._wrote_rows
+            self.may_have_committed = self.may_have_committed or self._changed
             with block():
-                self.has_committed_rows = self.has_committed_rows or self._wrote_rows
+                # the COMMIT has recorded all earlier revisions
+                self._committed = self.may_have_committed = self._committed or self._changed
+                self._committed_rows = self.has_committed_rows = self._committed_rows or self._wrote_rows
                 self._in_block = True
                 try:
                     yield
@@ -186,8 +193,8 @@ class StatementObserver:
     ) -> tuple[str, Any]:
         if not self._changed:
             self._changed = any(statement.changes for statement in statements(text))
-        if self._in_block and not self.may_have_committed_rows:
-            self.may_have_committed_rows = any(statement.writes_rows for statement in statements(text))
+        if self._in_block and not all(statement.may_be_repeated for statement in statements(text)):
+            self._committed = self.may_have_committed = True
         if self._schema is not None and "SCHEMA" in text.upper():
             text = keep_schema(text, self._schema)
         if self._has_invalid_indexes and (created := indexes_created(text)):
@@ -200,7 +207,8 @@ class StatementObserver:
     ) -> None:
         if any(statement.writes_rows for statement in statements(text)):
             self._wrote_rows = True
-            self.has_committed_rows = self.has_committed_rows or self._in_block
+            if self._in_block:
+                self._committed_rows = self.has_committed_rows = True
 
     def _warn(self) -> None:
         if self._changed and self._revision is not None:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import asyncpg
 from sqlalchemy.engine import URL
@@ -55,8 +56,9 @@ class Target:
 class State:
     """What one SELECT reads of a database.
 
-    Its heads and extensions; whether it has a version table, invalid indexes, and unfinished data migrations; whether
-    the migration lock was taken with it; and whether other sessions are connected, which is read with the lock alone.
+    Its heads and extensions; when its server was started; whether it has a version table, invalid indexes, and
+    unfinished data migrations; whether the migration lock was taken with it; and whether other sessions are connected,
+    which is read with the lock alone.
     """
 
     heads: Heads
@@ -66,6 +68,7 @@ class State:
     has_data: bool = False
     is_locked: bool = False
     has_others: bool = True
+    server_started: datetime | None = None
 
 
 # A new session plans everything for the first time, and has no catalogue in its caches: each table that this names
@@ -76,7 +79,8 @@ _READ = (
     # of pg_database, as shobj_description looks it up; a number that is no oid would need an operator of its own
     "WHERE s.objoid = d.oid AND s.classoid = 1262::pg_catalog.oid) AS marker, "
     "{may_have_invalid_indexes} AS may_have_invalid_indexes, "
-    "pg_catalog.to_regclass('tenancy_migration.data') IS NOT NULL AS has_data"  # data_checkpoints.TABLE
+    "pg_catalog.to_regclass('tenancy_migration.data') IS NOT NULL AS has_data, "  # data_checkpoints.TABLE
+    "pg_catalog.pg_postmaster_start_time() AS server_started"
     "{lock} FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()"
 )
 _HEADS = "ARRAY(SELECT version_num::text FROM {})"
@@ -124,6 +128,7 @@ async def read_state(
         has_data=row["has_data"],
         is_locked=locking and row["is_locked"],
         has_others=not locking or row["sessions"] > 1,
+        server_started=row["server_started"],
     )
 
 

@@ -31,6 +31,9 @@ _READS = frozenset(
     {"SELECT", "VALUES", "TABLE", "SHOW", "EXPLAIN", "SET", "RESET", "LOCK", "SAVEPOINT", "RELEASE", "ROLLBACK"}
 )
 _WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
+# these do again what they have done
+_REPEATABLE = frozenset({"SET", "RESET", "SHOW", "VACUUM", "ANALYZE", "ANALYSE", "REINDEX", "REFRESH"})
+_DEFINES = frozenset({"CREATE", "DROP", "ALTER"})
 # these may do anything
 _RUNS_CODE = frozenset({"COPY", "DO", "CALL"})
 
@@ -78,6 +81,17 @@ class Statement:
         if self.words[:1] == ["WITH"]:
             return not _WRITES.isdisjoint(self.words)
         return self.words[:1] != [] and self.words[0] in _WRITES | _RUNS_CODE
+
+    @property
+    def may_be_repeated(self) -> bool:
+        """Whether a repetition does no harm where nobody knows whether it was done. A function may do anything.
+
+        An index that is there already is found, and one that is not finished is dropped before.
+        """
+        words = self.words
+        if words[:1] == [] or words[0] in _REPEATABLE:
+            return True
+        return words[0] in _DEFINES and ("INDEX" in words[1:3] or "EXISTS" in words)
 
 
 def statements(text: str) -> tuple[Statement, ...]:

@@ -33,7 +33,7 @@ from .reversal import heads_of
 from .starts import LIVE
 
 GIVEN_UP = 3
-"""After so many lost processes a tenant is not tried again: its migration may be what ends them."""
+"""A tenant that has lost its process or its server so often is not tried again: its migration may be what ends them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class Finished:
     ``state`` is "done", "failed" or "skipped", and "waiting" for one that others may claim; that is skipped where the
     run has ended. Where ``has_read`` is not set, its revision was not read. Where ``is_granted`` is not set, the rights
     on what was committed are not: the registry keeps the former revision, so that whoever comes next sees to it.
+    ``is_lost`` is whether its server was lost.
     """
 
     tenant_id: UUID
@@ -73,6 +74,7 @@ class Finished:
     error: str | None = None
     detail: Mapping[str, Any] = field(default_factory=dict)
     counts: bool = True
+    is_lost: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +120,9 @@ _MARK_STARTED = text(
 _FINISH = text(
     "WITH given AS (SELECT * FROM jsonb_to_recordset(CAST(:finished AS jsonb)) AS g (tenant_id uuid, state text, "  # noqa: S608 - a constant
     "before text, after text, has_read boolean, is_announced boolean, is_granted boolean, changed boolean, "
-    "seconds double precision, sqlstate text, error text, detail jsonb, counts boolean)), "
+    "seconds double precision, sqlstate text, error text, detail jsonb, counts boolean, is_lost boolean)), "
     "finished AS (UPDATE tenancy.migration_run_tenants t SET state = g.state, claim = NULL, "
-    "attempts = t.attempts - (NOT g.counts)::integer, "
+    "attempts = t.attempts - (NOT g.counts)::integer, losses = t.losses + g.is_lost::integer, "
     "started_at = coalesce(t.started_at, clock_timestamp() - make_interval(secs => g.seconds)), "
     "ended_at = CASE WHEN g.state IN ('done', 'failed') THEN clock_timestamp() END, seconds = g.seconds, "
     "revision_before = CASE WHEN t.is_read OR NOT g.has_read THEN t.revision_before ELSE g.before END, "

@@ -44,9 +44,9 @@ class ExtensionWork:
         """Which servers are down."""
         return self._health
 
-    async def reach(self, server: str) -> bool:
+    async def reach(self, server: str) -> None:
         """Ask whether a server that is down answers again."""
-        return await self._connections.reach(server, self._health)
+        await self._connections.reach(server, self._health)
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check that the servers have the extensions, and build the template on each."""
@@ -86,8 +86,8 @@ class ExtensionWork:
                 if await self._selection.is_gone(tenant, exc):
                     return MigrationResult(outcome=None)
                 # to install what is there already does nothing
-                if await self._outages.waits(tenant, exc, has_begun=False):
-                    return MigrationResult(outcome=None, is_interrupted=True)
+                if await self._outages.waits(tenant, exc, since=started):
+                    return MigrationResult(outcome=None, is_interrupted=True, lost=describe(exc))
                 error = exc
         outcome = TenantOutcome(
             tenant_id=tenant.id,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from datetime import datetime
 from uuid import UUID
 
-from ..errors import MigrationError
+from ..errors import MigrationError, ProvisioningError
 from ..migrations.connections import Connections, Health, is_down, placement_of
+from ..migrations.failures import describe
+from ..migrations.logs import logger
+from ..postgres.errors import READ_ONLY_SQL_TRANSACTION, sqlstate_of
 from ..tenant import Tenant
-
-# How often one tenant waits. If it was being changed when its server crashed, that may have been the cause.
-_MOST = 5
-_MOST_BEGUN = 1
 
 
 class Outages:
@@ -25,33 +24,50 @@ class Outages:
     def __init__(self, connections: Connections, health: Health) -> None:
         self._connections = connections
         self._health = health
-        self._waited: Counter[UUID] = Counter()
+        self._tried_again: set[UUID] = set()  # tenants that could not be connected to once, although the server answers
 
-    async def waits(self, tenant: Tenant, error: BaseException, *, has_begun: bool) -> bool:
-        """Whether a tenant waits for its server, and is tried again then.
+    async def waits(
+        self, tenant: Tenant, error: BaseException, *, since: float, server_started: datetime | None = None
+    ) -> bool:
+        """Whether a tenant has failed since its server went down: it waits for that, and is tried again then.
 
         Args:
             tenant: The tenant.
             error: What it has failed with.
-            has_begun: Whether something of it may have been changed.
+            since: When its migration began, by ``time.monotonic``.
+            server_started: When the server was started that its session was with; None where it had none.
         """
         server = placement_of(tenant).server
-        cause = error
-        while isinstance(cause, MigrationError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        # a session that is there and takes long is something else
-        if not is_down(cause) or isinstance(cause, TimeoutError) or not self._health.may_await(server):
+        if not _is_lost(error) or not self._health.may_await(server):
             return False
-        if self._waited[tenant.id] >= (_MOST_BEGUN if has_begun else _MOST):
+        if not await self._is_outage(tenant.id, server, since, server_started):
             return False
-        if has_begun:
-            # Somebody may have ended this session alone, to stop the migration. A server that shuts down or recovers
-            # refuses new ones by the time that it ends the old ones.
-            if await self._connections.reach(server, self._health):
-                return False
-            self._health.down(server)
-        self._waited[tenant.id] += 1
+        logger.warning("tenant %s waits for server %s, and is tried again: %s", tenant.slug, server, describe(error))
         return True
+
+    async def _is_outage(self, tenant: UUID, server: str, since: float, server_started: datetime | None) -> bool:
+        started = await self._connections.reach(server, self._health)
+        if started is None or self._health.was_down(server, since):
+            return True
+        if server_started is not None:
+            # Otherwise somebody has ended that session alone, to stop the migration. After a crash of one of its
+            # processes a server has the time of before, and refuses connections for a while.
+            return started != server_started
+        # a log-in alone has failed; the server may have been started again by now
+        if tenant not in self._tried_again:
+            self._tried_again.add(tenant)
+            return True
+        self._health.odd(server)
+        return False
+
+
+def _is_lost(error: BaseException) -> bool:
+    while isinstance(error, MigrationError | ProvisioningError) and error.__cause__ is not None:
+        error = error.__cause__
+    if sqlstate_of(error) == READ_ONLY_SQL_TRANSACTION:
+        return True  # a standby that is not promoted yet
+    # a session that is there and takes long is something else
+    return is_down(error) and not isinstance(error, TimeoutError)
 
 
 __all__ = ["Outages"]

@@ -27,6 +27,7 @@ _MARK = 0.2  # a tenant that takes longer is recorded as running
 _AHEAD = 0.5  # for how many seconds tenants are claimed ahead
 _MOST_AHEAD = 400  # or so many of them
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # between attempts to reach the control database
+_ASK_PAUSE = 1.0  # between two questions whether a server answers again
 _LEAVE_SECONDS = 10.0
 
 
@@ -60,7 +61,7 @@ class Participation:
         max_failures: int | None = None,
         at_gate: int | None = None,
         health: Health,
-        reach: Callable[[str], Awaitable[bool]],
+        reach: Callable[[str], Awaitable[object]],
     ) -> None:
         self._claims = claims
         self._prepare = prepare
@@ -84,6 +85,7 @@ class Participation:
         self._reach = reach
         self._awaited: frozenset[str] = frozenset()  # the servers that are down and awaited, at the last turn
         self._asking: dict[str, asyncio.Task[None]] = {}  # whether they answer again
+        self._alone: set[str] = set()  # where a tenant is migrated that has lost its process or its server before
         self._of_nobody: frozenset[str] = frozenset()  # the servers that no other process reaches either
         self._at_gate = at_gate  # the wave at the end of which this process has the gate
         self._failure: Exception | None = None
@@ -159,20 +161,25 @@ class Participation:
             return
         while len(self._tasks) < self._concurrency:
             awaited = self._health.awaited
-            ready = [
-                server
-                for server, waiting in self._queue.items()
-                if waiting and self._busy[server] < self._slots.get(server, 0) and server not in awaited
-            ]
+            ready = [server for server in self._queue if server not in awaited and self._has_room(server)]
             if not ready:
                 return
             claimed = self._queue[min(ready, key=lambda s: self._busy[s])].popleft()
             tenant = claimed.tenant
             self._has_begun = True
             self._busy[claimed.server] += 1
+            if claimed.losses:
+                self._alone.add(claimed.server)
             self._begun[tenant.id] = time.monotonic()
             name = f"tenancy-migrate-{tenant.slug}"
             self._tasks[tenant.id] = asyncio.create_task(self._bring(claimed), name=name)
+
+    def _has_room(self, server: str) -> bool:
+        waiting, busy = self._queue[server], self._busy[server]
+        if not waiting or busy >= self._slots.get(server, 0) or server in self._alone:
+            return False
+        # one that may be what ends servers ends no neighbour's migration
+        return not (waiting[0].losses and busy)
 
     async def _bring(self, claimed: Claimed) -> None:
         tenant_id = claimed.tenant.id
@@ -190,6 +197,8 @@ class Participation:
             self._failure = exc
         finally:
             self._busy[claimed.server] -= 1
+            if claimed.losses:
+                self._alone.discard(claimed.server)
             self._begun.pop(tenant_id, None)
             del self._tasks[tenant_id]
             self._changed.set()
@@ -359,19 +368,23 @@ class Participation:
             )
         for server in before - awaited:
             self._has_more = True
-            if server in self._health.unreached:
+            if self._health.is_down(server):
                 logger.error("run %d: server %s is waited for no longer; its tenants fail", self._claims.run, server)
             else:
                 logger.info("run %d: server %s answers again", self._claims.run, server)
-        for server in awaited:
+        for server in awaited | (self._health.unreached - self._of_nobody):
             if server not in self._asking:
                 self._asking[server] = asyncio.create_task(self._ask(server), name=f"tenancy-reach-{server}")
 
     async def _ask(self, server: str) -> None:
         try:
-            if await self._reach(server):
+            await self._reach(server)
+            if server not in self._health.awaited | self._health.unreached:
                 self._has_more = True
                 self._wake.set()
+                return
+            # what is quick on other servers must not ask this one more often
+            await asyncio.sleep(_ASK_PAUSE)
         finally:
             del self._asking[server]
 

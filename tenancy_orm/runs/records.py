@@ -66,9 +66,9 @@ class RunRecord:
 class TenantRecord:
     """A tenant in a run.
 
-    ``attempts`` is how often its migration was begun, ``losses`` how often that ended with its process. Where
-    ``is_read`` is set the run has begun to change it, and ``revision_before`` is from just before that. ``target`` is
-    the revision that it is brought to, where each tenant has its own.
+    ``attempts`` is how often its migration was begun, ``losses`` how often that ended with its process, or with its
+    server. Where ``is_read`` is set the run has begun to change it, and ``revision_before`` is from just before that.
+    ``target`` is the revision that it is brought to, where each tenant has its own.
     """
 
     run: int

@@ -43,8 +43,8 @@ class RunWork(Protocol):
     def health(self) -> Health:
         """As in the class."""
 
-    async def reach(self, server: str) -> bool:
-        """Ask whether a server that is down answers again."""
+    async def reach(self, server: str) -> None:
+        """Ask whether a server that is down answers again, and record that in ``health``."""
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check the servers and make what new tenants need, in each process, before it claims a tenant.
@@ -218,8 +218,8 @@ class Run:
         tenant = claimed.tenant
         if claimed.losses >= GIVEN_UP:
             error = (
-                f"its migration was begun {claimed.losses} times, and its process was lost each time; find what ends "
-                f"them, then try it again with: tenancy migrate retry {self._run}"
+                f"its migration was begun {claimed.losses} times, and its process or its server was lost each time; "
+                f"find what ends them, then try it again with: tenancy migrate retry {self._run}"
             )
             return Finished(tenant_id=tenant.id, state="failed", error=error, counts=False)
 
@@ -241,6 +241,8 @@ class Run:
                 has_read=result.has_read,
                 is_announced=result.is_announced,
                 is_granted=result.is_granted,
+                error=result.lost,
+                is_lost=result.lost is not None,
                 detail=detail,
             )
         self._work.emit(outcome)

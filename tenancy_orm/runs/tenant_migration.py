@@ -36,7 +36,7 @@ class MigrationResult:
     ``outcome`` is None where the tenant has been purged, or ``is_interrupted``: it was cancelled, or waits for its
     server, and is whole, at ``revision``. ``has_read`` is whether its revision could be read, ``is_announced`` whether
     every process was told of a change, and ``is_granted`` whether the rights on what was committed are set: before that
-    the registry does not learn of it.
+    the registry does not learn of it. ``lost`` is the error where it waits for its server.
     """
 
     outcome: TenantOutcome | None
@@ -45,6 +45,7 @@ class MigrationResult:
     is_announced: bool = False
     is_granted: bool = True
     is_interrupted: bool = False
+    lost: str | None = None
 
 
 class _ElsewhereError(Exception):
@@ -143,10 +144,16 @@ class TenantMigration:
                 return MigrationResult(outcome=None, is_announced=migration.announced)
             if await self._selection.is_elsewhere(tenant, exc):
                 raise _ElsewhereError from exc
-            if not migration.may_have_committed_rows and await self._outages.waits(
-                tenant, exc, has_begun=migration.announced or migration.changed
-            ):
+            try:
+                is_lost = not migration.may_have_committed and await self._outages.waits(
+                    tenant, exc, since=started, server_started=migration.server_started
+                )
+            except asyncio.CancelledError:
                 return MigrationResult(outcome=None, is_announced=migration.announced, is_interrupted=True)
+            if is_lost:
+                return MigrationResult(
+                    outcome=None, is_announced=migration.announced, is_interrupted=True, lost=describe(exc)
+                )
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc
             if migration.announced and migration.after is None:

@@ -66,9 +66,9 @@ class MigrationWork:
         """Which servers are down."""
         return self._health
 
-    async def reach(self, server: str) -> bool:
+    async def reach(self, server: str) -> None:
         """Ask whether a server that is down answers again."""
-        return await self._connections.reach(server, self._health)
+        await self._connections.reach(server, self._health)
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check which servers answer, and build the template on each."""
@@ -204,9 +204,9 @@ class UndoWork:
         """Which servers are down."""
         return self._health
 
-    async def reach(self, server: str) -> bool:
+    async def reach(self, server: str) -> None:
         """Ask whether a server that is down answers again."""
-        return await self._connections.reach(server, self._health)
+        await self._connections.reach(server, self._health)
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check which servers answer."""

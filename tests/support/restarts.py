@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from alembic import op
 
+from tenancy_orm.tenant import Tenant
+
 _callbacks: dict[str, Callable[[], None]] = {}
 
 
@@ -21,7 +23,11 @@ def forget() -> None:
 
 def reached() -> None:
     """Is called in a revision."""
-    tenant = op.get_context().opts["tenant"]
+    reached_by(op.get_context().opts["tenant"])
+
+
+def reached_by(tenant: Tenant | None) -> None:
+    """Is called in a data migration."""
     if tenant is not None and (callback := _callbacks.get(tenant.slug)) is not None:
         callback()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 from uuid import uuid4
 
 import asyncpg
 import pytest
 
-from tenancy_orm.errors import MigrationError, ServerUnavailableError
+from tenancy_orm.errors import MigrationError, ProvisioningError, ServerUnavailableError
 from tenancy_orm.migrations import connections
 from tenancy_orm.migrations.connections import Health
 from tenancy_orm.runs.outages import Outages
@@ -17,6 +18,8 @@ from tenancy_orm.tenant import Placement, Status, Tenant
 GONE = ServerUnavailableError(server="one")
 NONE: frozenset[str] = frozenset()
 ONE = frozenset({"one"})
+STARTED = datetime(2026, 1, 1, tzinfo=UTC)
+RESTARTED = STARTED + timedelta(seconds=1)
 
 
 class Clock:
@@ -34,20 +37,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Reaching:
-    """Stands for the connections of a process."""
+    """Stands for the connections of a process: a server that answers since ``started``, or does not."""
 
-    def __init__(self) -> None:
-        self.answers = False
-        self.asked = 0
+    started: datetime | None = None
 
-    async def reach(self, server: str, health: Health) -> bool:
-        self.asked += 1
-        return self.answers
+    async def reach(self, server: str, health: Health) -> datetime | None:
+        (health.silent if self.started is None else health.back)(server)
+        return self.started
 
 
 def a_tenant() -> Tenant:
     placement = Placement(server="one", database="db", role="role", sealed_password=b"")
     return Tenant(id=uuid4(), slug="acme", status=Status.ACTIVE, tier="free", placement=placement)
+
+
+def wrapped(kind: type[Exception], cause: Exception) -> Exception:
+    error = kind("wrapped")
+    error.__cause__ = cause
+    return error
+
+
+LOST = asyncpg.ConnectionDoesNotExistError("lost")
 
 
 def test_a_server_is_awaited_from_its_first_failure_for_so_long(clock: Clock) -> None:
@@ -63,7 +73,7 @@ def test_a_server_is_awaited_from_its_first_failure_for_so_long(clock: Clock) ->
         assert (health.awaited, health.unreached) == (ONE, NONE)
         clock.now += 1.5
         assert (health.awaited, health.unreached) == (NONE, ONE)
-        health.answered("one")
+        health.back("one")
         assert (health.awaited, health.unreached) == (NONE, NONE)
 
 
@@ -78,39 +88,72 @@ def test_a_server_that_never_answered_is_not_awaited(clock: Clock, patience: flo
     assert not health.may_await("one")
 
 
-async def test_a_tenant_waits_so_often_and_once_where_it_has_begun(clock: Clock) -> None:
-    """What ends a server each time must not do so for ever."""
-    health, reaching, tenant = Health(10.0), Reaching(), a_tenant()
-    health.answered("one")
-    outages = Outages(cast("Any", reaching), health)
-    assert [await outages.waits(tenant, GONE, has_begun=False) for _ in range(6)] == [True] * 5 + [False]
-    begun = a_tenant()
-    lost = MigrationError("upgrade 0001 -> 0002: lost")
-    lost.__cause__ = asyncpg.ConnectionDoesNotExistError("lost")
-    assert [await outages.waits(begun, lost, has_begun=True) for _ in range(2)] == [True, False]
-    assert health.awaited == ONE
-    assert reaching.asked == 1
-
-
+@pytest.mark.parametrize("error", [GONE, LOST, wrapped(MigrationError, LOST), wrapped(ProvisioningError, LOST)])
 @pytest.mark.parametrize(
-    ("error", "answers", "waited"),
+    ("started", "session", "waits"),
     [
-        (asyncpg.ConnectionDoesNotExistError("ended"), True, 0.0),  # that session alone
-        (GONE, False, 10.0),  # it is awaited for too long
-        (TimeoutError("a statement"), False, 0.0),
-        (asyncpg.UndefinedTableError("a mistake"), False, 0.0),
-        (MigrationError("a mistake"), False, 0.0),
+        (None, None, True),
+        (None, STARTED, True),
+        (RESTARTED, STARTED, True),  # it is back before anybody asked
+        (STARTED, STARTED, False),  # that session alone was ended
     ],
 )
-async def test_what_does_not_pass_with_the_outage_is_a_failure(
-    clock: Clock, error: Exception, answers: bool, waited: float
+async def test_a_tenant_waits_where_its_server_was_restarted(
+    clock: Clock, error: Exception, started: datetime | None, session: datetime | None, waits: bool
 ) -> None:
-    """A session that somebody has ended, a server that is awaited no longer, and every other error."""
+    """Whether it is down now, or has been started since the session was opened."""
     health, reaching = Health(10.0), Reaching()
-    reaching.answers = answers
     health.answered("one")
-    if waited:
-        health.failed("one")
-        clock.now += waited
+    reaching.started = started
     outages = Outages(cast("Any", reaching), health)
-    assert not await outages.waits(a_tenant(), error, has_begun=True)
+    assert await outages.waits(a_tenant(), error, since=clock.now, server_started=session) is waits
+    assert health.awaited == (ONE if started is None else NONE)
+
+
+async def test_a_tenant_waits_where_the_server_was_down_in_its_time(clock: Clock) -> None:
+    """Another one has seen it: after a crash of one process the server has the time of its start from before."""
+    health, reaching, began = Health(10.0), Reaching(), clock.now
+    health.answered("one")
+    health.silent("one")
+    clock.now += 1.0
+    reaching.started = STARTED
+    outages = Outages(cast("Any", reaching), health)
+    assert await outages.waits(a_tenant(), LOST, since=began, server_started=STARTED)
+    clock.now += 1.0
+    assert not await outages.waits(a_tenant(), LOST, since=clock.now, server_started=STARTED)
+
+
+async def test_tenants_that_cannot_be_connected_to_fail_where_the_server_answers(clock: Clock) -> None:
+    """Each is tried once more; after two of them the server's others fail at once, until one can be connected to."""
+    health, reaching = Health(10.0), Reaching()
+    health.answered("one")
+    reaching.started = STARTED
+    outages = Outages(cast("Any", reaching), health)
+    for tenant, more in ((a_tenant(), True), (a_tenant(), False)):
+        health.failed("one")
+        assert await outages.waits(tenant, GONE, since=clock.now)
+        health.failed("one")
+        assert not await outages.waits(tenant, GONE, since=clock.now)
+        assert health.may_await("one") is more
+    assert (health.awaited, health.unreached) == (NONE, ONE)
+    with pytest.raises(ServerUnavailableError):
+        health.check("one", "acme")
+    health.back("one")
+    assert health.unreached == ONE
+    health.answered("one")
+    assert health.unreached == NONE
+
+
+@pytest.mark.parametrize("error", [TimeoutError("a statement"), asyncpg.UndefinedTableError("x"), MigrationError("x")])
+async def test_every_other_error_is_a_failure(clock: Clock, error: Exception) -> None:
+    health = Health(10.0)
+    health.answered("one")
+    assert not await Outages(cast("Any", Reaching()), health).waits(a_tenant(), error, since=clock.now)
+
+
+async def test_a_server_that_is_awaited_no_longer_lets_its_tenants_fail(clock: Clock) -> None:
+    health = Health(10.0)
+    health.answered("one")
+    health.failed("one")
+    clock.now += 10.0
+    assert not await Outages(cast("Any", Reaching()), health).waits(a_tenant(), GONE, since=clock.now)
