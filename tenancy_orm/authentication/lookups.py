@@ -24,6 +24,7 @@ from ..control.models import api_keys, domains, former_slugs, tenants
 from ..errors import ControlUnavailableError
 from ..events import DirectoryMissed, DirectoryUnavailable, EventBus
 from ..keys.networks import parse_networks
+from ..keys.rows import NETWORKS
 from ..registry.rows import TENANT_COLUMNS, tenant_from_row
 from ..tenant import Status, Tenant
 from .admission import CredentialState
@@ -57,7 +58,7 @@ _KEYS = _sql(
         api_keys.c.digest,
         api_keys.c.digest_version,
         api_keys.c.scopes,
-        api_keys.c.networks,
+        NETWORKS,
         api_keys.c.name,
         api_keys.c.prefix,
         api_keys.c.expires_at,

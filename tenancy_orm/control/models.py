@@ -21,9 +21,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     Text,
-    TypeDecorator,
     Uuid,
-    cast,
     func,
     text,
 )
@@ -41,30 +39,6 @@ metadata = MetaData(
         "ix": "%(table_name)s_%(column_0_name)s_idx",
     },
 )
-
-
-class _Networks(TypeDecorator[Any]):
-    """``cidr[]``, which goes to the server and comes back as ``text[]``.
-
-    asyncpg knows the type ``text[]``. It would ask the server for ``cidr[]`` on each connection, which takes 10 ms: of
-    the first request of a process, for example.
-    """
-
-    impl = ARRAY(Text)
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: Any) -> Any:
-        """Networks as text."""
-        return None if value is None else [str(network) for network in value]
-
-    def bind_expression(self, bindparam: Any) -> Any:
-        """The parameter as ``cidr[]``."""
-        return cast(bindparam, ARRAY(CIDR))
-
-    def column_expression(self, column: Any) -> Any:
-        """The column as ``text[]``."""
-        return cast(column, ARRAY(Text))
-
 
 _EMPTY_OBJECT = text("'{}'::jsonb")
 
@@ -296,7 +270,7 @@ api_keys = Table(
     Column("digest", LargeBinary, nullable=False),
     Column("digest_version", Text, nullable=False, server_default="0"),
     Column("scopes", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")),
-    Column("networks", _Networks, nullable=False, server_default=text("'{}'::cidr[]")),
+    Column("networks", ARRAY(CIDR), nullable=False, server_default=text("'{}'::cidr[]")),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("expires_at", DateTime(timezone=True), nullable=True),
     Column("revoked_at", DateTime(timezone=True), nullable=True),

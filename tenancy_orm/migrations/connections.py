@@ -103,7 +103,7 @@ class Health:
         self.back(server)
 
     def back(self, server: str) -> None:
-        """Record that a server answers. That is nothing new where its tenants cannot be connected to nevertheless."""
+        """Record that a server answers. That changes nothing where its tenants still cannot be connected to."""
         if self._odd.get(server, 0) >= _FAILURES:
             return
         self._known.add(server)

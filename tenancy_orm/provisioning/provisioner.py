@@ -123,7 +123,9 @@ class Provisioner:
         self.copies = Copies(config, servers, names, blockers)
         self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
         self.readers = Readers(config, servers, names, self._admin_connections, blockers)
-        self.scratch_databases = ScratchDatabases(config, servers, names, self._admin_connections, blockers)
+        self.scratch_databases = ScratchDatabases(
+            config, self._prepared_server, names, self._admin_connections, blockers
+        )
         self._services = ProvisioningServices(
             config=config,
             registry=registry,

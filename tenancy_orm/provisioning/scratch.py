@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from ..control.names import Names
 from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
-from ..servers import Server, Servers
+from ..servers import Server
 from . import removal
 from .admin_connections import AdminConnections
 from .blockers import Blockers
@@ -37,7 +37,7 @@ class ScratchDatabases:
 
     Args:
         config: ``provisioning.timeout`` is read from it.
-        servers: The servers by name.
+        prepared: Returns a server by name, prepared for tenants: its owner role is there.
         names: Of this installation.
         admin_connections: Holds the lock of a database while that is used.
         blockers: Returns the ``Blockers`` of a server.
@@ -46,13 +46,13 @@ class ScratchDatabases:
     def __init__(
         self,
         config: TenancyConfig,
-        servers: Servers,
+        prepared: Callable[[str], Awaitable[Server]],
         names: Names,
         admin_connections: AdminConnections,
         blockers: Callable[[Server], Blockers],
     ) -> None:
         self._config = config
-        self._servers = servers
+        self._prepared = prepared
         self._names = names
         self._admin_connections = admin_connections
         self._blockers = blockers
@@ -78,7 +78,7 @@ class ScratchDatabases:
         """
         refuse_while_bound("making a scratch database")
         self._home.check()
-        found = self._servers[server]
+        found = await self._prepared(server)
         blockers = self._blockers(found)
         name = self._names.scratch(secrets.token_hex(8))
         timeout = self._config.provisioning.timeout

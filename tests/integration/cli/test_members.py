@@ -27,6 +27,7 @@ async def cli(postgres: Postgres, name_prefix: str, control_url: str, tmp_path: 
             await plane.tenant(slug)
     variables = environment(
         TENANCY_CONTROL_URL=control_url,
+        TENANCY_NAME_PREFIX=name_prefix,
         TENANCY_SERVERS=f"default={postgres.admin_url}",
         TENANCY_METADATA="tests.support.models:Base.metadata",
         TENANCY_ENCRYPTION_KEYS="1:" + base64.b64encode(secrets.token_bytes(32)).decode(),

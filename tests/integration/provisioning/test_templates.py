@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 import sqlalchemy as sa
 
+from tenancy_orm import Tenancy
 from tenancy_orm.errors import ConfigurationError, MigrationError, TemplateError
 from tenancy_orm.migrations import MetadataSchema
 from tenancy_orm.provisioning import databases
@@ -300,3 +301,16 @@ async def test_scratch_databases_can_be_many(workshop: Workshop) -> None:
 
     await asyncio.gather(*(work() for _ in range(4)))
     assert len(set(names)) == 4
+
+
+@pytest.mark.new_installation
+async def test_a_scratch_database_of_a_server_that_nothing_has_prepared(tenancy: Tenancy) -> None:
+    """``tenancy adopt --dry-run`` is the first command there: the role that owns the tables is not made yet."""
+    provisioner = tenancy.internals.provisioner
+    async with provisioner.scratch_databases.open("default", seconds=60.0) as scratch:
+        connection = await provisioner.connect_admin("default")
+        try:
+            owner = "SELECT count(*) FROM pg_database d JOIN pg_roles r ON r.oid = d.datdba WHERE d.datname = $1"
+            assert await connection.fetchval(owner + " AND r.rolname LIKE '%\\_owner'", scratch.login.database) == 1
+        finally:
+            await connection.close()
