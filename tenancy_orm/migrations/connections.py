@@ -33,6 +33,7 @@ from .timeouts import milliseconds
 
 _FAILURES = 2  # failed connects in a row after which a server's other tenants are not tried
 _PAUSE = 5.0  # for so many seconds; one of them is tried then
+_LATELY = 30.0  # for how many seconds an outage explains what fails after it
 _SERVER = "SELECT pg_catalog.pg_postmaster_start_time() AS started, pg_catalog.pg_is_in_recovery() AS is_standby"
 
 
@@ -77,7 +78,8 @@ class Health:
         return server in self._since
 
     def was_down(self, server: str, since: float) -> bool:
-        """Whether a server is down, or was down since a time of ``time.monotonic``."""
+        """Whether a server is down, or was down lately and since a time of ``time.monotonic``."""
+        since = max(since, time.monotonic() - _LATELY)
         return server in self._silent or self._until.get(server, -math.inf) >= since
 
     def check(self, server: str, tenant: str | None) -> None:
@@ -98,9 +100,10 @@ class Health:
         self._note(server)
 
     def answered(self, server: str) -> None:
-        """Record that a connect succeeded."""
-        self._failures[server] = self._odd[server] = 0
-        self.back(server)
+        """Record that a connect succeeded. One to a server that is a standby yet says nothing; only ``back`` does."""
+        if server not in self._silent:
+            self._odd[server] = 0
+            self.back(server)
 
     def back(self, server: str) -> None:
         """Record that a server answers. That changes nothing where its tenants still cannot be connected to."""
@@ -221,27 +224,32 @@ class Connections:
         health.answered(server)
         return connection
 
-    async def reach(self, server: str, health: Health) -> datetime | None:
-        """Ask whether a server answers, and record it.
+    async def ask(self, server: str, health: Health) -> datetime:
+        """Return when a server was started, and record that it answers.
 
-        Returns:
-            When it was started; None where it is down, or is a standby: one that is to be promoted, for example.
+        Raises:
+            ServerUnavailableError: it does not answer, or is a standby: one that is to be promoted, for example.
+            asyncpg.PostgresError: it refuses.
         """
+        connection = await self._services.provisioner.connect_admin(server, None, purpose="tenancy-migration")
         try:
-            connection = await self._services.provisioner.connect_admin(server, None, purpose="tenancy-migration")
-            try:
-                row = await connection.fetchrow(_SERVER, timeout=self.limits.connect)
-            finally:
-                await close(connection)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, its tenants are not tried now
-            logger.debug("server %s does not answer: %s", server, describe(exc))
-            row = None
-        if row is None or row["is_standby"]:
-            health.silent(server)
-            return None
+            row = await connection.fetchrow(_SERVER, timeout=self.limits.connect)
+        finally:
+            await close(connection)
+        if row["is_standby"]:
+            raise ServerUnavailableError(server=server)
         health.back(server)
         started: datetime = row["started"]
         return started
+
+    async def reach(self, server: str, health: Health) -> datetime | None:
+        """Ask whether a server answers, and record it; return when it was started, None where it does not."""
+        try:
+            return await self.ask(server, health)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, its tenants are not tried now
+            logger.debug("server %s does not answer: %s", server, describe(exc))
+            health.silent(server)
+            return None
 
 
 def placement_of(tenant: Tenant) -> Placement:

@@ -61,7 +61,8 @@ class DatabaseMigration:
     server was started that they were read from, None if unknown. ``installed`` are the extensions
     that this migration installed, and ``changed`` is whether it changed the heads, installed any or ran data
     migrations. ``announce`` is called before the first change, and ``announced`` tells whether it was. ``attempts`` is
-    how often the migration was tried. ``observe_data`` is called after each batch of a data migration, and ``reached``
+    how often the migration was tried, and ``has_connected`` whether it had a session. ``observe_data`` is called after
+    each batch of a data migration, and ``reached``
     before the first one, with the revision that the database has during that; the change is announced again before the
     next revision.
 
@@ -93,6 +94,7 @@ class DatabaseMigration:
         self.installed: tuple[str, ...] = ()
         self.announced = False
         self.attempts = 0
+        self.has_connected = False
         self.server_started: datetime | None = None
         self._announce = announce
         self._asks = asks
@@ -144,6 +146,7 @@ class DatabaseMigration:
     async def _attempt(self) -> None:
         self.attempts += 1
         connection = await self.target.connect()
+        self.has_connected = True
         try:
             async with naming_blockers(connection, self._watch()):
                 # a database that is at the target is closed again at once, and needs no lock

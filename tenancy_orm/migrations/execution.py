@@ -149,12 +149,13 @@ class StatementObserver:
         self._wrote_rows = False
         self._is_each_recorded = bool(environment.options.get("transaction_per_migration"))
         self._committed = self._committed_rows = False  # by the blocks of this revision
+        self._is_unsafe = False  # whether it has done, outside a block, what must not be repeated
         self.has_committed_rows = self.may_have_committed = False
 
     def begin(self, step: MigrationStep) -> None:
         """Receive the step that runs from now on."""
         self._revision = step.revision.revision if isinstance(step, RevisionStep) else None
-        self._changed = self._wrote_rows = self._committed = self._committed_rows = False
+        self._changed = self._wrote_rows = self._committed = self._committed_rows = self._is_unsafe = False
         if self._is_each_recorded:
             self.has_committed_rows = self.may_have_committed = False
 
@@ -167,16 +168,16 @@ class StatementObserver:
         @contextmanager
         def autocommit_block() -> Iterator[None]:
             self._warn()
-            self.may_have_committed = self.may_have_committed or self._changed
+            self.may_have_committed = self.may_have_committed or self._is_unsafe
             with block():
                 # the COMMIT has recorded all earlier revisions
-                self._committed = self.may_have_committed = self._committed or self._changed
+                self._committed = self.may_have_committed = self._committed or self._is_unsafe
                 self._committed_rows = self.has_committed_rows = self._committed_rows or self._wrote_rows
                 self._in_block = True
                 try:
                     yield
                 finally:
-                    self._in_block = self._wrote_rows = False
+                    self._in_block = self._wrote_rows = self._is_unsafe = False
             self._changed = False
 
         migration_context.autocommit_block = autocommit_block
@@ -193,14 +194,21 @@ class StatementObserver:
     ) -> tuple[str, Any]:
         if not self._changed:
             self._changed = any(statement.changes for statement in statements(text))
-        if self._in_block and not all(statement.may_be_repeated for statement in statements(text)):
-            self._committed = self.may_have_committed = True
+        self._look_at(text)
         if self._schema is not None and "SCHEMA" in text.upper():
             text = keep_schema(text, self._schema)
         if self._has_invalid_indexes and (created := indexes_created(text)):
             driver: Any = connection.connection.driver_connection
             await_(make_room(driver, created))
         return text, parameters
+
+    def _look_at(self, text: str) -> None:
+        found = statements(text)
+        if not all(statement.may_be_repeated for statement in found):
+            self._is_unsafe = True
+        if self._in_block or any(statement.controls_transaction for statement in found):
+            # a COMMIT of the revision's own, before CREATE INDEX CONCURRENTLY for example, begins such a block, too
+            self._committed = self.may_have_committed = self.may_have_committed or self._is_unsafe
 
     def _after(
         self, connection: SyncConnection, cursor: Any, text: str, parameters: Any, context: Any, many: bool

@@ -32,8 +32,10 @@ _READS = frozenset(
 )
 _WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 # these do again what they have done
-_REPEATABLE = frozenset({"SET", "RESET", "SHOW", "VACUUM", "ANALYZE", "ANALYSE", "REINDEX", "REFRESH"})
-_DEFINES = frozenset({"CREATE", "DROP", "ALTER"})
+_REPEATABLE = frozenset(
+    {"SET", "RESET", "SHOW", "LOCK", "SAVEPOINT", "RELEASE", "VACUUM", "ANALYZE", "ANALYSE", "REINDEX", "REFRESH"}
+)
+_INDEX_OPTIONS = frozenset({"UNIQUE", "CONCURRENTLY"})
 # these may do anything
 _RUNS_CODE = frozenset({"COPY", "DO", "CALL"})
 
@@ -86,12 +88,16 @@ class Statement:
     def may_be_repeated(self) -> bool:
         """Whether a repetition does no harm where nobody knows whether it was done. A function may do anything.
 
-        An index that is there already is found, and one that is not finished is dropped before.
+        Besides what has no lasting effect, these are statements on one index, and a value for an enum, that say IF
+        EXISTS or IF NOT EXISTS. An index that is not finished is dropped before.
         """
         words = self.words
         if words[:1] == [] or words[0] in _REPEATABLE:
             return True
-        return words[0] in _DEFINES and ("INDEX" in words[1:3] or "EXISTS" in words)
+        if words[:2] == ["ALTER", "TYPE"]:
+            return " ADD VALUE IF NOT EXISTS" in " ".join(words[:10])
+        words = [word for word in words[:7] if word not in _INDEX_OPTIONS]
+        return words[:5] == ["CREATE", "INDEX", "IF", "NOT", "EXISTS"] or words[:4] == ["DROP", "INDEX", "IF", "EXISTS"]
 
 
 def statements(text: str) -> tuple[Statement, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from ..migrations.connections import Connections, Health, prepare_servers
 from ..migrations.data_batches import DataObserver
-from ..migrations.database import Target, close, install, lock, read_state
+from ..migrations.database import State, Target, close, install, lock, read_state
 from ..migrations.failures import describe
 from ..migrations.logs import TENANT_FAILED, labelled, logger
 from ..migrations.selection import Selection
@@ -77,17 +77,21 @@ class ExtensionWork:
             return MigrationResult(outcome=None)
         installed: tuple[str, ...] = ()
         error: Exception | None = None
+        states: list[State] = []
         with labelled(tenant.slug):
             try:
-                installed = await self._install_missing(self._connections.target(tenant, self._health))
+                installed = await self._install_missing(self._connections.target(tenant, self._health), states)
             except asyncio.CancelledError:
                 return MigrationResult(outcome=None, is_interrupted=True)
             except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
                 if await self._selection.is_gone(tenant, exc):
                     return MigrationResult(outcome=None)
                 # to install what is there already does nothing
-                if await self._outages.waits(tenant, exc, since=started):
-                    return MigrationResult(outcome=None, is_interrupted=True, lost=describe(exc))
+                server_started = states[-1].server_started if states else None
+                if await self._outages.waits(tenant, exc, since=started, server_started=server_started):
+                    return MigrationResult(
+                        outcome=None, is_interrupted=True, lost=describe(exc), is_lost=server_started is not None
+                    )
                 error = exc
         outcome = TenantOutcome(
             tenant_id=tenant.id,
@@ -103,11 +107,12 @@ class ExtensionWork:
         )
         return MigrationResult(outcome=outcome)
 
-    async def _install_missing(self, target: Target) -> tuple[str, ...]:
+    async def _install_missing(self, target: Target, states: list[State]) -> tuple[str, ...]:
         limits, wanted = self._connections.limits, target.extensions
         connection = await target.connect()
         try:
             state = await read_state(connection, None, target, timeout=limits.connect)
+            states.append(state)
             if wanted is None or not wanted.missing(state.extensions):
                 return ()
             await lock(connection, timeout=limits.wait)

@@ -14,7 +14,7 @@ from ..errors import ControlUnavailableError, JobLostError
 from ..migrations.connections import Health
 from ..migrations.failures import describe
 from . import patience
-from .claims import Claimed, Finished, RunClaims, Turn
+from .claims import GIVEN_UP, Claimed, Finished, RunClaims, Turn
 from .patience import is_temporary
 from .records import RunState
 
@@ -29,6 +29,11 @@ _MOST_AHEAD = 400  # or so many of them
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 2.0  # between attempts to reach the control database
 _ASK_PAUSE = 1.0  # between two questions whether a server answers again
 _LEAVE_SECONDS = 10.0
+
+
+def _is_suspect(claimed: Claimed) -> bool:
+    """Whether a tenant may be what has ended its process or its server, and is tried again."""
+    return 0 < claimed.losses < GIVEN_UP
 
 
 class Participation:
@@ -168,7 +173,7 @@ class Participation:
             tenant = claimed.tenant
             self._has_begun = True
             self._busy[claimed.server] += 1
-            if claimed.losses:
+            if _is_suspect(claimed):
                 self._alone.add(claimed.server)
             self._begun[tenant.id] = time.monotonic()
             name = f"tenancy-migrate-{tenant.slug}"
@@ -176,10 +181,12 @@ class Participation:
 
     def _has_room(self, server: str) -> bool:
         waiting, busy = self._queue[server], self._busy[server]
-        if not waiting or busy >= self._slots.get(server, 0) or server in self._alone:
-            return False
-        # one that may be what ends servers ends no neighbour's migration
-        return not (waiting[0].losses and busy)
+        return bool(waiting) and busy < self._slots.get(server, 0) and not self._is_kept_free(server)
+
+    def _is_kept_free(self, server: str) -> bool:
+        """Whether nothing is begun there now: what may be what ends the server ends no neighbour's migration."""
+        waiting = self._queue[server]
+        return server in self._alone or bool(waiting and self._busy[server] and _is_suspect(waiting[0]))
 
     async def _bring(self, claimed: Claimed) -> None:
         tenant_id = claimed.tenant.id
@@ -197,7 +204,7 @@ class Participation:
             self._failure = exc
         finally:
             self._busy[claimed.server] -= 1
-            if claimed.losses:
+            if _is_suspect(claimed):
                 self._alone.discard(claimed.server)
             self._begun.pop(tenant_id, None)
             del self._tasks[tenant_id]
@@ -310,9 +317,18 @@ class Participation:
         first = 0 if self._has_begun else self._concurrency
         awaited = self._health.awaited
         return {
-            s: 0 if s in awaited else max(0, min(free, slots[s])) + ahead.get(s, first) - len(self._queue[s])
+            s: 0
+            if s in awaited or self._is_kept_free(s)
+            else max(0, min(free, slots[s])) + ahead.get(s, first) - len(self._queue[s])
             for s in self._queue
         }
+
+    def _give_back_kept(self) -> None:
+        """Let go of what would wait here for a tenant that is migrated alone."""
+        for server, waiting in self._queue.items():
+            if self._is_kept_free(server):
+                while len(waiting) > (server not in self._alone):
+                    self._finished.append(Finished(tenant_id=waiting.pop().tenant.id, state="waiting", counts=False))
 
     def _give_back_excess(self) -> None:
         """Let go of what was claimed ahead when tenants were done more quickly than they are now."""
@@ -331,6 +347,7 @@ class Participation:
         self._look_after_servers()
         unreached = self._health.unreached
         self._give_back(self._awaited | (unreached - self._of_nobody))
+        self._give_back_kept()
         finished = list(self._finished)
         idle = not self._tasks and not any(self._queue.values())
         claiming = self._is_ready and self._state == "running" and self._at_gate is None and not self._stopped
@@ -372,7 +389,7 @@ class Participation:
                 logger.error("run %d: server %s is waited for no longer; its tenants fail", self._claims.run, server)
             else:
                 logger.info("run %d: server %s answers again", self._claims.run, server)
-        for server in awaited | (self._health.unreached - self._of_nobody):
+        for server in awaited | self._health.unreached:
             if server not in self._asking:
                 self._asking[server] = asyncio.create_task(self._ask(server), name=f"tenancy-reach-{server}")
 

@@ -242,7 +242,7 @@ class Run:
                 is_announced=result.is_announced,
                 is_granted=result.is_granted,
                 error=result.lost,
-                is_lost=result.lost is not None,
+                is_lost=result.is_lost,
                 detail=detail,
             )
         self._work.emit(outcome)

@@ -36,7 +36,8 @@ class MigrationResult:
     ``outcome`` is None where the tenant has been purged, or ``is_interrupted``: it was cancelled, or waits for its
     server, and is whole, at ``revision``. ``has_read`` is whether its revision could be read, ``is_announced`` whether
     every process was told of a change, and ``is_granted`` whether the rights on what was committed are set: before that
-    the registry does not learn of it. ``lost`` is the error where it waits for its server.
+    the registry does not learn of it. ``lost`` is the error where it waits for its server, and
+    ``is_lost`` whether it was under way there: it may be what has ended the server.
     """
 
     outcome: TenantOutcome | None
@@ -46,6 +47,7 @@ class MigrationResult:
     is_granted: bool = True
     is_interrupted: bool = False
     lost: str | None = None
+    is_lost: bool = False
 
 
 class _ElsewhereError(Exception):
@@ -152,7 +154,11 @@ class TenantMigration:
                 return MigrationResult(outcome=None, is_announced=migration.announced, is_interrupted=True)
             if is_lost:
                 return MigrationResult(
-                    outcome=None, is_announced=migration.announced, is_interrupted=True, lost=describe(exc)
+                    outcome=None,
+                    is_announced=migration.announced,
+                    is_interrupted=True,
+                    lost=describe(exc),
+                    is_lost=migration.has_connected,
                 )
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
             error = exc

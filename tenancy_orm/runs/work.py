@@ -8,7 +8,6 @@ from uuid import UUID
 from ..errors import ControlUnavailableError
 from ..migrations.connections import Connections, Health, prepare_servers
 from ..migrations.data_batches import DataObserver
-from ..migrations.database import close
 from ..migrations.logs import logger
 from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.preflight import ChecksAsked, Preflight
@@ -81,7 +80,7 @@ class MigrationWork:
             await self.services.provisioner.extensions.check(name)
             self._health.answered(name)
         else:
-            await close(await self._connections.connect(name, None, self._health))
+            await self._connections.ask(name, self._health)
         if self.plan.reaches_head:
             await self.services.provisioner.template(name)
 
@@ -213,7 +212,7 @@ class UndoWork:
         await prepare_servers(dict.fromkeys(servers), self._prepare_server, self._health)
 
     async def _prepare_server(self, name: str) -> None:
-        await close(await self._connections.connect(name, None, self._health))
+        await self._connections.ask(name, self._health)
 
     async def open(self, record: RunRecord, tenants: Callable[[], Awaitable[Sequence[Tenant]]]) -> None:
         """Forget where the fleet is: no tenant may be upgraded by itself now, and none that is undone later."""

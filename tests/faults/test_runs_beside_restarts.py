@@ -35,11 +35,22 @@ op.add_column("notes", sa.Column("rating", sa.Integer))
 restarts.reached()
 op.execute("INSERT INTO notes (body) VALUES ('0002')")
 """
+INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS notes_body ON notes (body)"
+INSERT = "INSERT INTO notes (body) VALUES ('0002')"
+FUNCTION = "SELECT setseed(0.5)"  # a function may do anything
 BLOCK = """
 from tests.support import restarts
+{before}
 with op.get_context().autocommit_block():
     restarts.reached()
     op.execute("{statement}")
+"""
+COMMIT = f"""
+from tests.support import restarts
+op.execute("{INSERT}")
+op.execute("COMMIT")
+restarts.reached()
+op.execute("{INDEX}")
 """
 
 
@@ -323,19 +334,22 @@ async def test_a_revision_that_crashes_its_server_is_begun_three_times_and_no_mo
 
 
 @pytest.mark.parametrize(
-    ("statement", "again"),
+    ("body", "again"),
     [
-        ("CREATE INDEX CONCURRENTLY IF NOT EXISTS notes_body ON notes (body)", True),
-        ("INSERT INTO notes (body) VALUES ('0002')", False),
-        ("SELECT setseed(0.5)", False),  # a function may do anything
+        (BLOCK.format(before="", statement=INDEX), True),
+        (BLOCK.format(before="", statement=INSERT), False),
+        (BLOCK.format(before="", statement=FUNCTION), False),
+        (BLOCK.format(before=f"op.execute('{FUNCTION}')", statement=INDEX), False),
+        (COMMIT, False),
     ],
+    ids=["index", "rows", "function", "function before", "COMMIT"],
 )
 async def test_what_may_have_been_committed_is_not_done_again(
     config: TenancyConfig,
     project: Project,
     other: TestServer,
     monkeypatch: pytest.MonkeyPatch,
-    statement: str,
+    body: str,
     again: bool,
 ) -> None:
     """Nobody knows whether a change of rows outside a transaction was made; an index may be built again."""
@@ -349,7 +363,7 @@ async def test_what_may_have_been_committed_is_not_done_again(
     fail_over(monkeypatch, other)
     async with open_fleet(config) as fleet:
         await make(fleet)
-        project.add("0002", BLOCK.format(statement=statement), down="0001")
+        project.add("0002", body, down="0001")
         restarts.call_back("eve", stop)
         report = await upgrade(fleet)
         assert len(calls) == (2 if again else 1)
@@ -358,6 +372,7 @@ async def test_what_may_have_been_committed_is_not_done_again(
         else:
             (failure,) = report.failures
             assert failure.slug == "eve" and "find out what before you run it again" in str(failure.error)
+            assert len(await fleet.fetch("eve", "SELECT FROM notes")) <= 1
 
 
 @pytest.mark.parametrize("each", [False, True])

@@ -296,3 +296,12 @@ async def test_a_server_that_does_not_answer_is_named(fleet: Fleet, config: Tena
         (error,) = report.errors
         assert error.startswith("gone: ")
         assert [one.state for one in await later.tenancy.templates.list(servers=["default"])] == ["current"]
+
+
+@pytest.mark.new_installation
+async def test_the_first_run_prepares_a_server_that_nothing_has_prepared(config: TenancyConfig) -> None:
+    """A deployment upgrades before its first tenant is created: the role that owns the tables is not made yet."""
+    async with open_fleet(config) as fleet:
+        assert (await fleet.migrations.upgrade()).ok
+        await fleet.create("acme")
+        assert await fleet.revision("acme") == fleet.migrations.services.schema.head()

@@ -94,3 +94,34 @@ def test_commands_of_psql_are_known() -> None:
 )
 def test_a_schema_that_exists_is_kept(text: str, expected: str) -> None:
     assert keep_schema(text, "app") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("CREATE INDEX CONCURRENTLY IF NOT EXISTS a ON t (a)", True),
+        ("CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS a ON t (a) WHERE b", True),
+        ("DROP INDEX CONCURRENTLY IF EXISTS a", True),
+        ("ALTER TYPE app.kind ADD VALUE IF NOT EXISTS 'x'", True),
+        ("REINDEX INDEX CONCURRENTLY a; VACUUM t; ANALYZE t; SET lock_timeout = '1s'; SHOW work_mem", True),
+        ("-- nothing", True),
+        # a name of its own each time, or an error that hides the first one
+        ("CREATE INDEX CONCURRENTLY ON t (a)", False),
+        ("CREATE INDEX CONCURRENTLY a ON t (a)", False),
+        ("DROP INDEX a", False),
+        ("ALTER INDEX IF EXISTS a RENAME TO b", False),
+        ("ALTER TYPE kind ADD VALUE 'x'", False),
+        ("ALTER TABLE IF EXISTS t ALTER a TYPE bigint USING a * 100", False),
+        ("DROP TABLE IF EXISTS t", False),
+        ("CREATE VIEW v AS SELECT 1 WHERE NOT EXISTS (SELECT FROM t)", False),
+        ("CREATE TABLE IF NOT EXISTS t AS SELECT f()", False),
+        ("SELECT f()", False),
+        ("WITH a AS (SELECT f()) SELECT * FROM a", False),
+        ("EXPLAIN ANALYZE UPDATE t SET a = a + 1", False),
+        ("DO $$ BEGIN END $$", False),
+        ("SET lock_timeout = '1s'; UPDATE t SET a = a + 1", False),
+    ],
+)
+def test_what_may_be_done_twice(text: str, again: bool) -> None:
+    """Where the connection was lost, nobody knows whether a statement was done."""
+    assert all(statement.may_be_repeated for statement in statements(text)) is again
