@@ -119,6 +119,7 @@ class Health:
     def silent(self, server: str) -> None:
         """Record that a server was asked itself and does not answer: it is not a tenant's connect alone that fails."""
         self._silent.add(server)
+        self._odd[server] = 0
         self.failed(server)
 
     def odd(self, server: str) -> None:

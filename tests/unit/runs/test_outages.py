@@ -144,6 +144,20 @@ async def test_tenants_that_cannot_be_connected_to_fail_where_the_server_answers
     assert health.unreached == NONE
 
 
+def test_a_server_that_goes_down_after_its_log_ins_failed_is_found_again(clock: Clock) -> None:
+    """And one that is a standby yet is not found by a tenant's connect alone."""
+    health = Health(10.0)
+    health.answered("one")
+    health.odd("one")
+    health.odd("one")
+    health.silent("one")
+    assert health.unreached == ONE
+    health.answered("one")
+    assert health.unreached == ONE
+    health.back("one")
+    assert (health.unreached, health.may_await("one")) == (NONE, True)
+
+
 @pytest.mark.parametrize("error", [TimeoutError("a statement"), asyncpg.UndefinedTableError("x"), MigrationError("x")])
 async def test_every_other_error_is_a_failure(clock: Clock, error: Exception) -> None:
     health = Health(10.0)
