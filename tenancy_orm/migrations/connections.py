@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy.engine import URL
@@ -37,6 +39,19 @@ _LATELY = 30.0  # for how many seconds an outage explains what fails after it
 _SERVER = "SELECT pg_catalog.pg_postmaster_start_time() AS started, pg_catalog.pg_is_in_recovery() AS is_standby"
 
 
+@dataclass(slots=True)
+class _ServerHealth:
+    """What a run knows of one server; times are of ``time.monotonic``."""
+
+    failures: int = 0  # failed connects in a row
+    tried: float = -math.inf  # when it was tried last while it was down
+    has_answered: bool = False
+    down_since: float | None = None  # where it has answered before
+    is_silent: bool = False  # whether it was asked itself, and does not answer
+    silent_until: float = -math.inf  # when it has answered again after that
+    odd: int = 0  # tenants in a row that cannot be connected to, although it answers
+
+
 class Health:
     """Which servers are down, in one run: their remaining tenants fail at once, so that the others need not wait.
 
@@ -47,40 +62,33 @@ class Health:
 
     def __init__(self, patience: float = 0.0) -> None:
         self._patience = patience
-        self._failures: dict[str, int] = {}
-        self._tried: dict[str, float] = {}  # when a server that is down was tried last
-        self._known: set[str] = set()  # those that have answered
-        self._since: dict[str, float] = {}  # since when those of them are down that are
-        self._silent: set[str] = set()  # those of them that were asked themselves, and do not answer
-        self._until: dict[str, float] = {}  # when such ones have answered again
-        self._odd: dict[str, int] = {}  # tenants in a row that cannot be connected to, although the server answers
+        self._servers: defaultdict[str, _ServerHealth] = defaultdict(_ServerHealth)
 
     @property
     def unreached(self) -> frozenset[str]:
         """The servers that are down, as far as this process knows, and not awaited."""
-        down = frozenset(server for server, number in self._failures.items() if number >= _FAILURES)
-        return down - self.awaited
+        return frozenset(name for name, one in self._servers.items() if one.failures >= _FAILURES) - self.awaited
 
     @property
     def awaited(self) -> frozenset[str]:
         """The servers that are down, and were not for ``patience``."""
-        return frozenset(server for server in self._since if self.may_await(server))
+        return frozenset(name for name in self._servers if self.has_gone(name) and self.may_await(name))
 
     def may_await(self, server: str) -> bool:
         """Whether this server is awaited where it is down."""
-        if not self._patience or server not in self._known:
+        one = self._servers[server]
+        if not self._patience or not one.has_answered:
             return False
-        now = time.monotonic()
-        return now - self._since.get(server, now) < self._patience
+        return one.down_since is None or time.monotonic() - one.down_since < self._patience
 
-    def is_down(self, server: str) -> bool:
+    def has_gone(self, server: str) -> bool:
         """Whether a server that has answered is down now."""
-        return server in self._since
+        return self._servers[server].down_since is not None
 
     def was_down(self, server: str, since: float) -> bool:
         """Whether a server is down, or was down lately and since a time of ``time.monotonic``."""
-        since = max(since, time.monotonic() - _LATELY)
-        return server in self._silent or self._until.get(server, -math.inf) >= since
+        one = self._servers[server]
+        return one.is_silent or one.silent_until >= max(since, time.monotonic() - _LATELY)
 
     def check(self, server: str, tenant: str | None) -> None:
         """Refuse to connect to a server that is down.
@@ -88,38 +96,37 @@ class Health:
         Raises:
             ServerUnavailableError: the server is down.
         """
-        if self._failures.get(server, 0) < _FAILURES:
+        one = self._servers[server]
+        if one.failures < _FAILURES:
             return
-        if time.monotonic() - self._tried.get(server, -math.inf) < _PAUSE:
+        if time.monotonic() - one.tried < _PAUSE:
             raise ServerUnavailableError(server=server, tenant=tenant)
-        self._tried[server] = time.monotonic()
+        one.tried = time.monotonic()
 
     def failed(self, server: str) -> None:
         """Count a failed connect; after the second one in a row the server is down, and from the first one awaited."""
-        self._failures[server] = self._failures.get(server, 0) + 1
-        self._note(server)
+        self._note(self._servers[server], self._servers[server].failures + 1)
 
     def answered(self, server: str) -> None:
         """Record that a connect succeeded. One to a server that is a standby yet says nothing; only ``back`` does."""
-        if server not in self._silent:
-            self._odd[server] = 0
+        one = self._servers[server]
+        if not one.is_silent:
+            one.odd = 0
             self.back(server)
 
     def back(self, server: str) -> None:
         """Record that a server answers. That changes nothing where its tenants still cannot be connected to."""
-        if self._odd.get(server, 0) >= _FAILURES:
+        one = self._servers[server]
+        if one.odd >= _FAILURES:
             return
-        self._known.add(server)
-        self._failures[server] = 0
-        self._since.pop(server, None)
-        if server in self._silent:
-            self._silent.remove(server)
-            self._until[server] = time.monotonic()
+        one.has_answered, one.failures, one.down_since = True, 0, None
+        if one.is_silent:
+            one.is_silent, one.silent_until = False, time.monotonic()
 
     def silent(self, server: str) -> None:
         """Record that a server was asked itself and does not answer: it is not a tenant's connect alone that fails."""
-        self._silent.add(server)
-        self._odd[server] = 0
+        one = self._servers[server]
+        one.is_silent, one.odd = True, 0
         self.failed(server)
 
     def odd(self, server: str) -> None:
@@ -127,21 +134,21 @@ class Health:
 
         After the second one in a row that server counts as one that has not answered: its others fail at once.
         """
-        self._odd[server] = self._odd.get(server, 0) + 1
-        if self._odd[server] >= _FAILURES:
-            self._known.discard(server)
-            self._since.pop(server, None)
+        one = self._servers[server]
+        one.odd += 1
+        if one.odd >= _FAILURES:
+            one.has_answered, one.down_since = False, None
             self.down(server)
 
     def down(self, server: str) -> None:
         """Record that the server is down."""
-        self._failures[server] = _FAILURES
-        self._note(server)
+        self._note(self._servers[server], _FAILURES)
 
-    def _note(self, server: str) -> None:
-        now = self._tried[server] = time.monotonic()
-        if server in self._known:
-            self._since.setdefault(server, now)
+    @staticmethod
+    def _note(one: _ServerHealth, failures: int) -> None:
+        one.failures, one.tried = failures, time.monotonic()
+        if one.has_answered and one.down_since is None:
+            one.down_since = one.tried
 
 
 class Connections:

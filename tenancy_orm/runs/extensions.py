@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from ..migrations.connections import Connections, Health, prepare_servers
+from ..migrations.connections import Connections, prepare_servers
 from ..migrations.data_batches import DataObserver
 from ..migrations.database import State, Target, close, install, lock, read_state
 from ..migrations.failures import describe
@@ -34,28 +34,18 @@ class ExtensionWork:
         self._services = services
         self._connections = connections
         self._selection = Selection(services.registry)
-        self._health = Health(services.config.migration.server_wait)
-        self._outages = Outages(connections, self._health)
+        self.outages = Outages(connections, services.config.migration.server_wait)
 
     holds = False
-
-    @property
-    def health(self) -> Health:
-        """Which servers are down."""
-        return self._health
-
-    async def reach(self, server: str) -> None:
-        """Ask whether a server that is down answers again."""
-        await self._connections.reach(server, self._health)
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check that the servers have the extensions, and build the template on each."""
         names = dict.fromkeys(servers) or dict.fromkeys(self._services.servers)
-        await prepare_servers(names, self._prepare_server, self._health)
+        await prepare_servers(names, self._prepare_server, self.outages.health)
 
     async def _prepare_server(self, name: str) -> None:
         await self._services.provisioner.extensions.check(name)
-        self._health.answered(name)
+        self.outages.health.answered(name)
         # tenants that are created during the run get the extensions from it
         await self._services.provisioner.template(name)
 
@@ -80,7 +70,7 @@ class ExtensionWork:
         states: list[State] = []
         with labelled(tenant.slug):
             try:
-                installed = await self._install_missing(self._connections.target(tenant, self._health), states)
+                installed = await self._install_missing(self._connections.target(tenant, self.outages.health), states)
             except asyncio.CancelledError:
                 return MigrationResult(outcome=None, is_interrupted=True)
             except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
@@ -88,9 +78,9 @@ class ExtensionWork:
                     return MigrationResult(outcome=None)
                 # to install what is there already does nothing
                 server_started = states[-1].server_started if states else None
-                if await self._outages.waits(tenant, exc, since=started, server_started=server_started):
+                if await self.outages.waits(tenant, exc, since=started, server_started=server_started):
                     return MigrationResult(
-                        outcome=None, is_interrupted=True, lost=describe(exc), is_lost=server_started is not None
+                        outcome=None, is_interrupted=True, error=describe(exc), is_lost=server_started is not None
                     )
                 error = exc
         outcome = TenantOutcome(

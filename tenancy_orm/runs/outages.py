@@ -1,4 +1,4 @@
-"""``Outages``: a tenant waits where its server goes down during a run, or fails."""
+"""``Outages``: which servers of a run are down, and whether a tenant whose server goes down waits, or fails."""
 
 from __future__ import annotations
 
@@ -18,13 +18,27 @@ class Outages:
 
     Args:
         connections: Connects to the servers.
-        health: Which servers are down.
+        patience: For how many seconds a server that goes down is awaited.
     """
 
-    def __init__(self, connections: Connections, health: Health) -> None:
+    def __init__(self, connections: Connections, patience: float = 0.0) -> None:
         self._connections = connections
-        self._health = health
+        self.health = Health(patience)
+        """Which servers are down."""
         self._tried_again: set[UUID] = set()  # tenants that could not be connected to once, although the server answers
+
+    async def ask(self, server: str) -> None:
+        """Ask a server whether it is there, before a run.
+
+        Raises:
+            ServerUnavailableError: it is not, or is a standby.
+            asyncpg.PostgresError: it refuses.
+        """
+        await self._connections.ask(server, self.health)
+
+    async def reach(self, server: str) -> datetime | None:
+        """Ask whether a server answers, and return when it was started; None where it does not."""
+        return await self._connections.reach(server, self.health)
 
     async def waits(
         self, tenant: Tenant, error: BaseException, *, since: float, server_started: datetime | None = None
@@ -38,7 +52,7 @@ class Outages:
             server_started: When the server was started that its session was with; None where it had none.
         """
         server = placement_of(tenant).server
-        if not _is_lost(error) or not self._health.may_await(server):
+        if not _is_lost(error) or not self.health.may_await(server):
             return False
         if not await self._is_outage(tenant.id, server, since, server_started):
             return False
@@ -46,8 +60,8 @@ class Outages:
         return True
 
     async def _is_outage(self, tenant: UUID, server: str, since: float, server_started: datetime | None) -> bool:
-        started = await self._connections.reach(server, self._health)
-        if started is None or self._health.was_down(server, since):
+        started = await self.reach(server)
+        if started is None or self.health.was_down(server, since):
             return True
         if server_started is not None:
             # Otherwise somebody has ended that session alone, to stop the migration. After a crash of one of its
@@ -57,7 +71,7 @@ class Outages:
         if tenant not in self._tried_again:
             self._tried_again.add(tenant)
             return True
-        self._health.odd(server)
+        self.health.odd(server)
         return False
 
 

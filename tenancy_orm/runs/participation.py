@@ -11,10 +11,10 @@ from uuid import UUID
 
 from ..cancellation import run_to_completion
 from ..errors import ControlUnavailableError, JobLostError
-from ..migrations.connections import Health
 from ..migrations.failures import describe
 from . import patience
 from .claims import GIVEN_UP, Claimed, Finished, RunClaims, Turn
+from .outages import Outages
 from .patience import is_temporary
 from .records import RunState
 
@@ -49,8 +49,7 @@ class Participation:
         stop_on_failure: Whether the run ends at the first failure.
         max_failures: The run ends at so many failures.
         at_gate: The wave at the end of which this process has the gate already.
-        health: Which servers are down, as far as this process knows.
-        reach: Asks whether one of them answers again, and records it in ``health``.
+        outages: Which servers are down, as far as this process knows.
     """
 
     def __init__(
@@ -65,8 +64,7 @@ class Participation:
         stop_on_failure: bool,
         max_failures: int | None = None,
         at_gate: int | None = None,
-        health: Health,
-        reach: Callable[[str], Awaitable[object]],
+        outages: Outages,
     ) -> None:
         self._claims = claims
         self._prepare = prepare
@@ -86,8 +84,8 @@ class Participation:
         self._finished: list[Finished] = []
         self._oldest = 0.0  # when the first of them has ended
         self._state: RunState = "running"
-        self._health = health
-        self._reach = reach
+        self._outages = outages
+        self._health = outages.health
         self._awaited: frozenset[str] = frozenset()  # the servers that are down and awaited, at the last turn
         self._asking: dict[str, asyncio.Task[None]] = {}  # whether they answer again
         self._alone: set[str] = set()  # where a tenant is migrated that has lost its process or its server before
@@ -316,26 +314,20 @@ class Participation:
         # at first it is not known how long they take; what is too much is given back
         first = 0 if self._has_begun else self._concurrency
         awaited = self._health.awaited
-        return {
-            s: 0
-            if s in awaited or self._is_kept_free(s)
-            else max(0, min(free, slots[s])) + ahead.get(s, first) - len(self._queue[s])
-            for s in self._queue
-        }
+        wanted = {s: max(0, min(free, slots[s])) + ahead.get(s, first) - len(self._queue[s]) for s in self._queue}
+        return {s: 0 if s in awaited or self._is_kept_free(s) else number for s, number in wanted.items()}
 
     def _give_back_kept(self) -> None:
         """Let go of what would wait here for a tenant that is migrated alone."""
         for server, waiting in self._queue.items():
             if self._is_kept_free(server):
-                while len(waiting) > (server not in self._alone):
-                    self._finished.append(Finished(tenant_id=waiting.pop().tenant.id, state="waiting", counts=False))
+                # but the one that is to run alone
+                self._let_go(waiting, len(waiting) - (server not in self._alone))
 
     def _give_back_excess(self) -> None:
         """Let go of what was claimed ahead when tenants were done more quickly than they are now."""
         for server, number in self._wanted().items():
-            waiting = self._queue[server]
-            for _ in range(-number - int(2 * _AHEAD * self._rates.get(server, 0.0))):
-                self._finished.append(Finished(tenant_id=waiting.pop().tenant.id, state="waiting", counts=False))
+            self._let_go(self._queue[server], -number - int(2 * _AHEAD * self._rates.get(server, 0.0)))
 
     async def _take_turn(self, seconds: float) -> None:
         if seconds > 0 and self._has_begun:
@@ -385,7 +377,7 @@ class Participation:
             )
         for server in before - awaited:
             self._has_more = True
-            if self._health.is_down(server):
+            if self._health.has_gone(server):
                 logger.error("run %d: server %s is waited for no longer; its tenants fail", self._claims.run, server)
             else:
                 logger.info("run %d: server %s answers again", self._claims.run, server)
@@ -395,7 +387,7 @@ class Participation:
 
     async def _ask(self, server: str) -> None:
         try:
-            await self._reach(server)
+            await self._outages.reach(server)
             if server not in self._health.awaited | self._health.unreached:
                 self._has_more = True
                 self._wake.set()
@@ -423,8 +415,12 @@ class Participation:
     def _give_back(self, servers: Iterable[str]) -> None:
         """Let go of what is claimed on servers and was not begun."""
         for waiting in [self._queue[server] for server in servers if server in self._queue]:
-            self._finished += [Finished(tenant_id=one.tenant.id, state="waiting", counts=False) for one in waiting]
-            waiting.clear()
+            self._let_go(waiting, len(waiting))
+
+    def _let_go(self, waiting: deque[Claimed], number: int) -> None:
+        """Let go of so many of the tenants that come last."""
+        for _ in range(number):
+            self._finished.append(Finished(tenant_id=waiting.pop().tenant.id, state="waiting", counts=False))
 
     def _known(self) -> list[UUID]:
         return [*self._tasks, *(one.tenant.id for waiting in self._queue.values() for one in waiting)]

@@ -10,7 +10,6 @@ from ..audit.actor import SYSTEM, Actor
 from ..errors import ControlUnavailableError, JobLostError
 from ..events import EventBus, MigrationRunEnded, MigrationRunStarted
 from ..jobs import Claimant
-from ..migrations.connections import Health
 from ..migrations.data_batches import DataObserver, DataProgress
 from ..migrations.failures import describe
 from ..migrations.logs import logger, warning_once
@@ -18,6 +17,7 @@ from ..secrets.keyring import Keyring
 from ..tenant import Tenant
 from .claims import GIVEN_UP, Claimed, Finished, RunClaims
 from .gate import PLANNED, WaveGate
+from .outages import Outages
 from .participation import Participation
 from .patience import is_temporary, repeat
 from .records import RunRecord, RunRecords, RunState, TenantRecord
@@ -31,8 +31,8 @@ _OBSERVED_SECONDS = 1.0  # between two notes of how far a data migration has com
 class RunWork(Protocol):
     """What a run does: each process has its own.
 
-    ``holds`` is whether it brings tenants to a revision that they are not upgraded from by themselves. ``health`` is
-    which servers are down.
+    ``holds`` is whether it brings tenants to a revision that they are not upgraded from by themselves. ``outages``
+    is which servers are down.
     """
 
     @property
@@ -40,11 +40,8 @@ class RunWork(Protocol):
         """As in the class."""
 
     @property
-    def health(self) -> Health:
+    def outages(self) -> Outages:
         """As in the class."""
-
-    async def reach(self, server: str) -> None:
-        """Ask whether a server that is down answers again, and record that in ``health``."""
 
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check the servers and make what new tenants need, in each process, before it claims a tenant.
@@ -149,8 +146,7 @@ class Run:
             stop_on_failure=bool(plan["stop_on_failure"]),
             max_failures=plan.get("max_failures"),
             at_gate=record.wave if record.gate == self._claims.claimant.id else None,
-            health=self._work.health,
-            reach=self._work.reach,
+            outages=self._work.outages,
         )
         try:
             await part.run()
@@ -241,7 +237,7 @@ class Run:
                 has_read=result.has_read,
                 is_announced=result.is_announced,
                 is_granted=result.is_granted,
-                error=result.lost,
+                error=result.error,
                 is_lost=result.is_lost,
                 detail=detail,
             )

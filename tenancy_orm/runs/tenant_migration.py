@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..cancellation import run_to_completion
 from ..errors import ControlUnavailableError, JobLostError
 from ..events import TenantMigrated, TenantMigrationFailed
-from ..migrations.connections import Connections, Health, placement_of
+from ..migrations.connections import Connections, placement_of
 from ..migrations.data_batches import DataObserver
 from ..migrations.database import DatabaseMigration
 from ..migrations.failures import describe
@@ -36,8 +36,8 @@ class MigrationResult:
     ``outcome`` is None where the tenant has been purged, or ``is_interrupted``: it was cancelled, or waits for its
     server, and is whole, at ``revision``. ``has_read`` is whether its revision could be read, ``is_announced`` whether
     every process was told of a change, and ``is_granted`` whether the rights on what was committed are set: before that
-    the registry does not learn of it. ``lost`` is the error where it waits for its server, and
-    ``is_lost`` whether it was under way there: it may be what has ended the server.
+    the registry does not learn of it. ``error`` is why it waits for its server, and ``is_lost``
+    whether it was under way there: it may be what has ended the server.
     """
 
     outcome: TenantOutcome | None
@@ -46,7 +46,7 @@ class MigrationResult:
     is_announced: bool = False
     is_granted: bool = True
     is_interrupted: bool = False
-    lost: str | None = None
+    error: str | None = None
     is_lost: bool = False
 
 
@@ -60,15 +60,14 @@ class TenantMigration:
     Args:
         services: The services of an open ``Tenancy``.
         connections: Connects to the databases.
-        health: Which servers are down.
+        outages: Which servers are down.
     """
 
-    def __init__(self, services: FleetServices, connections: Connections, health: Health) -> None:
+    def __init__(self, services: FleetServices, connections: Connections, outages: Outages) -> None:
         self._services = services
         self._connections = connections
-        self._health = health
         self._selection = Selection(services.registry)
-        self._outages = Outages(connections, health)
+        self._outages = outages
 
     async def run(
         self,
@@ -157,7 +156,7 @@ class TenantMigration:
                     outcome=None,
                     is_announced=migration.announced,
                     is_interrupted=True,
-                    lost=describe(exc),
+                    error=describe(exc),
                     is_lost=migration.has_connected,
                 )
             logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
@@ -206,7 +205,7 @@ class TenantMigration:
 
         return DatabaseMigration(
             plan,
-            self._connections.target(tenant, self._health),
+            self._connections.target(tenant, self._outages.health),
             adapter=self._connections.adapter(placement_of(tenant).server),
             limits=self._connections.limits,
             announce=announce,

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from uuid import UUID
 
 from ..errors import ControlUnavailableError
-from ..migrations.connections import Connections, Health, prepare_servers
+from ..migrations.connections import Connections, prepare_servers
 from ..migrations.data_batches import DataObserver
 from ..migrations.logs import logger
 from ..migrations.plan import Heads, Plan, format_revision
@@ -17,6 +17,7 @@ from ..migrations.services import FleetServices
 from ..tenant import Tenant
 from .claims import Claimed
 from .holds import hold_unreached
+from .outages import Outages
 from .records import RunRecord, TenantRecord
 from .report import TenantOutcome
 from .reversal import return_to
@@ -52,35 +53,26 @@ class MigrationWork:
         self._checks = checks
         self._concurrency = concurrency
         self._answered: Mapping[UUID, frozenset[str]] = {}  # by tenant: the revisions with checks that have passed
-        self._health = Health(patience)
-        self._migration = TenantMigration(services, connections, self._health)
+        self.outages = Outages(connections, patience)
+        self._migration = TenantMigration(services, connections, self.outages)
 
     @property
     def holds(self) -> bool:
         """Whether tenants stay where they are brought: an upgrade before their use must not undo what was wanted."""
         return self.plan.command != "upgrade"
 
-    @property
-    def health(self) -> Health:
-        """Which servers are down."""
-        return self._health
-
-    async def reach(self, server: str) -> None:
-        """Ask whether a server that is down answers again."""
-        await self._connections.reach(server, self._health)
-
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check which servers answer, and build the template on each."""
         names = dict.fromkeys(servers) or dict.fromkeys(self.services.servers)
-        await prepare_servers(names, self._prepare_server, self._health)
+        await prepare_servers(names, self._prepare_server, self.outages.health)
 
     async def _prepare_server(self, name: str) -> None:
         # the server is asked in any case: what is known here of its template says nothing of whether it is there
         if self.plan.command == "upgrade" and self.services.config.extensions:
             await self.services.provisioner.extensions.check(name)
-            self._health.answered(name)
+            self.outages.health.answered(name)
         else:
-            await self._connections.ask(name, self._health)
+            await self.outages.ask(name)
         if self.plan.reaches_head:
             await self.services.provisioner.template(name)
 
@@ -98,7 +90,7 @@ class MigrationWork:
                 selection,
                 concurrency=self._concurrency,
                 per_server=int(record.plan["server_concurrency"]),
-                health=self._health,
+                health=self.outages.health,
                 events=self.services.events,
             )
             self._answered = await preflight.before_run(await tenants())
@@ -190,29 +182,20 @@ class UndoWork:
         self._holds = holds
         self._whole = whole
         self._plans: dict[str, Plan] = {}
-        self._health = Health(services.config.migration.server_wait)
-        self._migration = TenantMigration(services, connections, self._health)
+        self.outages = Outages(connections, services.config.migration.server_wait)
+        self._migration = TenantMigration(services, connections, self.outages)
 
     @property
     def holds(self) -> bool:
         """Whether it moves tenants back."""
         return self._holds
 
-    @property
-    def health(self) -> Health:
-        """Which servers are down."""
-        return self._health
-
-    async def reach(self, server: str) -> None:
-        """Ask whether a server that is down answers again."""
-        await self._connections.reach(server, self._health)
-
     async def prepare(self, servers: Iterable[str]) -> None:
         """Check which servers answer."""
-        await prepare_servers(dict.fromkeys(servers), self._prepare_server, self._health)
+        await prepare_servers(dict.fromkeys(servers), self._prepare_server, self.outages.health)
 
     async def _prepare_server(self, name: str) -> None:
-        await self._connections.ask(name, self._health)
+        await self.outages.ask(name)
 
     async def open(self, record: RunRecord, tenants: Callable[[], Awaitable[Sequence[Tenant]]]) -> None:
         """Forget where the fleet is: no tenant may be upgraded by itself now, and none that is undone later."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -24,19 +25,19 @@ from tests.support.waiting import until
 SECONDS = 120.0
 NEIGHBOURS = tuple(f"neighbour-{number}" for number in range(8))
 OTHERS = ("eve", "frank", "mallory")
+INSERT = "INSERT INTO notes (body) VALUES ('0002')"
 # a second application of it would fail, and leave another row
-RATING = """
+RATING = f"""
 op.add_column("notes", sa.Column("rating", sa.Integer))
-op.execute("INSERT INTO notes (body) VALUES ('0002')")
+op.execute("{INSERT}")
 """
-HELD = """
+HELD = f"""
 from tests.support import restarts
 op.add_column("notes", sa.Column("rating", sa.Integer))
 restarts.reached()
-op.execute("INSERT INTO notes (body) VALUES ('0002')")
+op.execute("{INSERT}")
 """
 INDEX = "CREATE INDEX CONCURRENTLY IF NOT EXISTS notes_body ON notes (body)"
-INSERT = "INSERT INTO notes (body) VALUES ('0002')"
 FUNCTION = "SELECT setseed(0.5)"  # a function may do anything
 BLOCK = """
 from tests.support import restarts
@@ -136,6 +137,38 @@ def fail_over(monkeypatch: pytest.MonkeyPatch, other: TestServer) -> None:
     monkeypatch.setattr(Connections, "reach", started)
 
 
+class Reached:
+    """Counts how often a revision is reached, and does something at one of these times."""
+
+    def __init__(self, action: Callable[[], object], *, at: int = 1) -> None:
+        self._action, self._at = action, at
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+        if self.count == self._at:
+            self._action()
+
+
+@asynccontextmanager
+async def to_upgrade(
+    config: TenancyConfig, project: Project, body: str, reached: Callable[[], None]
+) -> AsyncIterator[Fleet]:
+    """All tenants, a revision that they lack, and what eve's calls."""
+    async with open_fleet(config) as fleet:
+        await make(fleet)
+        project.add("0002", body, down="0001")
+        restarts.call_back("eve", reached)
+        yield fleet
+
+
+async def start_again(fleet: Fleet, other: TestServer) -> None:
+    """Start the server, and wait until it is asked again."""
+    other.start_again()
+    breaker = fleet.services.servers["other"].breaker
+    await until(lambda: not breaker.is_open, seconds=SECONDS)
+
+
 # --- between tenants ------------------------------------------------------------------------------------------------
 
 
@@ -189,9 +222,7 @@ async def test_a_server_that_stays_away_is_waited_for_so_long_and_no_longer(
         assert len(report.failures) == 2 and {one.server for one in report.failures} == {"other"}
         assert "server other does not answer any more; its tenants wait for it" in caplog.text
         assert "server other is waited for no longer; its tenants fail" in caplog.text
-        other.start_again()
-        breaker = fleet.services.servers["other"].breaker
-        await until(lambda: not breaker.is_open, seconds=SECONDS)
+        await start_again(fleet, other)
         assert report.run is not None
         assert (await fleet.migrations.retry(report.run)).ok
         await are_applied_once(fleet, *NEIGHBOURS, *OTHERS)
@@ -246,22 +277,13 @@ async def test_a_tenant_whose_session_is_lost_with_the_server_is_migrated_again(
     how: str,
 ) -> None:
     """By a shut-down and by a crash; what it had changed was rolled back."""
-    calls: list[str] = []
-
-    def stop() -> None:
-        calls.append("eve")
-        if len(calls) == 1:
-            getattr(other, how)()
-
+    reached = Reached(getattr(other, how))
     fail_over(monkeypatch, other)
-    async with open_fleet(config) as fleet:
-        await make(fleet)
-        project.add("0002", HELD, down="0001")
-        restarts.call_back("eve", stop)
+    async with to_upgrade(config, project, HELD, reached) as fleet:
         report = await upgrade(fleet)
         assert report.ok, report.failures
         await are_applied_once(fleet, *NEIGHBOURS, *OTHERS)
-        assert calls == ["eve"] * 2
+        assert reached.count == 2
         records = {one.slug: one for one in await fleet.migrations.run_tenants(1)}
         assert (records["eve"].losses, records["eve"].error) == (1, None)
         assert "tenant eve waits for server other, and is tried again: upgrade 0001 -> 0002" in caplog.text
@@ -271,42 +293,33 @@ async def test_a_server_that_is_back_before_anybody_asks_was_restarted_neverthel
     config: TenancyConfig, project: Project, other: TestServer
 ) -> None:
     """By the time of its start: the tenants would fail as if somebody had ended their sessions."""
-    calls: list[str] = []
 
     def restart() -> None:
-        calls.append("eve")
-        if len(calls) == 1:
-            other.halt()
-            other.start_again()
+        other.halt()
+        other.start_again()
 
-    async with open_fleet(config) as fleet:
-        await make(fleet)
-        project.add("0002", HELD, down="0001")
-        restarts.call_back("eve", restart)
+    reached = Reached(restart)
+    async with to_upgrade(config, project, HELD, reached) as fleet:
         report = await upgrade(fleet)
         assert report.ok, report.failures
         await are_applied_once(fleet, *NEIGHBOURS, *OTHERS)
-        assert calls == ["eve"] * 2
+        assert reached.count == 2
 
 
 async def test_a_session_that_somebody_ends_is_not_begun_again(
     config: TenancyConfig, project: Project, other: TestServer
 ) -> None:
     """The server is there: who ends the session alone means to stop the migration."""
-    calls: list[str] = []
 
     def terminate() -> None:
-        calls.append("eve")
         other.query("SELECT pg_terminate_backend(%s, 10000)", (restarts.session(),))
 
-    async with open_fleet(config) as fleet:
-        await make(fleet)
-        project.add("0002", HELD, down="0001")
-        restarts.call_back("eve", terminate)
+    reached = Reached(terminate)
+    async with to_upgrade(config, project, HELD, reached) as fleet:
         report = await upgrade(fleet)
         assert [outcome.slug for outcome in report.failures] == ["eve"]
         assert "terminating connection due to administrator command" in str(report.failures[0].error)
-        assert calls == ["eve"]
+        assert reached.count == 1
 
 
 async def test_a_revision_that_crashes_its_server_is_begun_three_times_and_no_more(
@@ -321,10 +334,7 @@ async def test_a_revision_that_crashes_its_server_is_begun_three_times_and_no_mo
         other.kill()
 
     fail_over(monkeypatch, other)
-    async with open_fleet(config) as fleet:
-        await make(fleet)
-        project.add("0002", HELD, down="0001")
-        restarts.call_back("eve", crash)
+    async with to_upgrade(config, project, HELD, crash) as fleet:
         report = await upgrade(fleet)
         (failure,) = report.failures
         assert failure.slug == "eve" and "its process or its server was lost each time" in str(failure.error)
@@ -353,20 +363,11 @@ async def test_what_may_have_been_committed_is_not_done_again(
     again: bool,
 ) -> None:
     """Nobody knows whether a change of rows outside a transaction was made; an index may be built again."""
-    calls: list[str] = []
-
-    def stop() -> None:
-        calls.append("eve")
-        if len(calls) == 1:
-            other.halt()
-
+    reached = Reached(other.halt)
     fail_over(monkeypatch, other)
-    async with open_fleet(config) as fleet:
-        await make(fleet)
-        project.add("0002", body, down="0001")
-        restarts.call_back("eve", stop)
+    async with to_upgrade(config, project, body, reached) as fleet:
         report = await upgrade(fleet)
-        assert len(calls) == (2 if again else 1)
+        assert reached.count == (2 if again else 1)
         if again:
             assert report.ok, report.failures
         else:
@@ -380,27 +381,18 @@ async def test_what_an_earlier_revision_has_committed_is_not_done_again(
     config: TenancyConfig, project: Project, other: TestServer, monkeypatch: pytest.MonkeyPatch, each: bool
 ) -> None:
     """Where all revisions share a transaction, it is not recorded before that is committed."""
-    calls: list[str] = []
-
-    def stop() -> None:
-        calls.append("eve")
-        if len(calls) == 1:
-            other.halt()
-
+    reached = Reached(other.halt)
     if each:
         project.configure("target_metadata=target_metadata, transaction_per_migration=True")
     fail_over(monkeypatch, other)
-    async with open_fleet(config) as fleet:
-        await make(fleet)
-        block = "with op.get_context().autocommit_block():\n    "
-        project.add("0002", block + "op.execute(\"INSERT INTO notes (body) VALUES ('0002')\")", down="0001")
-        project.add("0003", HELD.replace("INSERT INTO notes (body) VALUES ('0002')", "SELECT 1"), down="0002")
-        restarts.call_back("eve", stop)
+    block = f'with op.get_context().autocommit_block():\n    op.execute("{INSERT}")'
+    async with to_upgrade(config, project, block, reached) as fleet:
+        project.add("0003", HELD.replace(INSERT, "SELECT 1"), down="0002")
         report = await upgrade(fleet)
         assert report.ok is each, report.failures
         for slug in (*NEIGHBOURS, *OTHERS):
             assert await fleet.fetch(slug, "SELECT body FROM notes") == [("0002",)], slug
-        assert calls == ["eve"] * (2 if each else 1)
+        assert reached.count == (2 if each else 1)
         assert await fleet.revision("eve") == ("0003" if each else "0001")
 
 
@@ -420,36 +412,28 @@ async def test_a_data_migration_goes_on_at_its_last_batch(
     config: TenancyConfig, project: Project, other: TestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its batches and checkpoints are transactions of their own: each row is changed once."""
-    calls: list[str] = []
-
-    def stop() -> None:
-        calls.append("eve")
-        if len(calls) == 2:
-            other.halt()
-
+    reached = Reached(other.halt, at=2)
     fail_over(monkeypatch, other)
     async with open_fleet(config) as fleet:
         await fleet.create("eve", server="other")
         await fleet.execute("eve", "INSERT INTO notes (body) SELECT 'x' FROM generate_series(1, 3000)")
         path = project.add("0002", "pass", down="0001")
         path.write_text(path.read_text() + DATA)
-        restarts.call_back("eve", stop)
+        restarts.call_back("eve", reached)
         report = await upgrade(fleet)
         assert report.ok, report.failures
         assert await fleet.fetch("eve", "SELECT DISTINCT body FROM notes") == [("x+",)]
-        assert len(calls) > 2
+        assert reached.count > 2
 
 
 async def test_a_grant_hook_whose_server_is_lost_runs_again(
     config: TenancyConfig, project: Project, other: TestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The registry has the revision only once the rights are set."""
-    calls: list[str] = []
+    reached = Reached(other.halt, at=2)
 
     def hook(target: GrantTarget) -> list[str]:
-        calls.append(target.role)
-        if len(calls) == 2:
-            other.halt()
+        reached()
         return [f"GRANT SELECT ON public.notes TO {target.role}"]
 
     fail_over(monkeypatch, other)
@@ -459,7 +443,7 @@ async def test_a_grant_hook_whose_server_is_lost_runs_again(
         report = await upgrade(fleet)
         assert report.ok, report.failures
         await are_applied_once(fleet, "eve")
-        assert len(calls) == 3
+        assert reached.count == 3
 
 
 async def test_ctrl_c_ends_a_run_that_waits_for_a_server(
@@ -478,9 +462,7 @@ async def test_ctrl_c_ends_a_run_that_waits_for_a_server(
                 await running
         states = {one.slug: one.state for one in await fleet.migrations.run_tenants(1)}
         assert sorted(states.values()) == ["done"] * (len(NEIGHBOURS) + 1) + ["waiting"] * 2
-        other.start_again()
-        breaker = fleet.services.servers["other"].breaker
-        await until(lambda: not breaker.is_open, seconds=SECONDS)
+        await start_again(fleet, other)
         async with asyncio.timeout(SECONDS):
             assert (await fleet.migrations.resume(1)).ok
         await are_applied_once(fleet, *NEIGHBOURS, *OTHERS)

@@ -46,6 +46,12 @@ class Reaching:
         return self.started
 
 
+def outages_of(reaching: Reaching, health: Health) -> Outages:
+    made = Outages(cast("Any", reaching))
+    made.health = health
+    return made
+
+
 def a_tenant() -> Tenant:
     placement = Placement(server="one", database="db", role="role", sealed_password=b"")
     return Tenant(id=uuid4(), slug="acme", status=Status.ACTIVE, tier="free", placement=placement)
@@ -105,7 +111,7 @@ async def test_a_tenant_waits_where_its_server_was_restarted(
     health, reaching = Health(10.0), Reaching()
     health.answered("one")
     reaching.started = started
-    outages = Outages(cast("Any", reaching), health)
+    outages = outages_of(reaching, health)
     assert await outages.waits(a_tenant(), error, since=clock.now, server_started=session) is waits
     assert health.awaited == (ONE if started is None else NONE)
 
@@ -117,7 +123,7 @@ async def test_a_tenant_waits_where_the_server_was_down_in_its_time(clock: Clock
     health.silent("one")
     clock.now += 1.0
     reaching.started = STARTED
-    outages = Outages(cast("Any", reaching), health)
+    outages = outages_of(reaching, health)
     assert await outages.waits(a_tenant(), LOST, since=began, server_started=STARTED)
     clock.now += 1.0
     assert not await outages.waits(a_tenant(), LOST, since=clock.now, server_started=STARTED)
@@ -128,7 +134,7 @@ async def test_tenants_that_cannot_be_connected_to_fail_where_the_server_answers
     health, reaching = Health(10.0), Reaching()
     health.answered("one")
     reaching.started = STARTED
-    outages = Outages(cast("Any", reaching), health)
+    outages = outages_of(reaching, health)
     for tenant, more in ((a_tenant(), True), (a_tenant(), False)):
         health.failed("one")
         assert await outages.waits(tenant, GONE, since=clock.now)
@@ -162,7 +168,7 @@ def test_a_server_that_goes_down_after_its_log_ins_failed_is_found_again(clock: 
 async def test_every_other_error_is_a_failure(clock: Clock, error: Exception) -> None:
     health = Health(10.0)
     health.answered("one")
-    assert not await Outages(cast("Any", Reaching()), health).waits(a_tenant(), error, since=clock.now)
+    assert not await outages_of(Reaching(), health).waits(a_tenant(), error, since=clock.now)
 
 
 async def test_a_server_that_is_awaited_no_longer_lets_its_tenants_fail(clock: Clock) -> None:
@@ -170,4 +176,4 @@ async def test_a_server_that_is_awaited_no_longer_lets_its_tenants_fail(clock: C
     health.answered("one")
     health.failed("one")
     clock.now += 10.0
-    assert not await Outages(cast("Any", Reaching()), health).waits(a_tenant(), GONE, since=clock.now)
+    assert not await outages_of(Reaching(), health).waits(a_tenant(), GONE, since=clock.now)
