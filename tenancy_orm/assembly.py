@@ -10,8 +10,6 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol
 from uuid import UUID
 
-import asyncpg
-
 from .adoption import AdoptionManager
 from .audit.checkpoints import Signer
 from .audit.log import AuditLog
@@ -26,13 +24,7 @@ from .config import TenancyConfig
 from .connections import ConnectionLeases
 from .control.database import ControlDatabase, head
 from .control.names import Names
-from .errors import (
-    AdministratorNeededError,
-    ConfigurationError,
-    ProvisioningError,
-    ServerUnavailableError,
-    TenancyError,
-)
+from .errors import ConfigurationError, TenancyError
 from .events import EventBus, ServerChanged
 from .exports import ErasureManager, ExportManager
 from .housekeeping import Housekeeping
@@ -43,6 +35,7 @@ from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetServices, MetadataSchema
 from .moves import MoveManager
+from .opening import check_servers, prepare_servers, settle_tiers, upgrade_control
 from .operations import OperationManager, Operations
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
@@ -79,13 +72,12 @@ from .seeds.creation import NewTenantSeeds
 from .seeds.loading import SeedSet
 from .seeds.schema import SeededSchema
 from .servers import Servers
-from .servers.inspection import check_rows, inspect_servers
 from .servers.placement import Placer
 from .servers.sealed import SealedAddresses
 from .tenants.domain_upkeep import DomainUpkeep
 from .tenants.domains import ConfiguredTextRecords, DomainManager
 from .tenants.manager import TenantManager
-from .tenants.tiers import TierRegistry, differing
+from .tenants.tiers import TierRegistry
 from .warming import NewTenantConnections, Warming
 from .worker import built_in_jobs
 
@@ -93,9 +85,6 @@ logger = logging.getLogger("tenancy_orm")
 
 _UPDATE_SECONDS = 300.0  # how often a process reads the data keys, in case it missed the notification of a new one
 _SERVERS_SECONDS = 60.0  # how often a process reads the servers' rows, in case it missed a notification
-
-
-_CHECK_SECONDS = 3.0  # how long opening waits for a server that does not answer
 
 
 class _ProvidedServer(Protocol):
@@ -220,11 +209,13 @@ class Assembly:
         self.compatibility = await load_compatibility(self.config)
         await self._open_control(initialise)
         self._build_parts()
-        await self._check_servers()
+        await check_servers(self.config, self.control, self.servers, self.leases)
         self.tiers = TierRegistry(self.control, self.audit)
-        await self._settle_tiers(initialise)
+        weights = await settle_tiers(self.tiers, self.config, initialise=initialise)
+        # unbound: whoever opens it may be bound to a tenant of another one
+        Context().run(self.router.reweigh, weights)
         if initialise:
-            await self._prepare_servers()
+            await prepare_servers(self.servers, self.provisioner, is_new=self._is_new)
         self.servers.on_change(self._announce_server)
         self._start(self._refresh_servers_repeatedly())
         # before it is open: an opening that is cancelled has begun to listen
@@ -253,7 +244,7 @@ class Assembly:
                 refuse_loss((await PreparationPlan.read_from(config, self.control, self.servers)).closings)
             revision = await self.control.revision()
             self._is_new = revision is None
-            await self._upgrade_control()
+            await upgrade_control(config, self.control, self.servers)
             self.control.upgraded_from = revision if revision != head() else None
         await self.control.open()
         await check_keys(self.control, encryption_keys=config.sealing_keys, peppers=config.keys.decoded_peppers)
@@ -276,6 +267,31 @@ class Assembly:
             self._start(self._update_keys_repeatedly(self._data_keys))
 
     def _build_parts(self) -> None:
+        self._build_routing()
+        self._build_provisioning()
+        self._build_secrets()
+        self._build_credentials()
+        self._build_metering()
+        self._build_tenants()
+        self._build_operations()
+        self._build_upkeep()
+        self.internals = Internals(
+            control=self.control,
+            registry=self.registry,
+            directory=self.directory,
+            servers=self.servers,
+            router=self.router,
+            leases=self.leases,
+            provisioner=self.provisioner,
+            sampler=self.sampler,
+            rates=self.rates,
+            tier_policies=self.tier_policies,
+            task_signer=self._build_task_signer(),
+            _usage_exporter=self.usage_exporter,
+        )
+
+    def _build_routing(self) -> None:
+        """Build what a request passes on its way to a database, and let changes of tenants reach it."""
         config, events = self.config, self.events
         self.registry = Registry(self.control, self.audit, usage_billed=config.metering.usage_sender is not None)
         self.sealed = SealedPasswords(self.control, self.audit, self.keyring, self._data_keys)
@@ -306,226 +322,6 @@ class Assembly:
         self.directory.on_schema_change(self.router.schema_changed)
         self.directory.on_server_change(self.servers.refresh_soon)
         self.sealed.on_read(self.directory.invalidate)
-        self._build_provisioning()
-        self.keys = KeyManager(self.control, config, self.directory, self.audit, events)
-        self._build_members()
-        self.quotas = QuotaManager(self.control, config, events, self.audit)
-        self._opened.append(self.quotas.close)
-        self.directory.on_invalidate(self.quotas.invalidate)
-        self.metrics = TenantMetrics(self.control)
-        self.schedules = ScheduleManager(self.control, self.audit)
-        self.sampler = StorageSampler(self.control, self.quotas, self.provisioner)
-        placer, provided = Placer(config, self.control, self.servers), self._provided
-        self.server_manager = ServerManager(
-            config=config,
-            control=self.control,
-            audit=self.audit,
-            servers=self.servers,
-            addresses=self.addresses,
-            registry=self.registry,
-            provisioner=self.provisioner,
-            placer=placer,
-            leases=self.leases,
-            embedded=provided is not None and config.servers == {"default": provided.server_url},
-        )
-        self.tenants = TenantManager(
-            config=config,
-            registry=self.registry,
-            directory=self.directory,
-            provisioner=self.provisioner,
-            names=self.names,
-            keyring=self.keyring,
-            events=events,
-            placer=placer,
-        )
-        records = ConfiguredTextRecords(config.domains)
-        self.domains = DomainManager(self.control, self.audit, records, config.domains)
-        self._build_billing()
-        operations = Operations(self.control)
-        self.operations = OperationManager(operations, self.registry)
-        self._build_backups()
-        tombstones = Tombstones(config, self.control, self.audit, self.signer, self.backups)
-        self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events, tombstones)
-        self.rebuilding = RegistryRebuilding(
-            config=config,
-            control=self.control,
-            audit=self.audit,
-            registry=self.registry,
-            operations=operations,
-            provisioner=self.provisioner,
-            secrets=self.secrets,
-            tombstones=tombstones,
-            leases=self.leases,
-            data_keys=self._data_keys,
-        )
-        self.clones = CloneManager(config, operations, self.tenants, self.migrations, events)
-        self.moves = MoveManager(
-            config=config,
-            registry=self.registry,
-            provisioner=self.provisioner,
-            operations=operations,
-            tenants=self.tenants,
-            placer=placer,
-            control=self.control,
-        )
-        self.erasures = ErasureManager(
-            config=config,
-            control=self.control,
-            registry=self.registry,
-            audit=self.audit,
-            signer=self.signer,
-            backups=self.backups,
-            operations=operations,
-        )
-        self.housekeeping = Housekeeping(
-            config=config,
-            registry=self.registry,
-            tenants=self.tenants,
-            members=self.members,
-            revocations=self.revocations,
-            domains=DomainUpkeep(self.control, self.audit, records, config.domains, events),
-            provisioner=self.provisioner,
-            secrets=self.secrets,
-            audit=self.audit,
-            quotas=self.quotas,
-            catch_up=self.catch_up,
-            runs=RunRecords(self.control),
-            moves=self.moves,
-            sampler=self.sampler,
-            metrics=self.metrics,
-            backups=self.backups,
-            tier_policies=self.tier_policies,
-            usage_exporter=self.usage_exporter,
-            restores=self.restores,
-            erasures=self.erasures,
-            clones=self.clones,
-        )
-        self.recovery = RecoveryManager(config, self.control, self.registry, self.servers, self.names, self.audit)
-        self.adoption = AdoptionManager(self.migrations, self.tenants, operations, placer)
-        self.exports = ExportManager(config, self.registry, self.router, self.provisioner.readers, operations)
-        self.jobs = Jobs(self.control)
-        upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)
-        self.built_in_jobs = built_in_jobs(
-            config, self.housekeeping, self.provisioner.warm_pool, upgrades, self.backups, self.recovery
-        )
-        self.internals = Internals(
-            control=self.control,
-            registry=self.registry,
-            directory=self.directory,
-            servers=self.servers,
-            router=self.router,
-            leases=self.leases,
-            provisioner=self.provisioner,
-            sampler=self.sampler,
-            rates=self.rates,
-            tier_policies=self.tier_policies,
-            task_signer=self._build_task_signer(),
-            _usage_exporter=self.usage_exporter,
-        )
-
-    async def _check_servers(self) -> None:
-        """Refuse a pooler for administration, and another maintenance database than the one in use.
-
-        A server that does not answer now does not delay the opening for long: its first connection is checked.
-        """
-        default = self.config.default_server
-        known = dict(self.servers)
-        if default is not None and default not in known:
-            raise ConfigurationError(
-                f"default_server is {default!r}, which is not among the servers: {', '.join(known)}; correct it, or "
-                f"unset it and run: tenancy servers add {default}"
-            )
-        new = [name for name, server in known.items() if server.row is None or server.row.identity is None]
-        found = await inspect_servers(known, timeout=_CHECK_SECONDS)
-        # those with their addresses in their rows were verified by the command that put them there; one of them that is
-        # removed in this moment must not be added again
-        saved = {
-            name: server
-            for name, server in known.items()
-            if name in self.config.server_addresses and (server.row is None or server.row.sealed_addresses is None)
-        }
-        await self.control.save_servers(
-            {name: (server.host, server.port) for name, server in saved.items()},
-            maintenance={
-                name: found[name].database if name in found else server.dsn.database for name, server in saved.items()
-            },
-            identities={name: facts.identity for name, facts in found.items() if name in saved},
-        )
-        await self.servers.refresh()
-        rows = [server.row for server in self.servers.values() if server.row is not None]
-        check_rows(rows, found, new=new)
-        await self.leases.open({name: found[name].connections if name in found else None for name in self.servers})
-
-    async def _prepare_servers(self) -> None:
-        """Prepare every server. One that cannot be logged in to is no reason not to open: the others' tenants work.
-
-        A new installation is another matter: there it is a mistake, and nothing else is left to work.
-        """
-        names = list(self.servers)
-        work = (self.provisioner.prepare_server(name) for name in names)
-        failed: list[BaseException] = []
-        for name, error in zip(names, await asyncio.gather(*work, return_exceptions=True), strict=True):
-            if isinstance(error, (ServerUnavailableError, ProvisioningError)) and not self._is_new:
-                self.provisioner.unprepared[name] = error
-                logger.warning(
-                    "server %s is not prepared now, and is before the next tenant is created on it: %s", name, error
-                )
-            elif isinstance(error, BaseException):
-                failed.append(error)
-        if failed:
-            raise failed[0]
-
-    async def _settle_tiers(self, initialise: bool) -> None:
-        """Put the configured tiers in force where that was asked for, or where there are none yet."""
-        in_force = {} if initialise else await self.tiers.in_force()
-        if not in_force:
-            await self.tiers.apply(self.config.tiers)
-        weights = await self.tiers.weights()
-        if in_force and (names := differing(in_force, self.config.tiers, weights)):
-            logger.warning(
-                "the configured tiers %s are not the ones in force, which stay; run tenancy tiers apply to change them",
-                ", ".join(names),
-            )
-        # unbound: whoever opens it may be bound to a tenant of another one
-        Context().run(self.router.reweigh, weights)
-
-    async def _update_weights(self) -> None:
-        try:
-            self.router.reweigh(await self.tiers.weights())
-        except TenancyError as exc:
-            logger.warning("the weights of tiers could not be read again: %s", exc)
-
-    async def _upgrade_control(self) -> None:
-        """Upgrade the control database, as its server's administrator where its own role may not do everything."""
-        try:
-            await self.control.upgrade()
-        except AdministratorNeededError:
-            own = self.config.listen_dsn or self.control.dsn
-            server = next((s for s in self.servers.values() if s.dsn.shares_host(own)), None)
-            if server is None:
-                raise  # it is none of the tenants' servers, the ones that have an administrator
-            try:
-                administrator = await server.connect_admin()
-            except asyncpg.PostgresError as exc:
-                raise server.unavailable(exc) from exc
-            try:
-                await self.control.upgrade(administrator=administrator)
-            finally:
-                await administrator.close(timeout=5)
-
-    def _follow_servers(self) -> None:
-        self.addresses = SealedAddresses(self.control, self.keyring, self._data_keys)
-        self.servers.follow(self.addresses, self.names.owner)
-
-    def _announce_server(self, name: str) -> None:
-        server = self.servers.get(name)
-        row = None if server is None else server.row
-        self.events.emit(ServerChanged(server=name, state=None if row is None else row.state))
-
-    async def _refresh_servers_repeatedly(self) -> None:
-        while True:
-            await asyncio.sleep(_SERVERS_SECONDS)
-            self.servers.refresh_soon()
 
     def _build_provisioning(self) -> None:
         config = self.config
@@ -557,23 +353,11 @@ class Assembly:
             requests_wait=lambda server: bool(self.router.waiting().get(server)),
         )
         self._opened.append(self.provisioner.close)
-        self._stores = Stores(config.backup)
-        self._backup_keys = BackupKeys(self.control, self.audit, self.keyring, self._data_keys, self._stores)
-        self.secrets = SecretManager(
-            config=config,
-            registry=self.registry,
-            sealed=self.sealed,
-            servers=self.servers,
-            names=self.names,
-            keyring=self.keyring,
-            data_keys=self._data_keys,
-            addresses=self.addresses,
-            audit=self.audit,
-            backup_keys=self._backup_keys,
-        )
-        self._opened.append(self.secrets.close)
+        self._build_migrations(schema, seeds)
+
+    def _build_migrations(self, schema: AlembicSchema | MetadataSchema, seeds: SeedSet) -> None:
         services = FleetServices(
-            config=config,
+            config=self.config,
             control=self.control,
             keyring=self.keyring,
             registry=self.registry,
@@ -593,6 +377,117 @@ class Assembly:
             gate = RevisionGate(self.compatibility, self.registry, self.events, start=self._start)
             self.directory.judge_by(gate.judge)
 
+    def _build_secrets(self) -> None:
+        config = self.config
+        self._stores = Stores(config.backup)
+        self._backup_keys = BackupKeys(self.control, self.audit, self.keyring, self._data_keys, self._stores)
+        self.secrets = SecretManager(
+            config=config,
+            registry=self.registry,
+            sealed=self.sealed,
+            servers=self.servers,
+            names=self.names,
+            keyring=self.keyring,
+            data_keys=self._data_keys,
+            addresses=self.addresses,
+            audit=self.audit,
+            backup_keys=self._backup_keys,
+        )
+        self._opened.append(self.secrets.close)
+
+    def _build_credentials(self) -> None:
+        self.keys = KeyManager(self.control, self.config, self.directory, self.audit, self.events)
+        read = None if self._data_keys is None else self._data_keys.open
+        signer = InvitationSigner(self.control.installation, self.config.sealing_keys, read=read)
+        if self._data_keys is not None:
+            self._data_keys.on_read(signer.keys.add)
+        self.members = MemberManager(self.control, self.config.members, self.directory, self.audit, self.events, signer)
+        self._opened.append(self.members.close)
+        self.revocations = RevocationManager(self.control, self.directory, self.audit, self.events)
+
+    def _build_metering(self) -> None:
+        self.quotas = QuotaManager(self.control, self.config, self.events, self.audit)
+        self._opened.append(self.quotas.close)
+        self.directory.on_invalidate(self.quotas.invalidate)
+        self.metrics = TenantMetrics(self.control)
+        self.schedules = ScheduleManager(self.control, self.audit)
+        self.sampler = StorageSampler(self.control, self.quotas, self.provisioner)
+
+    def _build_tenants(self) -> None:
+        config, provided = self.config, self._provided
+        self._placer = Placer(config, self.control, self.servers)
+        self.server_manager = ServerManager(
+            config=config,
+            control=self.control,
+            audit=self.audit,
+            servers=self.servers,
+            addresses=self.addresses,
+            registry=self.registry,
+            provisioner=self.provisioner,
+            placer=self._placer,
+            leases=self.leases,
+            embedded=provided is not None and config.servers == {"default": provided.server_url},
+        )
+        self.tenants = TenantManager(
+            config=config,
+            registry=self.registry,
+            directory=self.directory,
+            provisioner=self.provisioner,
+            names=self.names,
+            keyring=self.keyring,
+            events=self.events,
+            placer=self._placer,
+        )
+        self._text_records = ConfiguredTextRecords(config.domains)
+        self.domains = DomainManager(self.control, self.audit, self._text_records, config.domains)
+        self.tier_policies = TierPolicies(self.control, self.config, self.events, self.audit, self.tenants)
+        sender = self.config.metering.usage_sender
+        self.usage_exporter = None if sender is None else UsageExporter(self.control, sender, self.events)
+        if (close := getattr(sender, "close", None)) is not None:
+            self._opened.append(close)
+
+    def _build_operations(self) -> None:
+        """Build what works on a tenant's whole database, and records it as an operation."""
+        config, events = self.config, self.events
+        operations = Operations(self.control)
+        self.operations = OperationManager(operations, self.registry)
+        self._build_backups()
+        tombstones = Tombstones(config, self.control, self.audit, self.signer, self.backups)
+        self.restores = RestoreManager(config, operations, self.tenants, self.migrations, events, tombstones)
+        self.rebuilding = RegistryRebuilding(
+            config=config,
+            control=self.control,
+            audit=self.audit,
+            registry=self.registry,
+            operations=operations,
+            provisioner=self.provisioner,
+            secrets=self.secrets,
+            tombstones=tombstones,
+            leases=self.leases,
+            data_keys=self._data_keys,
+        )
+        self.clones = CloneManager(config, operations, self.tenants, self.migrations, events)
+        self.moves = MoveManager(
+            config=config,
+            registry=self.registry,
+            provisioner=self.provisioner,
+            operations=operations,
+            tenants=self.tenants,
+            placer=self._placer,
+            control=self.control,
+        )
+        self.erasures = ErasureManager(
+            config=config,
+            control=self.control,
+            registry=self.registry,
+            audit=self.audit,
+            signer=self.signer,
+            backups=self.backups,
+            operations=operations,
+        )
+        self.adoption = AdoptionManager(self.migrations, self.tenants, operations, self._placer)
+        self.exports = ExportManager(config, self.registry, self.router, self.provisioner.readers, operations)
+
     def _build_backups(self) -> None:
         services = BackupServices(
             config=self.config,
@@ -610,14 +505,38 @@ class Assembly:
         )
         self.backups = BackupManager(services)
 
-    def _build_members(self) -> None:
-        read = None if self._data_keys is None else self._data_keys.open
-        signer = InvitationSigner(self.control.installation, self.config.sealing_keys, read=read)
-        if self._data_keys is not None:
-            self._data_keys.on_read(signer.keys.add)
-        self.members = MemberManager(self.control, self.config.members, self.directory, self.audit, self.events, signer)
-        self._opened.append(self.members.close)
-        self.revocations = RevocationManager(self.control, self.directory, self.audit, self.events)
+    def _build_upkeep(self) -> None:
+        """Build what runs from a timer or a worker."""
+        config = self.config
+        self.housekeeping = Housekeeping(
+            config=config,
+            registry=self.registry,
+            tenants=self.tenants,
+            members=self.members,
+            revocations=self.revocations,
+            domains=DomainUpkeep(self.control, self.audit, self._text_records, config.domains, self.events),
+            provisioner=self.provisioner,
+            secrets=self.secrets,
+            audit=self.audit,
+            quotas=self.quotas,
+            catch_up=self.catch_up,
+            runs=RunRecords(self.control),
+            moves=self.moves,
+            sampler=self.sampler,
+            metrics=self.metrics,
+            backups=self.backups,
+            tier_policies=self.tier_policies,
+            usage_exporter=self.usage_exporter,
+            restores=self.restores,
+            erasures=self.erasures,
+            clones=self.clones,
+        )
+        self.recovery = RecoveryManager(config, self.control, self.registry, self.servers, self.names, self.audit)
+        self.jobs = Jobs(self.control)
+        upgrades = BackgroundUpgrades(self.migrations, self.catch_up, self.first_use.attempts)
+        self.built_in_jobs = built_in_jobs(
+            config, self.housekeeping, self.provisioner.warm_pool, upgrades, self.backups, self.recovery
+        )
 
     def _build_task_signer(self) -> TenantSigner:
         read = None if self._data_keys is None else self._data_keys.open
@@ -632,12 +551,25 @@ class Assembly:
             self._data_keys.on_read(tokens.keys.add)
         return tokens
 
-    def _build_billing(self) -> None:
-        self.tier_policies = TierPolicies(self.control, self.config, self.events, self.audit, self.tenants)
-        sender = self.config.metering.usage_sender
-        self.usage_exporter = None if sender is None else UsageExporter(self.control, sender, self.events)
-        if (close := getattr(sender, "close", None)) is not None:
-            self._opened.append(close)
+    async def _update_weights(self) -> None:
+        try:
+            self.router.reweigh(await self.tiers.weights())
+        except TenancyError as exc:
+            logger.warning("the weights of tiers could not be read again: %s", exc)
+
+    def _follow_servers(self) -> None:
+        self.addresses = SealedAddresses(self.control, self.keyring, self._data_keys)
+        self.servers.follow(self.addresses, self.names.owner)
+
+    def _announce_server(self, name: str) -> None:
+        server = self.servers.get(name)
+        row = None if server is None else server.row
+        self.events.emit(ServerChanged(server=name, state=None if row is None else row.state))
+
+    async def _refresh_servers_repeatedly(self) -> None:
+        while True:
+            await asyncio.sleep(_SERVERS_SECONDS)
+            self.servers.refresh_soon()
 
     def _close_with(self, *providers: SecretProvider | KeyWrapper | None) -> None:
         self._opened.extend(provider.close for provider in providers if provider is not None)

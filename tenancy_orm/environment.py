@@ -352,7 +352,7 @@ class _Command:
         except PreflightError as exc:
             for slug, reason in exc.failures.items():
                 self.proxy.config.print_stdout("FAILED %s: %s", slug, reason)
-            # Alembic prints and logs this message: each failure is told above
+            # Alembic prints and logs this message: each failure is shown above
             raise CommandError(
                 f"preflight: {len(exc.failures)} of {counted(exc.total)} failed, and none was touched"
             ) from exc

@@ -32,7 +32,7 @@ def tenant_prefix(tenant: Tenant | UUID | str | None = None, *, separator: str =
     write it in front of the name; names that end up in paths need ``checked_path`` as well.
 
     Args:
-        tenant: Whose: the bound one where None; else a ``Tenant`` or an id.
+        tenant: A ``Tenant`` or an id; the bound tenant where None.
         separator: ``"/"``, ``":"`` or ``"."``: NATS separates the parts of a subject by ``"."``.
 
     Raises:

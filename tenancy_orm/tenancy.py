@@ -145,7 +145,7 @@ class Tenancy:
         ``READ COMMITTED``. For one snapshot for all of them, give ``isolation_level="REPEATABLE READ"`` as well.
 
         Args:
-            tenant: Whose database: a slug, an id or a ``Tenant``; the bound tenant's where None.
+            tenant: A slug, an id or a ``Tenant``; the bound tenant where None.
             operator: Admit a tenant in maintenance; not a request that its maintenance has ended.
             read_only: Whether it only reads.
             replica: Whether a replica may serve it. It needs ``read_only``; where no replica can serve it, the primary
@@ -266,7 +266,7 @@ class Tenancy:
 
         Args:
             func: A function, a coroutine function, or another callable.
-            tenant: Whose: a slug, an id or a ``Tenant``, looked up with every call; the tenant bound now where None.
+            tenant: A slug, an id or a ``Tenant``, looked up with every call; the tenant bound now where None.
 
         Raises:
             NoTenantError: no tenant is given and none is bound.
@@ -684,7 +684,7 @@ class Tenancy:
         Args:
             jobs: The names of those to do; all where None.
             stop_seconds: How long running jobs may go on after ``stop``; ``worker.stop_seconds`` where None.
-            alive_file: A file whose modification time shows that the worker's event loop runs.
+            alive_file: A file that is touched again and again while the worker's event loop runs.
 
         Raises:
             ConfigurationError: there is no job of such a name, or there are two.

@@ -65,7 +65,7 @@ class Worker:
         registered: What to do. Names of others are left to other workers.
         events: Receives ``JobDone``, ``JobFailed``, ``JobTakenOver`` and ``JobLost``.
         stop_seconds: How long running jobs may go on after ``stop``.
-        alive_file: A file whose modification time shows that the worker's event loop runs.
+        alive_file: A file that is touched again and again while the worker's event loop runs.
 
     Raises:
         ConfigurationError: two jobs have one name.

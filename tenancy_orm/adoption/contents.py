@@ -204,7 +204,7 @@ async def _check_schema(opened: OpenSource) -> list[str]:
             notes.append(f"partition {row['partition']} of table {row['of']} does not come along")
     if lost:
         raise AdoptionError(
-            f"tables of schema {source.schema!r} have partitions outside of it, whose rows would be lost: "
+            f"tables of schema {source.schema!r} have partitions outside of it, and their rows would be lost: "
             + "; ".join(f"{_listed(partitions)} (of {name})" for name, partitions in lost.items())
             + f"; move them in the source: ALTER TABLE {next(iter(lost.values()))[0]} SET SCHEMA {source.schema}"
         )

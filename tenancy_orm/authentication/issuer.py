@@ -67,7 +67,7 @@ class IssuerKeys(KeySource):
     """The keys that an issuer publishes.
 
     Args:
-        issuer: The issuer, whose discovery document names the address of the keys.
+        issuer: The issuer. Its discovery document names the address of the keys.
         url: The address of the keys; then the discovery document is not read.
         algorithms: Those that keys are used for.
         keys_seconds: How long keys are used before they are fetched again. An answer with ``Cache-Control: max-age``

@@ -103,7 +103,7 @@ class KeyManager:
         """Issue a key. A tenant can have any number of them.
 
         Args:
-            tenant: Whose key.
+            tenant: The tenant that gets the key.
             name: What people call it.
             scopes: What it may do, in the words of the application's routes; ``*`` is everything.
             expires_at: When it expires, an aware datetime; never where None.

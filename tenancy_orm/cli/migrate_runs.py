@@ -22,7 +22,7 @@ Arguments = Annotated[
     list[str] | None, typer.Option("-x", help="An argument that the run was started with by -x; repeatable.")
 ]
 
-_SHOWN = 50  # tenants that "show" lists, unless it is told otherwise
+_SHOWN = 50  # tenants that "show" lists by default
 
 
 def runs(

@@ -162,7 +162,7 @@ class CloneManager:
                 come along only where the rules say so; without rules, everything does.
             require_rules: Refuse columns without a rule in which people's data may be: text, JSON, bytes, addresses.
             tier: The clone's tier; the tenant's where None.
-            metadata: The clone's metadata; the tenant's is not copied. ``clone`` in it says whose clone it is.
+            metadata: The clone's metadata; the tenant's is not copied. ``clone`` in it names the cloned tenant.
             server: As for ``tenants.create``.
             accept: Let through code that the revision does not make, because an operator has looked at it.
             tell: Called with each step that begins.

@@ -105,7 +105,7 @@ class Names:
     def parse(self, name: str) -> UUID | None:
         """The number in the name of one of this installation's tenants' databases or roles, or None.
 
-        It is the id of the tenant, unless the database comes from the warm pool: the registry knows whose it is.
+        It is the id of the tenant, unless the database comes from the warm pool: the registry knows its tenant.
         """
         match = self._tenant.fullmatch(name)
         return UUID(hex=match[1]) if match else None

@@ -19,7 +19,6 @@ SELECT c.oid, n.nspname::text AS schema, c.relname::text AS name, c.relkind::tex
        pg_catalog.row_security_active(c.oid) AS hides_rows,
        pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND (pg_catalog.has_table_privilege(c.oid, 'SELECT')
          OR pg_catalog.has_any_column_privilege(c.oid, 'SELECT')) AS is_readable,
-       pg_catalog.has_table_privilege(c.oid, 'SELECT') AS is_lockable,
        EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
                AND d.objid = c.oid AND d.deptype = 'e') AS of_extension,
        CASE WHEN c.relkind = 'p' THEN pg_catalog.pg_get_partkeydef(c.oid) END AS partitioned_by,
@@ -178,7 +177,6 @@ class Relation:
         kind: "r" table, "p" partitioned table, "v" view, "m" materialized view, "f" foreign table.
         hides_rows: Whether row security applies to this login.
         is_readable: Whether this login may read some of it.
-        is_lockable: Whether it may read all columns.
         of_extension: Whether an extension made it.
         partitioned_by: The key of a partitioned table.
         inherits: The tables that it inherits from.
@@ -193,7 +191,6 @@ class Relation:
     kind: str
     hides_rows: bool
     is_readable: bool
-    is_lockable: bool
     of_extension: bool
     partitioned_by: str | None
     inherits: tuple[str, ...]

@@ -76,7 +76,7 @@ def _runs(item: TypeEngine[Any], module: str) -> bool:
         return False
     try:
         importlib.import_module(module)
-        # the text comes from the application's own type, whose code runs here anyhow
+        # the text comes from the application's own type, and its code runs here anyhow
         made = eval(f"{module}.{item!r}", {"sa": sqlalchemy, **_root(module)})  # noqa: S307
         return bool(made.compile(_dialect()) == item.compile(_dialect()))
     except Exception:  # noqa: BLE001 - whatever it is, the revision would fail by it

@@ -118,8 +118,7 @@ def data_migration(
 
     Args:
         table: The table.
-        key: The columns, of a unique index on columns that are NOT NULL, whose order the batches have; the primary key
-            where None.
+        key: The columns that order the batches, of a unique index on NOT NULL columns; the primary key where None.
         where: A condition of SQL for the rows that still have to be migrated; it is part of ``batch.rows``, and the
             function must make it false. The table is then gone through again until nothing is left, also of what old
             code has written since.

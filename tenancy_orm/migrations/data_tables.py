@@ -18,7 +18,7 @@ from ..errors import MigrationError
 from ..postgres.quoting import quote_identifier
 from .data_migrations import DataMigration
 
-# An index whose columns are the key, in their order, in which no two rows are equal, and with the order of ORDER BY.
+# A unique index on the key's columns, in their order, that sorts as ORDER BY does.
 # ``schemas`` are those of the operators of that order: where a tenant may create operators, a name could find its.
 _KEY = text("""
 WITH candidates AS (

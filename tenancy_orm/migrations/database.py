@@ -110,7 +110,7 @@ class DatabaseMigration:
 
     @property
     def _has_committed_rows(self) -> bool:
-        """Whether a revision that has failed has changed rows nevertheless."""
+        """Whether a revision that has failed has changed rows all the same."""
         return self._observer is not None and self._observer.has_committed_rows
 
     @property
@@ -228,7 +228,7 @@ class DatabaseMigration:
     def _has_data(self, state: State) -> bool:
         """Whether earlier upgrades have left data migrations unfinished, which this migration finishes.
 
-        That is every migration on whose way up they are; one that goes down reverses what they have done.
+        That is every migration that passes them on its way up; one that goes down reverses what they have done.
         """
         if not state.has_data or self.plan.command in ("stamp", "downgrade"):
             return False

@@ -32,7 +32,7 @@ _COMPILED = (".pyc", ".pyo")
 # their versions are part of the fingerprint; this package can be an editable installation
 _PACKAGES = ("alembic", "sqlalchemy", "tenancy_orm")
 _PACKAGE = "package://"  # of names; no path of a file has it
-# imports of modules whose names are made up: any module of the package may be one
+# imports of modules by names that are made at run time: any module of the package may be one
 _DYNAMIC = frozenset({"__import__", "entry_points", "import_module", "iter_modules", "walk_packages"})
 _MAY_BE_PATH = re.compile(r"(?=.*\w)[\w./-]{1,200}")
 # what machines have differently, and secrets

@@ -201,7 +201,7 @@ class MetadataSchema:
             found.append(str(statement.compile(dialect=_dialect())))
 
         self._metadata.create_all(create_mock_engine(_URL, compile_statement), checkfirst=False)
-        # a table's indexes are a set, whose order is another one in each process
+        # a table's indexes are a set, and its order is another one in each process
         return hashlib.sha256("\0".join([*statements, *sorted(indexes)]).encode()).hexdigest()
 
     def _create_all(self, connection: Connection) -> None:

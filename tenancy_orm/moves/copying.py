@@ -181,7 +181,7 @@ async def copy_tables(source: Connection, target: Connection, tables: Sequence[t
 
     Args:
         source: To the database that is copied.
-        target: To the other one, in which no trigger of these tables runs meanwhile: the rows that it writes are there.
+        target: To the other one, in which no trigger of these tables runs during the copy: their rows are copied too.
         tables: The tables, each after those that it refers to.
     """
     if not tables:

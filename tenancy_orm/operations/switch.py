@@ -297,7 +297,7 @@ class Switch:
             await self._services.registry.end_pause(before.id)
 
     async def _current(self, paused: Paused, before: Tenant) -> Tenant:
-        """Return the tenant as its row is; a switch whose commit is in doubt has ended by then."""
+        """Return the tenant as its row is; a switch has ended by then, even one with a commit in doubt."""
         if paused.switched is not None:
             return paused.switched
         return await self._services.registry.get_settled(before.id)

@@ -1,4 +1,4 @@
-"""One snapshot of a database, whose tables nobody rewrites while it is read.
+"""One snapshot of a database. Nobody rewrites its tables while it is read.
 
 A table that is truncated, or rewritten by an ALTER TABLE, has no rows for an older snapshot. So the tables are locked
 before the snapshot is taken; ``pg_dump`` locks those that it reads after that. Nor can a table become a view then,

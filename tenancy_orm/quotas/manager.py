@@ -142,7 +142,7 @@ class QuotaManager:
         The change takes effect with the commit, in every process.
 
         Args:
-            tenant: Whose limits.
+            tenant: The tenant with these limits.
             overrides: By resource: an amount, a ``Limit``, a mapping such as ``{"amount": 500, "period": "day"}`` (an
                 amount of None is no limit), or None to fall back to the tier. Other resources keep their overrides.
             actor: Who does this, for the audit log.
@@ -195,7 +195,7 @@ class QuotaManager:
         """Return what the tenant has used of each resource that it has a quota for, sorted by name.
 
         Args:
-            tenant: Whose usage.
+            tenant: The tenant that has used it.
             at: A time in the periods to report, an aware datetime; now where None.
 
         Raises:
@@ -273,7 +273,7 @@ class QuotaManager:
         next block, or with the notification of the change.
 
         Args:
-            tenant: Whose quota, by id or as a ``Tenant``.
+            tenant: The tenant with this quota, by id or as a ``Tenant``.
             resource: Which.
             block: How much is taken at once; less near the limit. The value of the first call applies while the result
                 is in use.

@@ -124,7 +124,7 @@ class Recorder:
         self._began = time.perf_counter()
 
     def listening(self, plan: Plan) -> Plan:
-        """Return a plan whose steps tell this recorder when a revision begins and ends."""
+        """Return a plan that tells this recorder when a revision begins and ends."""
 
         def steps(heads: Any, context: Any) -> Iterator[MigrationStep]:
             return map(self._told_of, plan.function(heads, context))

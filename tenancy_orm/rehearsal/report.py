@@ -82,9 +82,9 @@ class DifferenceReport:
 class CloneReport:
     """What happened on the clone of one tenant.
 
-    ``size`` is that of the tenant's database. ``lost_values`` are columns ("public.notes.body") whose values an upgrade
-    and downgrade do not bring back. ``left_out`` is what a clone does not get. ``error`` is why the tenant could not be
-    cloned, or a phase failed.
+    ``size`` is that of the tenant's database. ``lost_values`` are columns ("public.notes.body") with values that
+    an upgrade and downgrade do not bring back. ``left_out`` is what a clone does not get. ``error`` is why the tenant
+    could not be cloned, or a phase failed.
     """
 
     slug: str

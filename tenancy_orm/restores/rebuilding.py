@@ -63,7 +63,7 @@ _FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundDatabase:
-    """A database with the marker of a tenant that the registry does not know, or whose database it does not know.
+    """A database with the marker of a tenant that the registry lacks, or has without a database.
 
     Attributes:
         server: The server's name.

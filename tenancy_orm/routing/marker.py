@@ -91,7 +91,7 @@ async def verify(connection: Connection, installation: UUID, tenant_id: UUID, *,
     Args:
         connection: A new connection.
         installation: The id of this installation.
-        tenant_id: Whose database it must be.
+        tenant_id: The tenant that must own the database.
         tenant: The tenant's slug, for the error; its id where None.
 
     Raises:

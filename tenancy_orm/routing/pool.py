@@ -318,7 +318,7 @@ class TenantPool(RoutedPool):
             if self.connector.full_reset:
                 await connection._connection.reset(timeout=timeout)
             if connection.is_renamed:
-                # or nobody could tell whose it is
+                # or nobody could tell which tenant's it is
                 await connection.tag_again(timeout=timeout)
         except (*SERVER_FAILURES, TenancyError, asyncio.CancelledError) as exc:
             self.discard(record)

@@ -146,7 +146,7 @@ _CLAIM = text(
     "WHERE t.run = :run AND t.tenant_id = c.tenant_id RETURNING t.tenant_id, t.position, t.target, t.server, t.losses, "
     "CASE WHEN t.is_read THEN coalesce(t.revision_before, 'base') ELSE t.detail ->> 'origin' END AS origin"
 )
-# claimed by a transaction whose end this process did not learn
+# claimed by a transaction, and this process did not learn how it ended
 _FORGET_UNKNOWN = text(
     "UPDATE tenancy.migration_run_tenants SET claim = NULL, attempts = attempts - 1 "
     "WHERE run = :run AND claim = :me AND state = 'waiting' AND NOT tenant_id = ANY(CAST(:known AS uuid[]))"
@@ -285,7 +285,7 @@ class RunClaims:
         """Write what has ended and begun, renew the claim, and claim further tenants: one transaction.
 
         Args:
-            finished: The tenants whose migration has ended.
+            finished: The tenants that have been migrated, or have failed.
             started: Those that are being migrated, and were not announced yet.
             wanted: How many tenants to claim of each server, at most.
             holding: How many tenants of each server this process may migrate at once until it has the answer.

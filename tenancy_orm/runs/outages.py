@@ -1,4 +1,4 @@
-"""``Outages``: which servers of a run are down, and whether a tenant whose server goes down waits, or fails."""
+"""``Outages``: which servers of a run are down, and whether a tenant waits for its server, or fails."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class RunProgress:
     ``wave`` counts from 1, ``wave_name`` is its name. ``rate`` is tenants a second, of the last ``WINDOW_SECONDS``;
     ``remaining_seconds`` is for all that are left at this rate, without what waits between waves, None while the rate
     is 0. ``data_rows`` of about ``data_estimate`` are done by the data migrations that are under way. ``silent`` are
-    the processes that may have been killed, whose tenants the run waits for.
+    the processes that may have been killed: the run waits for their tenants.
     """
 
     run: int

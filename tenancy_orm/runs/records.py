@@ -242,7 +242,7 @@ _UNFINISHED_DATA = text(
     "ORDER BY t.run"
 )
 _ANY_LIVE = text(f"SELECT EXISTS (SELECT FROM tenancy.migration_run_processes p WHERE p.run = :run AND {LIVE})")  # noqa: S608 - a constant
-# a retry goes through waves whose tenants were skipped: when these wait again, their wave comes first, with its checks
+# a retry goes through waves with skipped tenants: when these wait again, their wave comes first, with its checks
 _GO_BACK = text(
     "UPDATE tenancy.migration_runs r SET wave = least(r.wave, (SELECT min(t.wave) "
     "FROM tenancy.migration_run_tenants t WHERE t.run = r.id AND t.state = 'waiting')) WHERE r.id = :run"

@@ -21,7 +21,7 @@ def heads_of(revision: str | None) -> Heads:
 
 
 class Return(Plan):
-    """A plan whose target is a set of heads, however many: the revisions that are not of their history are taken back.
+    """A plan that goes back to a set of heads, however many: the revisions outside their history are undone.
 
     It also upgrades, where an earlier run had downgraded. ``return_to`` makes one.
     """

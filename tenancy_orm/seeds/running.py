@@ -35,7 +35,7 @@ async def run_for_tenant(router: Router, tenant: Tenant, seed: Seed, *, timeout:
 
     Args:
         router: Gives the session.
-        tenant: Whose database.
+        tenant: The tenant.
         seed: The seed.
         timeout: Seconds that it may take.
         force: Run it even if its version was applied.

@@ -87,7 +87,7 @@ class SyncTenancy:
         """Open a session on a tenant's own database: ``with tenancy.sync.session() as session``.
 
         Args:
-            tenant: Whose database: a slug, an id or a ``Tenant``; the bound tenant's where None.
+            tenant: A slug, an id or a ``Tenant``; the bound tenant where None.
             operator: Admit a tenant in maintenance; not a request that its maintenance has ended.
             read_only: Whether it only reads, as in ``Tenancy.session``.
             replica: Whether a replica may serve it, as in ``Tenancy.session``; so are the next two.

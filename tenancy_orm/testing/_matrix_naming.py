@@ -14,7 +14,7 @@ from ._matrix_report import NOTHING
 from ._matrix_routes import JSON, WEBSOCKET
 from ._matrix_values import NAMES_OF_TENANTS
 
-# what proxies and applications read a tenant from, besides what the middleware is told
+# what proxies and applications read a tenant from, besides what the middleware is configured with
 _HEADERS: Final = ("X-Tenant", "X-Tenant-ID", "X-Tenant-Slug", "X-Org", "X-Org-ID", "X-Organization", "X-Account")
 _HOST_HEADERS: Final = ("X-Forwarded-Host", "X-Original-Host", "Forwarded")
 

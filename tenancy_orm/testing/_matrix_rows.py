@@ -34,7 +34,7 @@ class Rows:
 
     Args:
         tenancy: The open ``Tenancy``.
-        tenant: Whose.
+        tenant: The tenant.
         owned: Where what is planted is kept.
     """
 

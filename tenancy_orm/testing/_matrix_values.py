@@ -240,7 +240,7 @@ def body_of(schema: Mapping[str, Any], ids: Owned, texts: Owned, *, all_fields: 
 
     Args:
         schema: With its references resolved.
-        ids: Whose objects are named in it.
+        ids: The tenants that own the objects named in it.
         texts: Who says so: texts are of this tenant.
         all_fields: Whether optional fields have a value as well.
         noun: What the path says that it is about.

@@ -37,7 +37,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"backups"}),
     frozenset({"restores", "exports", "adoption", "clones", "moves"}),
     frozenset({"housekeeping", "warming"}),
-    frozenset({"internals", "worker"}),
+    frozenset({"internals", "opening", "worker"}),
     frozenset({"assembly", "scopes", "queries"}),
     frozenset({"lifetime"}),
     frozenset({"sync", "wrapping", "statements"}),
