@@ -24,6 +24,7 @@ from .events import EventBus, JobDone, JobFailed, JobLost, JobTakenOver
 from .housekeeping import Housekeeping
 from .jobs import Claimant, ClaimedJob, Job, JobResult, Jobs, keep_claims
 from .migrations.failures import describe
+from .postgres.errors import without_detail
 from .postgres.failures import SERVER_FAILURES
 from .provisioning import WarmPool
 from .restores.recovery import RecoveryManager
@@ -221,7 +222,7 @@ class Worker:
         except JobLostError:
             raise
         except Exception as exc:
-            logger.debug("%s failed", job.name, exc_info=exc)
+            logger.debug("%s failed", job.name, exc_info=without_detail(exc))
             error, after = describe(exc), self._retry_in(job, claimed.failures + 1)
         else:
             error = "; ".join(result.errors) or None if result is not None else None

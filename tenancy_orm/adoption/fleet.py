@@ -16,6 +16,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from ..errors import AdoptionError, TenancyError
 from ..migrations.services import FleetServices
+from ..postgres.errors import describe, without_detail
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from .fleet_plan import AdoptionPlan, PlannedTenant
@@ -224,13 +225,11 @@ class FleetAdoption:
         started = time.monotonic()
         try:
             return await work()
-        except TenancyError as exc:
-            error = str(exc)
-        except SERVER_FAILURES as exc:
-            error = reason_of(exc)
+        except (TenancyError, *SERVER_FAILURES) as exc:
+            error = describe(exc)
         except Exception as exc:  # whatever env.py and revisions raise is this tenant's alone
-            logger.exception("the adoption of tenant %s failed", one.slug)
-            error = f"{type(exc).__name__}: {exc}"
+            logger.exception("the adoption of tenant %s failed", one.slug, exc_info=without_detail(exc))
+            error = describe(exc)
         return FleetOutcome(slug=one.slug, state="failed", error=error, seconds=time.monotonic() - started)
 
     async def _check_schema(self, one: PlannedTenant, said: defaultdict[str, list[str]]) -> FleetOutcome:

@@ -25,6 +25,7 @@ from ..migrations.services import FleetServices
 from ..operations import Operation, Operations
 from ..postgres import connections as plain_connections
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import advisory_locks
 from ..provisioning.takeover import Takeover
@@ -245,7 +246,9 @@ class InPlace:
         try:
             rows = await connection.fetch(f"SELECT version_num::text FROM ONLY {self._version_table()}")  # noqa: S608 - quoted
         except asyncpg.PostgresError as exc:
-            raise AdoptionError(f"the version table of database {look.database!r} cannot be read: {exc}") from exc
+            raise AdoptionError(
+                f"the version table of database {look.database!r} cannot be read: {describe(exc)}"
+            ) from exc
         if frozenset(row[0] for row in rows) != look.heads:
             raise AdoptionError(f"database {look.database!r} has been migrated since it was looked at: try again")
 

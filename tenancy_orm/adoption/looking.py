@@ -23,6 +23,7 @@ from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.services import FleetServices
 from ..postgres import connections as plain_connections
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.programs import Programs, find_programs
@@ -234,7 +235,9 @@ class Looking:
         try:
             rows = await opened.connection.fetch(f"SELECT version_num::text FROM ONLY {quoted}")  # noqa: S608 - quoted
         except asyncpg.PostgresError as exc:
-            raise AdoptionError(f"the version table {quoted} of {opened.source} cannot be read: {exc}") from exc
+            raise AdoptionError(
+                f"the version table {quoted} of {opened.source} cannot be read: {describe(exc)}"
+            ) from exc
         return frozenset(row[0] for row in rows)
 
     def check_extensions(self, opened: OpenSource, contents: Contents) -> None:

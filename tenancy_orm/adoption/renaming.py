@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from ..drift.catalogue import Catalogue
 from ..errors import AdoptionError
 from ..postgres.connections import Connection, transaction
+from ..postgres.errors import describe
 from ..postgres.quoting import quote_identifier
 
 # Owned sequences, indexes, row types and arrays follow what they belong to. The functions that make the values of a
@@ -81,7 +82,9 @@ async def move_schema(connection: Connection, schema: str, into: str) -> None:
             try:
                 await connection.execute(moved)
             except Exception as exc:
-                raise AdoptionError(f"{row['kind'].lower()} {row['identity']} cannot become {into!r}'s: {exc}") from exc
+                raise AdoptionError(
+                    f"{row['kind'].lower()} {row['identity']} cannot become {into!r}'s: {describe(exc)}"
+                ) from exc
         for row in await connection.fetch(_FUNCTIONS, into):
             if (text := rewritten(row["definition"], schema, into)) != row["definition"]:
                 await connection.execute("SET LOCAL check_function_bodies = off")
@@ -89,7 +92,9 @@ async def move_schema(connection: Connection, schema: str, into: str) -> None:
         try:
             await connection.execute(f"DROP SCHEMA {quote_identifier(schema)}")
         except Exception as exc:
-            raise AdoptionError(f"schema {schema!r} has something that cannot become {into!r}'s: {exc}") from exc
+            raise AdoptionError(
+                f"schema {schema!r} has something that cannot become {into!r}'s: {describe(exc)}"
+            ) from exc
 
 
 def rewritten(definition: str, schema: str, into: str) -> str:

@@ -27,6 +27,7 @@ from ..errors import (
     TooManyAttemptsError,
 )
 from ..events import OperatorAdmitted, QuotaRefused
+from ..postgres.errors import without_detail
 from ..quotas.overrides import REQUEST_RATE
 from ..quotas.rates import Allowed, Denied
 from ..registry.lifecycle import check_revision, check_usable
@@ -271,7 +272,9 @@ class TenancyMiddleware:
             if away is None:
                 raise
             # nobody further out logs it, since it is answered
-            logger.error("a connection to server %s was lost during a request", away.server, exc_info=error)
+            logger.error(
+                "a connection to server %s was lost during a request", away.server, exc_info=without_detail(error)
+            )
             await self._answer(away, scope, connection, admitted=admitted)
         except BaseException as error:
             if labels is not None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 
 logger = logging.getLogger("tenancy_orm.backups")
@@ -45,7 +46,7 @@ async def unchanged(
         now = await read_sequences(connection, left_out=left_out, schemas=schemas)
     except SERVER_FAILURES as exc:
         # one was dropped, say; the dump is complete
-        logger.warning("the values of sequences are not in the manifest: %s", exc)
+        logger.warning("the values of sequences are not in the manifest: %s", describe(exc))
         return {}
     return {name: value for name, value in before.items() if now.get(name) == value}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any, cast, get_args
 
@@ -22,15 +21,6 @@ app = typer.Typer(
 )
 
 Number = Annotated[int, typer.Argument(help="The operation's number.", metavar="OPERATION")]
-
-# by kind: what of a ``Tenancy`` goes on with it
-_MANAGERS = {
-    "restore": "restores",
-    "clone": "clones",
-    "adopt": "adoption",
-    "move": "moves",
-    "export": "exports",
-}
 
 
 @app.command("list")
@@ -95,7 +85,18 @@ def resume(number: Number, as_json: Json = False) -> None:
     """Go on with an operation that waits, or that no process does any more."""
 
     async def command(tenancy: Tenancy) -> Any:
-        return await (await _method(tenancy, "resume", number))(number, actor=operator())
+        found = await tenancy.operations.get(number)
+        report: Any = None
+        match found.kind:
+            case "restore":
+                report = await tenancy.restores.resume(number, actor=operator())
+            case "adopt":
+                report = await tenancy.adoption.resume(number, actor=operator())
+            case "move" if found.state != "waiting":
+                report = await tenancy.moves.resume(number, actor=operator())
+            case _:
+                fail(_refusal(found))
+        return report
 
     _print(run(command), number, as_json)
 
@@ -107,7 +108,14 @@ def undo(number: Number, yes: Yes = False, as_json: Json = False) -> None:
         fail("nothing was changed")
 
     async def command(tenancy: Tenancy) -> Operation:
-        await (await _method(tenancy, "discard", number))(number, actor=operator())
+        found = await tenancy.operations.get(number)
+        match found.kind:
+            case "restore":
+                await tenancy.restores.discard(number, actor=operator())
+            case "adopt":
+                await tenancy.adoption.discard(number, actor=operator())
+            case _:
+                fail(_refusal(found))
         return await tenancy.operations.get(number)
 
     found = run(command)
@@ -141,15 +149,11 @@ def psql(
     raise typer.Exit(status)
 
 
-async def _method(tenancy: Tenancy, name: str, number: int) -> Callable[..., Awaitable[Any]]:
-    found = await tenancy.operations.get(number)
-    manager = getattr(tenancy, _MANAGERS.get(found.kind, ""), None)
-    method = getattr(manager, name, None)
-    if method is None or (found.kind == "move" and found.state == "waiting"):
-        is_over = found.state not in ("running", "waiting")
-        what = f"operation {number} ({found.kind} of {found.slug!r})"
-        fail(f"{what}: it is {found.state}" if is_over else f"{what}: {_advice(found)}")
-    return cast("Callable[..., Awaitable[Any]]", method)
+def _refusal(operation: Operation) -> str:
+    """Return why a command is not for an operation of this kind, or in this state."""
+    is_over = operation.state not in ("running", "waiting")
+    what = f"operation {operation.id} ({operation.kind} of {operation.slug!r})"
+    return f"{what}: it is {operation.state}" if is_over else f"{what}: {_advice(operation)}"
 
 
 def _advice(operation: Operation) -> str:

@@ -403,8 +403,8 @@ class CloneManager:
                 # another run, or an operator, was faster
                 logger.debug("the clone %s is not deleted: %s", clone.slug, exc)
             except (TenancyError, *SERVER_FAILURES) as exc:
-                logger.error("the clone %s could not be deleted: %s", clone.slug, exc)
-                errors.append(f"{clone.slug}: {exc}")
+                logger.error("the clone %s could not be deleted: %s", clone.slug, describe(exc))
+                errors.append(f"{clone.slug}: {describe(exc)}")
         return ExpiredClones(expired=tuple(expired), errors=tuple(errors))
 
     async def _end(self, clone: Clone, actor: Actor) -> None:

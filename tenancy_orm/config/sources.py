@@ -35,11 +35,15 @@ OTHER_VARIABLES = frozenset(
         "TENANCY_CONFIG",
         "TENANCY_ENV_FILE",
         "TENANCY_SECRETS_DIR",
+        "TENANCY_TENANT_ID",
+        "TENANCY_TENANT_SLUG",
+        "TENANCY_TEST_CONNECTIONS",
         "TENANCY_TEST_DSN",
         "TENANCY_TEST_POSTGRES",
+        "TENANCY_TEST_WRITE",
     }
 )
-"""Variables of this package that are no settings. They are read from the environment alone."""
+"""Variables of this package that are not settings: read from the environment alone, or set by ``tenancy each``."""
 
 # What Kubernetes sets for services named ``tenancy`` or ``tenancy-...``, and Docker for containers of such names, with
 # the values that they give: a misspelt setting has another one.

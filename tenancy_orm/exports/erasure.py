@@ -31,6 +31,7 @@ from ..control.database import ControlDatabase
 from ..errors import ErasureError, OperationStateError, TenancyError, TenantNotFoundError
 from ..jobs.claims import Claimant
 from ..operations import Operation, Operations
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.databases import FORGET_DATABASE
 from ..registry.registry import Registry
@@ -208,9 +209,8 @@ class ErasureManager:
                 try:
                     completed.append((await self.complete(tenant_id, actor=actor)).slug)
                 except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
-                    reason = str(exc) if isinstance(exc, TenancyError) else type(exc).__name__
-                    logger.error("the erasure of tenant %s is not complete: %s", tenant_id, reason)
-                    errors.append(f"{tenant_id}: {reason}")
+                    logger.error("the erasure of tenant %s is not complete: %s", tenant_id, describe(exc))
+                    errors.append(f"{tenant_id}: {describe(exc)}")
             if len(completed) == before:
                 break
         return ErasureReport(tuple(completed), tuple(errors))
@@ -239,7 +239,7 @@ class ErasureManager:
                 await self._registry.record(tenant.id, "tenant.erase", detail=detail, actor=actor)
         except BaseException as exc:
             # not failed: housekeeping tries again each minute, on this one
-            await run_to_completion(self._end(operation, claimant, "waiting", str(exc) or type(exc).__name__))
+            await run_to_completion(self._end(operation, claimant, "waiting", describe(exc)))
             raise
         await self._operations.finish(operation, claimant, "done", detail={"certificate": written})
         return certificate

@@ -21,6 +21,7 @@ from ..operations import Operations
 from ..operations.records import Operation
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.readers import Readers
 from ..registry.lifecycle import check_usable
@@ -268,8 +269,7 @@ class ExportManager:
             async with self._operations.keep(operation, claimant):
                 yield outcome
         except BaseException as exc:
-            reason = str(exc) or type(exc).__name__
-            await run_to_completion(self._failed(operation, claimant, reason))
+            await run_to_completion(self._failed(operation, claimant, describe(exc)))
             raise
         await self._operations.finish(operation, claimant, "done", detail=outcome)
 

@@ -20,6 +20,7 @@ from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.lookup import resolve_tenant_id
 from ..errors import ControlUnavailableError, RoutingError
+from ..postgres.errors import without_detail
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
 from ..quotas.manager import QuotaManager
@@ -226,7 +227,7 @@ class StorageSampler:
                 logger.warning("tenants could not be sampled: %s", exc)
             except Exception as exc:
                 # whatever it is, the next sample must still be taken
-                logger.error("tenants could not be sampled", exc_info=exc)
+                logger.error("tenants could not be sampled", exc_info=without_detail(exc))
             await asyncio.sleep(seconds)
 
     async def _sample_server(self, server: str, databases: dict[str, UUID]) -> int | None:
@@ -253,7 +254,7 @@ class StorageSampler:
             raise
         except Exception as exc:
             # the other servers are still sampled
-            logger.error("server %s could be sampled in part only", server, exc_info=exc)
+            logger.error("server %s could be sampled in part only", server, exc_info=without_detail(exc))
             return None
         finally:
             connection.terminate()

@@ -19,6 +19,7 @@ from ..config import TenancyConfig, TierPolicy
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..events import EventBus, TierChangeProposed
+from ..postgres.errors import without_detail
 from ..tenants.manager import TenantManager
 
 logger = logging.getLogger("tenancy_orm.tiers")
@@ -154,7 +155,7 @@ class TierPolicies:
             await self._tenants.update(row.tenant_id, tier=target, expected_tier=row.tier, actor=SYSTEM)
         except Exception as exc:
             # whatever it is, the other tenants must not be affected; the next evaluation tries again
-            logger.error("tenant %s could not be changed to tier %s", row.slug, target, exc_info=exc)
+            logger.error("tenant %s could not be changed to tier %s", row.slug, target, exc_info=without_detail(exc))
             async with self._control.transaction() as connection:
                 await connection.execute(_UNCLAIM, claim_key)
             return False

@@ -22,6 +22,7 @@ from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..errors import UsageExportError
 from ..events import EventBus, UsageExported, UsageExportFailed
+from ..postgres.errors import without_detail
 from ..protocols import UsageRecord, UsageSender
 
 logger = logging.getLogger("tenancy_orm.usage")
@@ -171,7 +172,7 @@ class UsageExporter:
         except TimeoutError:
             return await self._reschedule(record, at, UsageExportError(f"no answer within {self._timeout:g} s"))
         except Exception as exc:
-            logger.error("the usage sender failed", exc_info=exc)
+            logger.error("the usage sender failed", exc_info=without_detail(exc))
             return await self._reschedule(record, at, UsageExportError(f"the sender failed: {type(exc).__name__}"))
         async with self._control.transaction() as connection:
             await connection.execute(_SENT, {"id": record.id})

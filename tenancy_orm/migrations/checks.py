@@ -39,7 +39,7 @@ from ..postgres.errors import (
     sqlstate_of,
 )
 from ..tenant import Tenant
-from .failures import TRANSIENT
+from .failures import TRANSIENT, describe
 from .plan import MigrationStep
 from .statements import statements, tokens
 
@@ -339,7 +339,7 @@ def ask(
                 except DBAPIError as exc:
                     if _may_pass(exc):
                         raise
-                    if may_wait and sqlstate(exc) in _UNDEFINED:
+                    if may_wait and sqlstate_of(exc) in _UNDEFINED:
                         result.deferred = True
                         continue
                     _failed(result, script, check.name, exc, timeout)
@@ -353,7 +353,7 @@ def ask(
             # a statement of preflight() itself
             if _may_pass(exc):
                 raise
-            if may_wait and sqlstate(exc) in _UNDEFINED:
+            if may_wait and sqlstate_of(exc) in _UNDEFINED:
                 result.deferred = True
             else:
                 _failed(result, script, "preflight()", exc, timeout)
@@ -372,22 +372,16 @@ def _within(limited: NestedTransaction, found: Iterator[Check]) -> Iterator[Chec
 
 
 def _may_pass(error: DBAPIError) -> bool:
-    return error.connection_invalidated or sqlstate(error) in TRANSIENT
+    return error.connection_invalidated or sqlstate_of(error) in TRANSIENT
 
 
 def _failed(result: Asked, script: Script, name: str, error: Exception, timeout: float) -> None:
-    if sqlstate(error) == QUERY_CANCELED:
+    if sqlstate_of(error) == QUERY_CANCELED:
         reason = f"no answer within {timeout:g} s; migration.preflight_timeout is the limit"
     else:
         reason = describe_without_values(error)
     result.errors = [*(result.errors or ()), error]
     result.findings.append(Finding(script.revision, name, error=reason))
-
-
-def sqlstate(error: BaseException) -> str | None:
-    """Return the SQLSTATE of an error of any driver for PostgreSQL."""
-    original = error.orig if isinstance(error, DBAPIError) else None
-    return sqlstate_of(error) or getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
 
 
 def describe_without_values(error: Exception) -> str:
@@ -397,15 +391,12 @@ def describe_without_values(error: Exception) -> str:
     """
     if isinstance(error, MigrationError):
         return str(error)
-    state = sqlstate(error)
+    state = sqlstate_of(error)
     if state is None:
         return f"it raises {_type(error)}"
     if state[:2] not in _WITHOUT_VALUES or not isinstance(error, DBAPIError):
         return f"it fails with SQLSTATE {state}"
-    original: Any = error.orig
-    # asyncpg's own error is the cause of SQLAlchemy's; its message has no DETAIL
-    message = getattr(original.__cause__ or original, "message", None) or str(original).partition("\n")[0]
-    return f"{' '.join(str(message).split())} (SQLSTATE {state})"
+    return describe(error)
 
 
 # --- in the transaction of the revision -------------------------------------------------------------------------------

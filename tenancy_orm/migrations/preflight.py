@@ -17,6 +17,7 @@ from sqlalchemy import Connection as SyncConnection
 from ..errors import MigrationError, PreflightError, counted
 from ..events import EventBus, MigrationPreflightEnded
 from ..postgres.connections import Connection
+from ..postgres.errors import without_detail
 from ..tenant import Tenant
 from . import local
 from .checks import Finding, ask, refuse_foreign_code, script_of
@@ -216,7 +217,7 @@ class Preflight:
             except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
                 if await self._selection.is_gone(tenant, exc):
                     return None
-                logger.debug("tenant %s could not be asked", tenant.slug, exc_info=exc)
+                logger.debug("tenant %s could not be asked", tenant.slug, exc_info=without_detail(exc))
                 error = f"not asked: {describe(exc)}"
         return PreflightOutcome(
             tenant_id=tenant.id,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import TypeVar
+
 import asyncpg
 from sqlalchemy.exc import DBAPIError
+
+from ..errors import TenancyError
 
 PROTOCOL_VIOLATION = "08P01"  # what PgBouncer refuses anything with
 INVALID_PARAMETER_VALUE = "22023"
@@ -34,6 +39,12 @@ LOCK_NOT_AVAILABLE = "55P03"
 QUERY_CANCELED = "57014"  # by statement_timeout, for example
 CONCURRENT_UPDATE = "XX000"  # "tuple concurrently updated": two sessions changed one catalogue row
 
+E = TypeVar("E", bound=BaseException)
+
+_DATA_EXCEPTION = "22"  # a class of SQLSTATEs
+_DETAIL = "\nDETAIL:"
+_QUOTED = re.compile(r'".*"', re.DOTALL)
+
 
 def postgres_error(error: BaseException | None) -> asyncpg.PostgresError | None:
     """PostgreSQL's own error in a chain of wrappers, or None."""
@@ -48,12 +59,71 @@ def postgres_error(error: BaseException | None) -> asyncpg.PostgresError | None:
 
 
 def sqlstate_of(error: BaseException) -> str | None:
-    """The SQLSTATE of the PostgreSQL error behind ``error``, or None."""
+    """The SQLSTATE of the PostgreSQL error behind ``error``, which may be of any driver; or None."""
     found = postgres_error(error)
-    return found.sqlstate if found is not None else None
+    if found is not None:
+        return str(found.sqlstate) if found.sqlstate else None
+    original = error.orig if isinstance(error, DBAPIError) else None
+    state: str | None = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
+    return state
 
 
 def constraint_of(error: BaseException) -> str | None:
     """The name of the constraint that a statement violated, or None."""
     found = postgres_error(error)
     return found.constraint_name if found is not None else None
+
+
+def describe(error: BaseException) -> str:
+    """Return one line about ``error`` for a message, a report or a log.
+
+    PostgreSQL's DETAIL is left out, since it quotes rows; so are values in messages of class 22 ("invalid input syntax
+    for type integer"), and SQLAlchemy's statement and parameters.
+    """
+    if isinstance(error, TenancyError):
+        return str(error)
+    state = sqlstate_of(error)
+    if state is not None:
+        message = _message(error)
+        if state.startswith(_DATA_EXCEPTION):
+            message = _QUOTED.sub('"..."', message)
+        return f"{message} (SQLSTATE {state})"
+    if isinstance(error, DBAPIError):
+        return _line(f"{type(error).__name__}: {error.orig}")
+    if isinstance(error, TimeoutError):
+        return _line(f"timed out: {error}" if str(error) else "timed out")
+    return _line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+
+
+def _message(error: BaseException) -> str:
+    """PostgreSQL's message alone, as the driver has it."""
+    found = postgres_error(error)
+    if found is not None:
+        return _line(str(found.args[0]) if found.args else "")
+    original = error.orig if isinstance(error, DBAPIError) else None
+    # psycopg has the fields apart; of another driver the first line is the message
+    primary = getattr(getattr(original, "diag", None), "message_primary", None)
+    return _line(primary or str(original).partition("\n")[0])
+
+
+def without_detail(error: E) -> E:
+    """Remove DETAIL, which quotes rows, from an error and its causes, and return it: for a log with its traceback.
+
+    Only for an error that ends there: whoever raised it may want to read it.
+    """
+    cause: BaseException | None = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        for one in (cause, cause.orig if isinstance(cause, DBAPIError) else None):
+            if isinstance(one, asyncpg.PostgresError):
+                one.detail = None
+            elif one is not None:
+                # the text of a wrapper, which some releases of SQLAlchemy take from the driver's error
+                one.args = tuple(arg.partition(_DETAIL)[0] if isinstance(arg, str) else arg for arg in one.args)
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

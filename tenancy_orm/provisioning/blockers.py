@@ -27,7 +27,7 @@ from ..control.names import Names
 from ..errors import ProvisioningError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
-from ..postgres.errors import CONCURRENT_UPDATE, DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, sqlstate_of
+from ..postgres.errors import CONCURRENT_UPDATE, DEADLOCK_DETECTED, LOCK_NOT_AVAILABLE, describe, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.poolers import backend_pid
 from ..postgres.quoting import quote_identifier, quote_literal
@@ -261,7 +261,7 @@ class Blockers:
                     await connections.close(connection)
             except (TenancyError, *SERVER_FAILURES) as exc:
                 # another administrator may have ended it first, or left a role that this one has just joined
-                logger.warning("ending the blockers of a statement failed: %s: %s", type(exc).__name__, exc)
+                logger.warning("ending the blockers of a statement failed: %s", describe(exc))
                 await asyncio.sleep(_RETRY_SECONDS)
 
     async def _end_blockers(self, connection: Connection, pid: int) -> None:
@@ -294,9 +294,7 @@ class Blockers:
             finally:
                 await connections.close(connection)
         except (TenancyError, *SERVER_FAILURES) as exc:
-            logger.warning(
-                "ending login blockers on server %s failed: %s: %s", self._server.name, type(exc).__name__, exc
-            )
+            logger.warning("ending login blockers on server %s failed: %s", self._server.name, describe(exc))
 
     async def _connect_anywhere(self) -> Connection:
         """Return the first connection that succeeds, of several databases: a tenant can block only a few."""

@@ -35,6 +35,7 @@ from ..events import EventBus, TenantCreationFailed
 from ..keys.format import NewKey
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..registry.creation import UNDOING
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
@@ -475,11 +476,6 @@ async def _wait_for(work: asyncio.Future[None]) -> None:
 
 async def _nothing() -> None:
     """Undo nothing: undoing another step undoes this one as well."""
-
-
-def describe(error: BaseException) -> str:
-    """Return a line about ``error``. PostgreSQL's messages name objects, and never quote a statement."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 __all__ = ["Creation", "ProvisioningServices", "Step", "describe", "prove", "tenant_key"]

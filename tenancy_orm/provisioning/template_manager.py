@@ -18,6 +18,7 @@ from ..control.names import Names
 from ..errors import ServerUnavailableError
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..servers.server import Server
 from . import advisory_locks, databases, removal, templates
@@ -144,8 +145,8 @@ class TemplateManager:
             try:
                 removed += await self._prune(name, unused, dry_run, actor)
             except (ServerUnavailableError, *SERVER_FAILURES) as exc:
-                logger.warning("templates of server %s are not dropped: %s", name, exc)
-                errors.append(f"{name}: {exc}")
+                logger.warning("templates of server %s are not dropped: %s", name, describe(exc))
+                errors.append(f"{name}: {describe(exc)}")
         return TemplatePruneReport(removed=tuple(removed), errors=tuple(errors))
 
     def _chosen(self, servers: Iterable[str] | None) -> list[str]:

@@ -33,7 +33,7 @@ from ..control.names import Names
 from ..errors import TemplateError, TenancyError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
-from ..postgres.errors import INVALID_CATALOG_NAME, OBJECT_IN_USE, sqlstate_of
+from ..postgres.errors import INVALID_CATALOG_NAME, OBJECT_IN_USE, describe, sqlstate_of
 from ..servers.server import Server
 from . import advisory_locks, databases, event_trigger, extensions, grants, removal
 from .blockers import Blockers
@@ -214,7 +214,7 @@ class Templates:
                     else:
                         self.invalidate(found.info)
                 except (TenancyError, SQLAlchemyError) as exc:
-                    logger.debug("the use of template %s could not be recorded: %s", found.info.name, exc)
+                    logger.debug("the use of template %s could not be recorded: %s", found.info.name, describe(exc))
 
     async def clone(
         self,
@@ -308,7 +308,7 @@ class Templates:
                 "process or by the one that builds it; raise provisioning.timeout"
             ) from exc
         except Exception as exc:
-            raise TemplateError(f"the template on server {server.name!r} could not be built: {exc}") from exc
+            raise TemplateError(f"the template on server {server.name!r} could not be built: {describe(exc)}") from exc
         finally:
             await run_to_completion(connections.close(connection))
 
@@ -401,7 +401,7 @@ class Templates:
                 await removal.drop_database(connection, self._blockers(server), name)
         except Exception as exc:  # noqa: BLE001 - the builder's error is the one to raise
             # without the flag, the next builder or reconcile drops it
-            logger.warning("the incomplete template %s stays until reconcile: %s", name, exc)
+            logger.warning("the incomplete template %s stays until reconcile: %s", name, describe(exc))
 
     async def _drop(self, server: Server, connection: Connection, name: str) -> None:
         """Drop a scratch database; if that fails, it is left to ``reconcile``."""
@@ -411,7 +411,7 @@ class Templates:
                     connection = await self._blockers(server).connect()
                 await removal.drop_database(connection, self._blockers(server), name)
         except Exception as exc:  # noqa: BLE001 - as above
-            logger.warning("scratch database %s stays until reconcile: %s", name, exc)
+            logger.warning("scratch database %s stays until reconcile: %s", name, describe(exc))
         finally:
             await connections.close(connection)
 

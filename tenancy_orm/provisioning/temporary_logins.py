@@ -31,6 +31,7 @@ from ..loops import HomeLoop
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.dsn import Dsn
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.lifecycle import check_usable
@@ -251,7 +252,7 @@ class TemporaryLogins:
                 async with self._connected(login.tenant) as (connection, _):
                     await _prolong(connection, login.role, seconds)
             except (TenancyError, *SERVER_FAILURES) as exc:
-                logger.warning("temporary login %s was not prolonged: %s", login.role, exc)
+                logger.warning("temporary login %s was not prolonged: %s", login.role, describe(exc))
 
     @asynccontextmanager
     async def _connected(self, tenant: Tenant) -> AsyncIterator[tuple[Connection, Blockers]]:

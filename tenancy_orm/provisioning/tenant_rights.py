@@ -18,6 +18,7 @@ import asyncpg
 from ..config import TenancyConfig
 from ..errors import ConfigurationError, ProvisioningError
 from ..postgres.connections import Connection, version
+from ..postgres.errors import describe
 from ..postgres.quoting import quote_identifier
 from ..protocols import GrantHook, GrantTarget
 from . import advisory_locks
@@ -145,7 +146,8 @@ class TenantRights:
                 await connection.fetch(statement)
             except asyncpg.PostgresError as exc:
                 raise ProvisioningError(
-                    f"provisioning.grants: {statement!r} failed in database {database!r}: {exc}", step="grants"
+                    f"provisioning.grants: {statement!r} failed in database {database!r}: {describe(exc)}",
+                    step="grants",
                 ) from exc
         # the session is the administrator's: SET ROLE NONE gives its rights to the statements that follow
         if self.hook is not None and await connection.fetchval("SELECT current_user::text") != self.owner:
@@ -167,7 +169,7 @@ class TenantRights:
             found = self.hook(GrantTarget(database, role, owner, server_version))
             statements = [found] if isinstance(found, str) else list(found)
         except Exception as exc:
-            raise ProvisioningError(f"provisioning.grants failed: {type(exc).__name__}: {exc}", step="grants") from exc
+            raise ProvisioningError(f"provisioning.grants failed: {describe(exc)}", step="grants") from exc
         if not all(isinstance(statement, str) for statement in statements):
             raise ProvisioningError("provisioning.grants must return SQL statements, each as text", step="grants")
         if refused := [statement for statement in statements if _CONTROL.match(statement)]:

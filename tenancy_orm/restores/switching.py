@@ -32,6 +32,7 @@ from ..migrations.connections import Connections, Health
 from ..migrations.database import close, lock
 from ..operations import Operation
 from ..operations.switch import PAUSE_SECONDS, Paused, Switch
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner, databases
 from ..provisioning.provisioner import services_of
@@ -144,7 +145,7 @@ class Switching:
             connection = await target.connect()
         except SERVER_FAILURES as exc:
             # it was closed before an interruption: nobody migrates it
-            logger.debug("database of tenant %s is closed already: %s", tenant.slug, exc)
+            logger.debug("database of tenant %s is closed already: %s", tenant.slug, describe(exc))
             yield
             return
         try:
@@ -193,7 +194,9 @@ class Switching:
                 return current
             await self.go_back(operation, database)
         except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
-            logger.error("operation %d could not be taken back, housekeeping will do it: %s", operation.id, exc)
+            logger.error(
+                "operation %d could not be taken back, housekeeping will do it: %s", operation.id, describe(exc)
+            )
         return None
 
     async def go_back(self, operation: Operation, database: str) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from ..errors import TenancyError
 from ..events import EventBus, PrimaryChanged, ServerDown, ServerUp
 from ..postgres import connections
-from ..postgres.errors import READ_ONLY_SQL_TRANSACTION
+from ..postgres.errors import READ_ONLY_SQL_TRANSACTION, describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import peer_of
 from ..servers.breaker import Breaker
@@ -220,7 +220,7 @@ class Outage:
         try:
             connection = await self._server.connect_as_tenants_do()
         except (TenancyError, *SERVER_FAILURES) as exc:
-            logger.warning("the primary of server %s is not found now: %s", self._server.name, exc)
+            logger.warning("the primary of server %s is not found now: %s", self._server.name, describe(exc))
         else:
             found = peer_of(connection)
             await connections.close(connection, timeout=CLOSE_SECONDS)

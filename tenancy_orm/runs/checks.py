@@ -31,6 +31,7 @@ from ..config.values import load_object
 from ..errors import ConfigurationError, SecretError, TenancyError
 from ..migrations.failures import describe
 from ..migrations.logs import logger
+from ..postgres.errors import without_detail
 from ..secrets.keyring import Keyring
 from .waves import Wave, Waves
 
@@ -155,7 +156,7 @@ async def _bounded(check: Any, name: str, seconds: float) -> str | None:
             return f"{name} failed: {describe(exc)}"
         return f"{name} took longer than {seconds:g} s"
     except Exception as exc:  # noqa: BLE001 - a check may raise anything; then it does not hold
-        logger.warning("%s raised an error", name, exc_info=exc)
+        logger.warning("%s raised an error", name, exc_info=without_detail(exc))
         return f"{name} failed: {describe(exc)}"
     return None if reason is None else f"{name} {reason}"
 

@@ -18,7 +18,7 @@ from ..migrations.logs import TENANT_FAILED, logger
 from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
-from ..postgres.errors import sqlstate_of
+from ..postgres.errors import sqlstate_of, without_detail
 from ..tenant import Tenant
 from .outages import Outages
 from .patience import repeat
@@ -159,7 +159,7 @@ class TenantMigration:
                     error=describe(exc),
                     is_lost=migration.has_connected,
                 )
-            logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
+            logger.debug("tenant %s failed", tenant.slug, exc_info=without_detail(exc))
             error = exc
             if migration.announced and migration.after is None:
                 await run_to_completion(migration.read_again())

@@ -21,7 +21,7 @@ from ..migrations.logs import TENANT_FAILED
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..postgres.connections import Connection
-from ..postgres.errors import sqlstate_of
+from ..postgres.errors import sqlstate_of, without_detail
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..routing import Router
 from ..routing.marker import marker_text
@@ -273,7 +273,7 @@ class SeedManager:
                 return await self._bring(now, wanted, health, dry_run=dry_run, actor=actor)
             if await self._selection.is_gone(tenant, exc):
                 return None
-            logger.debug("tenant %s failed", tenant.slug, exc_info=exc)
+            logger.debug("tenant %s failed", tenant.slug, exc_info=without_detail(exc))
             error = exc
         if work.applied and not dry_run:
             error = await self._record(tenant, work, actor) or error

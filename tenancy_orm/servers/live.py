@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..config import ServerAddresses, TenancyConfig
 from ..config.sections import ROLE_SETTINGS
 from ..errors import SecretError, TenancyError, UnknownServerError
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from .rows import ServerRow
 from .sealed import SealedAddresses
@@ -133,7 +134,9 @@ class Servers(Mapping[str, Server]):
                 try:
                     await self.refresh()
                 except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
-                    logger.warning("the rows of the servers cannot be read (%s); they are read again later", exc)
+                    logger.warning(
+                        "the rows of the servers cannot be read (%s); they are read again later", describe(exc)
+                    )
                 if not self._again:
                     return
         finally:

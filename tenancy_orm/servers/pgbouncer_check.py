@@ -11,6 +11,7 @@ from ..control.names import Names
 from ..errors import LoginRefusedError, PoolerError, ServerUnavailableError
 from ..postgres import connections, login
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.poolers import check_transactions, is_direct
 from .pgbouncer import auth_user, function_name
@@ -101,7 +102,7 @@ async def check_logins(server: Server, caller: Caller, other: Caller | None) -> 
     try:
         connection = await _log_in(server, caller, caller.database)
     except (*SERVER_FAILURES, ServerUnavailableError) as exc:
-        return [Finding(False, f"tenant {caller.tenant!r} cannot log in at {server.traffic.dsn}: {exc}")]
+        return [Finding(False, f"tenant {caller.tenant!r} cannot log in at {server.traffic.dsn}: {describe(exc)}")]
     try:
         found.append(Finding(True, f"tenant {caller.tenant!r} logs in at {server.traffic.dsn}"))
         if await is_direct(connection):

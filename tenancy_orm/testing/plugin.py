@@ -77,9 +77,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         if (run := config.stash.get(run_key, None)) is not None:
             run.close()
     except Exception as exc:  # noqa: BLE001 - the run has ended, and its result is not this
+        from ..postgres.errors import describe
+
         print(  # noqa: T201
-            f"\ntenancy: what the tests have made could not be removed, and the next run removes it: "
-            f"{type(exc).__name__}: {exc}",
+            f"\ntenancy: what the tests have made could not be removed, and the next run removes it: {describe(exc)}",
             file=sys.stderr,
         )
     finally:

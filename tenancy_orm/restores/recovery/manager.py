@@ -26,6 +26,7 @@ from ...errors import (
     UnknownServerError,
 )
 from ...loops import HomeLoop
+from ...postgres.errors import describe
 from ...postgres.failures import SERVER_FAILURES
 from ...registry.registry import Registry
 from ...servers import Server, Servers
@@ -165,7 +166,7 @@ class RecoveryManager:
             except ControlUnavailableError:
                 raise
             except (TenancyError, *SERVER_FAILURES) as exc:
-                errors.append(f"server {server.name}: {exc}")
+                errors.append(f"server {server.name}: {describe(exc)}")
         return DueBases(taken=tuple(taken), errors=tuple(errors))
 
     async def bases(self, server: str | None = None) -> Sequence[BaseBackup]:

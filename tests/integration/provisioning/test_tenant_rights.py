@@ -215,10 +215,34 @@ async def test_a_failing_hook_is_told_and_leaves_nothing(
             await changed.create(workshop.draft("new"), key=None)
         assert await workshop.slugs() == {"old": "active"}
         (error,) = (await changed.reconcile()).errors
-        assert error.startswith("old: ProvisioningError: provisioning.grants") and re.search(message, error)
+        assert error.startswith("old: provisioning.grants") and re.search(message, error)
         with pytest.raises(ProvisioningError, match=message):
             await changed.apply_grants(old)
         assert not await may(workshop, old, "TRUNCATE notes")
+
+
+async def test_the_rows_that_a_failing_hook_has_met_are_not_in_what_is_reported(
+    versioned: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PostgreSQL's own text quotes a row; a creation's error, its record, a reconcile's report and the logs do not."""
+    filling = "INSERT INTO notes (id, body) VALUES (4242 + 1, 'a'); INSERT INTO notes (id, body) VALUES (4242 + 1, 'b')"
+
+    def repeating(target: GrantTarget) -> Iterable[str]:
+        return filling.split("; ")
+
+    async with superuser_workshop(versioned, schema=ScriptSchema(SCHEMA)) as workshop:
+        old = await workshop.create("old")
+        async with workshop.connect(old) as connection:
+            with pytest.raises(asyncpg.UniqueViolationError, match=r"DETAIL: .*4243"):
+                await connection.execute(filling)
+        changed = workshop.provisioner_of(provisioning={"grants": repeating})
+        with pytest.raises(ProvisioningError, match=r"duplicate key value.*SQLSTATE 23505") as raised:
+            await changed.create(workshop.draft("new"), key=None)
+        (reported,) = (await changed.reconcile()).errors
+        assert "SQLSTATE 23505" in reported
+    for told in (str(raised.value), reported, caplog.text):
+        assert "4243" not in told
+        assert "DETAIL" not in told
 
 
 async def test_a_hook_does_not_end_the_applications_transactions(versioned: Postgres) -> None:

@@ -235,6 +235,12 @@ def test_no_two_settings_have_one_variable() -> None:
     assert not OTHER_VARIABLES & set(variables)
 
 
+def test_a_program_of_tenancy_each_can_read_its_configuration() -> None:
+    """What the command sets for it is not taken for a misspelt setting."""
+    own = {"TENANCY_TENANT_ID": "01a22ddc-825d-7272-9eaa-69bc97c44f03", "TENANCY_TENANT_SLUG": "acme"}
+    assert TenancyConfig.from_env({"TENANCY_CONTROL_URL": URL, **own}).control_url == URL
+
+
 def test_each_source_wins_over_the_next(directory: Path) -> None:
     """Setting by setting: arguments, variables, .env, secret files, tenancy.toml, pyproject.toml."""
     (directory / "pyproject.toml").write_text(
