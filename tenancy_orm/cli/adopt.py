@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,11 +12,11 @@ import typer
 from ..adoption import AdoptionReport
 from ..errors import AdoptionDifferencesError
 from ..tenancy import Tenancy
-from .adopt_rows import adopt_fleet, adopt_rows, refuse_unfit, stop_once
+from .adopt_rows import adopt_fleet, adopt_rows, refuse_unfit
 from .metadata import Metadata, parse_metadata
 from .migrate_rehearsal import size_text
 from .output import Column, console, note, print_json, print_table, printable, tenant_fields
-from .runtime import EXIT_FAILED, Json, Yes, confirm, exit_on_error, fail, given_url, operator, run
+from .runtime import EXIT_FAILED, Json, Yes, confirm, exit_on_error, fail, given_url, operator, run_stoppable
 
 _QUESTION = (
     "The database itself becomes tenant {slug}'s: it gets another owner and another name, and nobody else can connect "
@@ -132,7 +130,6 @@ def adopt(
     }
 
     async def command(tenancy: Tenancy) -> AdoptionReport | AdoptionDifferencesError:
-        stop_once()
         if dry_run:
             return await tenancy.adoption.check(slug, url, **options)
         try:
@@ -152,11 +149,7 @@ def adopt(
 
     if in_place and not dry_run and not yes and not confirm(_QUESTION.format(slug=slug)):
         fail("nothing was changed")
-    try:
-        found = run(command)
-    except asyncio.CancelledError:
-        note(_INTERRUPTED)
-        raise typer.Exit(128 + signal.SIGTERM) from None
+    found = run_stoppable(command, stopped=_INTERRUPTED)
     if isinstance(found, AdoptionDifferencesError):
         _print_differences(found.differences)
         fail(
