@@ -23,7 +23,9 @@ from .output import (
 )
 from .runtime import EXIT_FAILED, exit_on_error, fail, given_url, operator, run_stoppable
 
-_INTERRUPTED = "stopped: what was made of it is removed; the source is as it was"
+INTERRUPTED = "stopped: what was made of it is removed; the source is as it was"
+"""What is said where the adoption of one tenant was stopped."""
+
 _FLEET_INTERRUPTED = "stopped: run the same command again, and the tenants that are complete are skipped"
 
 
@@ -49,7 +51,7 @@ def adopt_rows(
             return await tenancy.adoption.rows.check(slug, url, **arguments)
         return await tenancy.adoption.rows.adopt(slug, url, metadata=metadata, actor=operator(), **arguments)
 
-    report = run_stoppable(command, stopped=_INTERRUPTED)
+    report = run_stoppable(command, stopped=INTERRUPTED)
     if as_json:
         tenant = None if report.tenant is None else tenant_fields(report.tenant)
         print_json({field.name: getattr(report, field.name) for field in fields(report)} | {"tenant": tenant})
@@ -136,4 +138,4 @@ def _show_fleet(report: FleetReport, dry_run: bool) -> None:
     console.print(f"{said or 'no tenants'}{'; nothing was changed' if dry_run else ''}", markup=False)
 
 
-__all__ = ["adopt_fleet", "adopt_rows", "refuse_unfit"]
+__all__ = ["INTERRUPTED", "adopt_fleet", "adopt_rows", "refuse_unfit"]
