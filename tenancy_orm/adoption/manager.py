@@ -28,11 +28,11 @@ from .fleet import FleetAdoption
 from .frame import KEY_SHOWN, AdoptionFrame, Steps, Tell
 from .in_place import InPlace, InPlaceLook
 from .looking import Look, Looking, extensions_of, place_of
-from .refusals import refuse_own
+from .refusals import open_adoptable
 from .report import AdoptedTable, AdoptionReport
 from .rows import RowsAdoption
 from .rows_work import RowsWork
-from .source import OpenSource, Source, open_source
+from .source import OpenSource, Source
 from .verification import verify
 
 
@@ -110,8 +110,7 @@ class AdoptionManager:
         started = time.monotonic()
         described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
         looking, plain, environment = await self._looking()
-        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            await refuse_own(self._services, opened)
+        async with open_adoptable(self._services, described) as opened:
             if in_place:
                 place = await InPlace(self._services, plain, environment, looking).look(opened, tell or _silent)
                 return _report_in_place(slug, opened, place, started)
@@ -189,36 +188,18 @@ class AdoptionManager:
                 slug, described, place, accept_differences, revoke, values=values, tell=tell, actor=actor
             )
         chosen = await self._choose(slug, server, region, tier)
-        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            await refuse_own(self._services, opened)
-            look = await looking.look(opened, chosen, tell)
-            _refuse(slug, opened, look, accept_differences)
-            notes: list[str] = []
-
-            async def work(new: NewDatabase, steps: Steps) -> None:
-                notes.extend(await self._copy(looking, opened, look, new, steps))
-
-            policy = RevisionPolicy(self._services, plain, environment)
-            created, operation = await self._frame.create(
-                slug,
-                work,
-                server=chosen,
-                policy=policy,
-                detail=_recorded_detail(_report(slug, opened, look, started)),
-                extensions=extensions_of(look.contents),
-                values=values,
-                tell=tell,
-                actor=actor,
-            )
-            report = _report(slug, opened, look, started)
-        await self._services.registry.record(created.tenant.id, "tenant.adopt", detail=operation.detail, actor=actor)
-        return replace(
-            report,
-            tenant=created.tenant,
-            api_key=created.api_key,
-            operation=operation.id,
-            notes=(*report.notes, *notes),
-            seconds=time.monotonic() - started,
+        policy = RevisionPolicy(self._services, plain, environment)
+        return await self._copy(
+            slug,
+            described,
+            looking,
+            policy,
+            accept_differences,
+            server=chosen,
+            values=values,
+            tell=tell,
+            actor=actor,
+            started=started,
         )
 
     async def resume(self, operation: int, *, actor: Actor = SYSTEM) -> Operation:
@@ -267,6 +248,72 @@ class AdoptionManager:
             )
         await self._frame.settle(tenant, found, actor=actor)
 
+    async def _copy(
+        self,
+        slug: str,
+        described: Source,
+        looking: Looking,
+        policy: RevisionPolicy,
+        accepted: bool,
+        *,
+        server: str,
+        values: Mapping[str, Any],
+        tell: Tell,
+        actor: Actor,
+        started: float,
+    ) -> AdoptionReport:
+        """Make a tenant of a copy."""
+        async with open_adoptable(self._services, described) as opened:
+            look = await looking.look(opened, server, tell)
+            _refuse(slug, opened, look, accepted)
+            notes: list[str] = []
+
+            async def work(new: NewDatabase, steps: Steps) -> None:
+                notes.extend(await self._fill(looking, opened, look, new, steps))
+
+            created, operation = await self._frame.create(
+                slug,
+                work,
+                server=server,
+                policy=policy,
+                detail=_recorded_detail(_report(slug, opened, look, started)),
+                extensions=extensions_of(look.contents),
+                values=values,
+                tell=tell,
+                actor=actor,
+            )
+            report = _report(slug, opened, look, started)
+        await self._services.registry.record(created.tenant.id, "tenant.adopt", detail=operation.detail, actor=actor)
+        return replace(
+            report,
+            tenant=created.tenant,
+            api_key=created.api_key,
+            operation=operation.id,
+            notes=(*report.notes, *notes),
+            seconds=time.monotonic() - started,
+        )
+
+    async def _fill(
+        self, looking: Looking, opened: OpenSource, look: Look, new: NewDatabase, steps: Steps
+    ) -> Sequence[str]:
+        """Bring the source in, verify it, and run the missing revisions."""
+        await steps.begin("copy")
+        await looking.bring(opened, look, new.login)
+        stamp = look.heads if look.stamp else frozenset[str]()
+        await looking.settle(new.login, look.server, opened, look.contents, look.schema, stamp, tenant=steps.tenant)
+        await steps.begin("verify")
+        former = opened.source.schema
+        connection = await looking.connect(new.login)
+        try:
+            notes = await verify(connection, look.contents, lambda table: place_of(table, former, look.schema))
+        finally:
+            await run_to_completion(connections.close(connection))
+        assert steps.tenant is not None  # noqa: S101 - the frame sets it
+        if look.end != look.heads:
+            await steps.begin("upgrade")
+            await looking.upgrade(new.login, look.server, steps.tenant)
+        return notes
+
     async def _take(
         self,
         slug: str,
@@ -281,8 +328,7 @@ class AdoptionManager:
     ) -> AdoptionReport:
         """Take a database over, and run the missing revisions."""
         started = time.monotonic()
-        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            await refuse_own(self._services, opened)
+        async with open_adoptable(self._services, described) as opened:
             look = await place.look(opened, tell)
             _refuse(slug, opened, look, accepted)
             if look.foreign_rights and not revoke:
@@ -325,27 +371,6 @@ class AdoptionManager:
             errors = [str(exc)]
         notes = [f"not brought to {pending}, run tenancy migrate upgrade: {error}" for error in errors]
         return replace(report, tenant=tenant, pending=pending, notes=(*report.notes, *notes))
-
-    async def _copy(
-        self, looking: Looking, opened: OpenSource, look: Look, new: NewDatabase, steps: Steps
-    ) -> Sequence[str]:
-        """Bring the source in, verify it, and run the missing revisions."""
-        await steps.begin("copy")
-        await looking.bring(opened, look, new.login)
-        stamp = look.heads if look.stamp else frozenset[str]()
-        await looking.settle(new.login, look.server, opened, look.contents, look.schema, stamp, tenant=steps.tenant)
-        await steps.begin("verify")
-        former = opened.source.schema
-        connection = await looking.connect(new.login)
-        try:
-            notes = await verify(connection, look.contents, lambda table: place_of(table, former, look.schema))
-        finally:
-            await run_to_completion(connections.close(connection))
-        assert steps.tenant is not None  # noqa: S101 - the frame sets it
-        if look.end != look.heads:
-            await steps.begin("upgrade")
-            await looking.upgrade(new.login, look.server, steps.tenant)
-        return notes
 
     async def _choose(self, slug: str, server: str | None, region: str | None, tier: str | None) -> str:
         config = self._services.config
