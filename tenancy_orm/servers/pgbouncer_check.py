@@ -13,7 +13,7 @@ from ..postgres import connections, login
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.poolers import check_transactions, is_direct
-from .pgbouncer import auth_user, function_name
+from .pgbouncer_auth import auth_user, function_name
 from .server import Server
 
 _FUNCTION = """
