@@ -20,7 +20,7 @@ from ..postgres.errors import describe, without_detail
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from .fleet_plan import AdoptionPlan, PlannedTenant
-from .refusals import refuse_own
+from .refusals import open_adoptable
 from .report import AdoptionReport
 from .rows_report import RowsReport
 from .rows_work import Building, RowsWork, read_mapping, report_of
@@ -258,8 +258,7 @@ class FleetAdoption:
         totals: dict[int, tuple[int, int]] = {}
         buildings = _Buildings(self._rows)
         described = Source.parse(source)
-        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            await refuse_own(self._services, opened)
+        async with open_adoptable(self._services, described) as opened:
 
             async def look(one: PlannedTenant) -> FleetOutcome:
                 started = time.monotonic()

@@ -22,17 +22,17 @@ from ..postgres import connections
 from ..provisioning.new_databases import NewDatabase
 from ..runs import FleetMigrator
 from ..servers.placement import Placer
-from ..tenant import Status, Tenant
+from ..tenant import Status
 from ..tenants.manager import TenantManager
 from .fleet import FleetAdoption
-from .frame import KEY_SHOWN, AdoptionFrame, Steps, Tell
+from .frame import AdoptionFrame, Steps, Tell
 from .in_place import InPlace, InPlaceLook
 from .looking import Look, Looking, extensions_of, place_of
-from .refusals import refuse_own
-from .report import AdoptedTable, AdoptionReport
+from .refusals import open_adoptable
+from .report import AdoptionReport, copy_report, former_report, in_place_report, record_of
 from .rows import RowsAdoption
 from .rows_work import RowsWork
-from .source import OpenSource, Source, open_source
+from .source import OpenSource, Source
 from .verification import verify
 
 
@@ -110,14 +110,13 @@ class AdoptionManager:
         started = time.monotonic()
         described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
         looking, plain, environment = await self._looking()
-        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            await refuse_own(self._services, opened)
+        async with open_adoptable(self._services, described) as opened:
             if in_place:
                 place = await InPlace(self._services, plain, environment, looking).look(opened, tell or _silent)
-                return _report_in_place(slug, opened, place, started)
+                return in_place_report(slug, opened, place, started)
             chosen = await self._choose(slug, server, region, tier)
             look = await looking.look(opened, chosen, tell or _silent)
-            return _report(slug, opened, look, started)
+            return copy_report(slug, opened, look, started)
 
     async def adopt(
         self,
@@ -178,7 +177,7 @@ class AdoptionManager:
         started, tell = time.monotonic(), tell or _silent
         described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
         if (former := await self._frame.settle_former(slug, str(described), actor=actor)) is not None:
-            return await self._finished(_recorded(*former, started), tell, actor)
+            return await self._finished(former_report(*former, started), tell, actor)
         looking, plain, environment = await self._looking()
         values = {"tier": tier, "region": region, "metadata": metadata, "key_name": key_name, "scopes": scopes}
         if in_place:
@@ -189,36 +188,18 @@ class AdoptionManager:
                 slug, described, place, accept_differences, revoke, values=values, tell=tell, actor=actor
             )
         chosen = await self._choose(slug, server, region, tier)
-        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            await refuse_own(self._services, opened)
-            look = await looking.look(opened, chosen, tell)
-            _refuse(slug, opened, look, accept_differences)
-            notes: list[str] = []
-
-            async def work(new: NewDatabase, steps: Steps) -> None:
-                notes.extend(await self._copy(looking, opened, look, new, steps))
-
-            policy = RevisionPolicy(self._services, plain, environment)
-            created, operation = await self._frame.create(
-                slug,
-                work,
-                server=chosen,
-                policy=policy,
-                detail=_recorded_detail(_report(slug, opened, look, started)),
-                extensions=extensions_of(look.contents),
-                values=values,
-                tell=tell,
-                actor=actor,
-            )
-            report = _report(slug, opened, look, started)
-        await self._services.registry.record(created.tenant.id, "tenant.adopt", detail=operation.detail, actor=actor)
-        return replace(
-            report,
-            tenant=created.tenant,
-            api_key=created.api_key,
-            operation=operation.id,
-            notes=(*report.notes, *notes),
-            seconds=time.monotonic() - started,
+        policy = RevisionPolicy(self._services, plain, environment)
+        return await self._copy(
+            slug,
+            described,
+            looking,
+            policy,
+            accept_differences,
+            server=chosen,
+            values=values,
+            tell=tell,
+            actor=actor,
+            started=started,
         )
 
     async def resume(self, operation: int, *, actor: Actor = SYSTEM) -> Operation:
@@ -267,6 +248,51 @@ class AdoptionManager:
             )
         await self._frame.settle(tenant, found, actor=actor)
 
+    async def _copy(
+        self,
+        slug: str,
+        described: Source,
+        looking: Looking,
+        policy: RevisionPolicy,
+        accepted: bool,
+        *,
+        server: str,
+        values: Mapping[str, Any],
+        tell: Tell,
+        actor: Actor,
+        started: float,
+    ) -> AdoptionReport:
+        """Make a tenant of a copy."""
+        async with open_adoptable(self._services, described) as opened:
+            look = await looking.look(opened, server, tell)
+            _refuse(slug, opened, look, accepted)
+            notes: list[str] = []
+
+            async def work(new: NewDatabase, steps: Steps) -> None:
+                notes.extend(await _fill(looking, opened, look, new, steps))
+
+            created, operation = await self._frame.create(
+                slug,
+                work,
+                server=server,
+                policy=policy,
+                detail=record_of(copy_report(slug, opened, look, started)),
+                extensions=extensions_of(look.contents),
+                values=values,
+                tell=tell,
+                actor=actor,
+            )
+            report = copy_report(slug, opened, look, started)
+        await self._services.registry.record(created.tenant.id, "tenant.adopt", detail=operation.detail, actor=actor)
+        return replace(
+            report,
+            tenant=created.tenant,
+            api_key=created.api_key,
+            operation=operation.id,
+            notes=(*report.notes, *notes),
+            seconds=time.monotonic() - started,
+        )
+
     async def _take(
         self,
         slug: str,
@@ -281,8 +307,7 @@ class AdoptionManager:
     ) -> AdoptionReport:
         """Take a database over, and run the missing revisions."""
         started = time.monotonic()
-        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            await refuse_own(self._services, opened)
+        async with open_adoptable(self._services, described) as opened:
             look = await place.look(opened, tell)
             _refuse(slug, opened, look, accepted)
             if look.foreign_rights and not revoke:
@@ -290,13 +315,13 @@ class AdoptionManager:
                     f"roles other than its owner have rights in {opened.source}, which a tenant's database does not "
                     f"give: {'; '.join(look.foreign_rights)}; take them away with --revoke (revoke=True in Python)"
                 )
-            report = _report_in_place(slug, opened, look, started)
+            report = in_place_report(slug, opened, look, started)
         created, operation = await place.take(
             slug,
             look,
             self._tenants,
             self._operations,
-            detail=_recorded_detail(report),
+            detail=record_of(report),
             values=values,
             tell=tell,
             actor=actor,
@@ -326,27 +351,6 @@ class AdoptionManager:
         notes = [f"not brought to {pending}, run tenancy migrate upgrade: {error}" for error in errors]
         return replace(report, tenant=tenant, pending=pending, notes=(*report.notes, *notes))
 
-    async def _copy(
-        self, looking: Looking, opened: OpenSource, look: Look, new: NewDatabase, steps: Steps
-    ) -> Sequence[str]:
-        """Bring the source in, verify it, and run the missing revisions."""
-        await steps.begin("copy")
-        await looking.bring(opened, look, new.login)
-        stamp = look.heads if look.stamp else frozenset[str]()
-        await looking.settle(new.login, look.server, opened, look.contents, look.schema, stamp, tenant=steps.tenant)
-        await steps.begin("verify")
-        former = opened.source.schema
-        connection = await looking.connect(new.login)
-        try:
-            notes = await verify(connection, look.contents, lambda table: place_of(table, former, look.schema))
-        finally:
-            await run_to_completion(connections.close(connection))
-        assert steps.tenant is not None  # noqa: S101 - the frame sets it
-        if look.end != look.heads:
-            await steps.begin("upgrade")
-            await looking.upgrade(new.login, look.server, steps.tenant)
-        return notes
-
     async def _choose(self, slug: str, server: str | None, region: str | None, tier: str | None) -> str:
         config = self._services.config
         request = PlacementRequest(tier=tier or config.default_tier, region=region, slug=slug)
@@ -372,87 +376,24 @@ def _refuse(slug: str, opened: OpenSource, look: Look | InPlaceLook, accepted: b
         )
 
 
-def _recorded_detail(report: AdoptionReport) -> dict[str, Any]:
-    tables = {one.source: [one.target, one.rows] for one in report.tables}
-    return {
-        "source": report.source,
-        "version": report.version,
-        "size": report.size,
-        "server": report.server,
-        "revision": report.revision,
-        "in_place": report.in_place,
-        "rows": report.rows,
-        # one more would make the record long, and the rows are compared with the snapshot anyway
-        "tables": dict(list(tables.items())[:1_000]),
-        "accepted": [one.text for one in report.differences][:100],
-    }
-
-
-def _report_in_place(slug: str, opened: OpenSource, look: InPlaceLook, started: float) -> AdoptionReport:
-    return AdoptionReport(
-        slug=slug,
-        source=str(opened.source),
-        server=look.server,
-        in_place=True,
-        version=opened.version,
-        size=opened.size,
-        revision=look.revision,
-        pending=format_revision(look.end) if look.end != look.heads else None,
-        tables=tuple(
-            AdoptedTable(source=one.label, target=one.label, rows=one.rows or 0) for one in look.contents.tables
-        ),
-        differences=look.differences,
-        refused=look.refused,
-        foreign_rights=look.foreign_rights,
-        notes=look.contents.notes,
-        seconds=time.monotonic() - started,
-    )
-
-
-def _report(slug: str, opened: OpenSource, look: Look, started: float) -> AdoptionReport:
+async def _fill(looking: Looking, opened: OpenSource, look: Look, new: NewDatabase, steps: Steps) -> Sequence[str]:
+    """Bring the source in, verify it, and run the missing revisions."""
+    await steps.begin("copy")
+    await looking.bring(opened, look, new.login)
+    stamp = look.heads if look.stamp else frozenset[str]()
+    await looking.settle(new.login, look.server, opened, look.contents, look.schema, stamp, tenant=steps.tenant)
+    await steps.begin("verify")
     former = opened.source.schema
-    return AdoptionReport(
-        slug=slug,
-        source=str(opened.source),
-        server=look.server,
-        version=opened.version,
-        size=opened.size,
-        revision=look.revision,
-        pending=format_revision(look.end) if look.end != look.heads else None,
-        tables=tuple(
-            AdoptedTable(
-                source=one.label, target=f"{place_of(one, former, look.schema)}.{one.name}", rows=one.rows or 0
-            )
-            for one in look.contents.tables
-        ),
-        differences=look.differences,
-        refused=look.refused,
-        notes=look.notes,
-        seconds=time.monotonic() - started,
-    )
-
-
-def _recorded(tenant: Tenant, operation: Operation, started: float) -> AdoptionReport:
-    """Return the report of an adoption that is complete already."""
-    detail = operation.detail
-    return AdoptionReport(
-        slug=tenant.slug,
-        source=detail["source"],
-        server=detail["server"],
-        in_place=detail["in_place"],
-        version=detail["version"],
-        size=detail["size"],
-        revision=detail["revision"],
-        pending=None,
-        tables=tuple(
-            AdoptedTable(source=source, target=target, rows=rows) for source, (target, rows) in detail["tables"].items()
-        ),
-        differences=(),
-        notes=(f"tenant {tenant.slug!r} has been made of this source already, {KEY_SHOWN}",),
-        seconds=time.monotonic() - started,
-        tenant=tenant,
-        operation=operation.id,
-    )
+    connection = await looking.connect(new.login)
+    try:
+        notes = await verify(connection, look.contents, lambda table: place_of(table, former, look.schema))
+    finally:
+        await run_to_completion(connections.close(connection))
+    assert steps.tenant is not None  # noqa: S101 - the frame sets it
+    if look.end != look.heads:
+        await steps.begin("upgrade")
+        await looking.upgrade(new.login, look.server, steps.tenant)
+    return notes
 
 
 __all__ = ["AdoptionManager"]

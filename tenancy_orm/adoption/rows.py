@@ -9,10 +9,10 @@ from typing import Any
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from .frame import Tell
-from .refusals import refuse_own
+from .refusals import open_adoptable
 from .rows_report import RowsReport
 from .rows_work import GivenMapping, RowsWork, read_mapping, report_of, silent
-from .source import Source, open_source
+from .source import Source
 
 
 class RowsAdoption:
@@ -66,8 +66,7 @@ class RowsAdoption:
         described, said = Source.parse(url), read_mapping(mapping, where)
         chosen = await self._work.choose(slug, server, region, tier)
         building = await self._work.build(chosen, at, tell)
-        async with open_source(described, timeout=self._services.config.pool.connect_timeout) as opened:
-            await refuse_own(self._services, opened)
+        async with open_adoptable(self._services, described) as opened:
             look = await self._work.look(opened, said, building, tell)
             return report_of(slug, opened, said, building, chosen, look, started)
 

@@ -32,12 +32,12 @@ from .frame import KEY_SHOWN, AdoptionFrame, Steps, Tell
 from .looking import Looking
 from .mapping import RowsMapping
 from .reach import Reach
-from .refusals import refuse_own
+from .refusals import open_adoptable
 from .relations import Relation, read_relations
 from .rows_copy import RowsCopy
 from .rows_report import RowsReport, TableRows
 from .selection import Selection, Transferred, pair
-from .source import OpenSource, Source, open_source
+from .source import OpenSource, Source
 
 GivenMapping = RowsMapping | Mapping[str, Any] | Path | None
 """A mapping, the values of one, or its file."""
@@ -190,8 +190,7 @@ class RowsWork:
     ) -> RowsReport:
         """Create one tenant; see ``RowsAdoption.adopt``."""
         started = time.monotonic()
-        async with open_source(described, timeout=self.services.config.pool.connect_timeout) as opened:
-            await refuse_own(self.services, opened)
+        async with open_adoptable(self.services, described) as opened:
             look = await self.look(opened, said, building, tell)
             report = report_of(slug, opened, said, building, server, look, started)
             if report.problems:

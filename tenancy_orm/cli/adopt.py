@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,17 +12,16 @@ import typer
 from ..adoption import AdoptionReport
 from ..errors import AdoptionDifferencesError
 from ..tenancy import Tenancy
-from .adopt_rows import adopt_fleet, adopt_rows, refuse_unfit, stop_once
+from .adopt_rows import INTERRUPTED, adopt_fleet, adopt_rows, refuse_unfit
 from .metadata import Metadata, parse_metadata
 from .migrate_rehearsal import size_text
 from .output import Column, console, note, print_json, print_table, printable, tenant_fields
-from .runtime import EXIT_FAILED, Json, Yes, confirm, exit_on_error, fail, given_url, operator, run
+from .runtime import EXIT_FAILED, Json, Yes, confirm, exit_on_error, fail, given_url, operator, run_stoppable
 
 _QUESTION = (
     "The database itself becomes tenant {slug}'s: it gets another owner and another name, and nobody else can connect "
     "to it any more. Go on?"
 )
-_INTERRUPTED = "stopped: what was made of it is removed; the source is as it was"
 
 
 def adopt(
@@ -104,6 +101,7 @@ def adopt(
     refuse_unfit({"--concurrency": concurrency}, "one tenant: it is for --plan")
     if slug is None or source is None:
         fail("name a tenant and its source: tenancy adopt SLUG --from URL", kind="ConfigurationError")
+    options: dict[str, Any] = {"at": at, "server": server, "region": region, "tier": tier}
     if where is not None or mapping is not None:
         refuse_unfit(alone, "rows: it is for databases and schemas")
         adopt_rows(
@@ -114,36 +112,53 @@ def adopt(
             dry_run=dry_run,
             as_json=as_json,
             metadata=exit_on_error(lambda: parse_metadata(metadata)),
-            options={"at": at, "server": server, "region": region, "tier": tier},
+            options=options,
         )
         return
     given = exit_on_error(lambda: parse_metadata(metadata))
-    url = given_url(source)
-    options: dict[str, Any] = {
-        "schema": schema,
-        "with_shared": with_shared or (),
-        "without": without or (),
-        "at": at,
-        "in_place": in_place,
-        "server": server,
-        "region": region,
-        "tier": tier,
-        "tell": None if as_json else lambda text: note(f"{slug}: {text}"),
-    }
+    _adopt_database(
+        slug,
+        given_url(source),
+        accept_differences=accept_differences,
+        in_place=in_place,
+        revoke=revoke,
+        yes=yes,
+        dry_run=dry_run,
+        as_json=as_json,
+        metadata=given,
+        options={"schema": schema, "with_shared": with_shared or (), "without": without or (), **options},
+    )
+
+
+def _adopt_database(
+    slug: str,
+    url: str,
+    *,
+    accept_differences: bool,
+    in_place: bool,
+    revoke: bool,
+    yes: bool,
+    dry_run: bool,
+    as_json: bool,
+    metadata: dict[str, Any] | None,
+    options: dict[str, Any],
+) -> None:
+    """Make a tenant of a database or of a schema of it."""
+    tell = None if as_json else lambda text: note(f"{slug}: {text}")
+    arguments = {**options, "in_place": in_place, "tell": tell}
 
     async def command(tenancy: Tenancy) -> AdoptionReport | AdoptionDifferencesError:
-        stop_once()
         if dry_run:
-            return await tenancy.adoption.check(slug, url, **options)
+            return await tenancy.adoption.check(slug, url, **arguments)
         try:
             return await tenancy.adoption.adopt(
                 slug,
                 url,
                 accept_differences=accept_differences,
                 revoke=revoke,
-                metadata=given,
+                metadata=metadata,
                 actor=operator(),
-                **options,
+                **arguments,
             )
         except AdoptionDifferencesError as exc:
             if as_json:
@@ -152,11 +167,7 @@ def adopt(
 
     if in_place and not dry_run and not yes and not confirm(_QUESTION.format(slug=slug)):
         fail("nothing was changed")
-    try:
-        found = run(command)
-    except asyncio.CancelledError:
-        note(_INTERRUPTED)
-        raise typer.Exit(128 + signal.SIGTERM) from None
+    found = run_stoppable(command, stopped=INTERRUPTED)
     if isinstance(found, AdoptionDifferencesError):
         _print_differences(found.differences)
         fail(

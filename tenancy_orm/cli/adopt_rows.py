@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,20 +21,12 @@ from .output import (
     progress_bar,
     tenant_fields,
 )
-from .runtime import EXIT_FAILED, exit_on_error, fail, given_url, operator, run
+from .runtime import EXIT_FAILED, exit_on_error, fail, given_url, operator, run_stoppable
 
-_INTERRUPTED = "stopped: what was made of it is removed; the source is as it was"
+INTERRUPTED = "stopped: what was made of it is removed; the source is as it was"
+"""What is said where the adoption of one tenant was stopped."""
+
 _FLEET_INTERRUPTED = "stopped: run the same command again, and the tenants that are complete are skipped"
-
-
-def stop_once() -> None:
-    """Let SIGTERM and SIGHUP cancel the command once, so that its clean-up ends."""
-    main = asyncio.current_task()
-    assert main is not None  # noqa: S101 - for the type checker
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # once: a second cancellation would interrupt the clean-up that the first one has started
-        loop.add_signal_handler(number, lambda: main.cancelling() or main.cancel())
 
 
 def adopt_rows(
@@ -58,12 +47,11 @@ def adopt_rows(
     arguments = {"mapping": said, **options, "tell": None if as_json else lambda text: note(f"{slug}: {text}")}
 
     async def command(tenancy: Tenancy) -> RowsReport:
-        stop_once()
         if dry_run:
             return await tenancy.adoption.rows.check(slug, url, **arguments)
         return await tenancy.adoption.rows.adopt(slug, url, metadata=metadata, actor=operator(), **arguments)
 
-    report = _run(command, _INTERRUPTED)
+    report = run_stoppable(command, stopped=INTERRUPTED)
     if as_json:
         tenant = None if report.tenant is None else tenant_fields(report.tenant)
         print_json({field.name: getattr(report, field.name) for field in fields(report)} | {"tenant": tenant})
@@ -81,7 +69,6 @@ def adopt_fleet(plan: Path, source: str | None, *, concurrency: int | None, dry_
         said = said.at_once(concurrency)
 
     async def command(tenancy: Tenancy) -> FleetReport:
-        stop_once()
         with progress_bar(shown=not as_json) as bar:
             shown = TenantBar(bar, "looked at" if dry_run else "adopted")
             shown.total(len(await tenancy.adoption.fleet.tenants(said)))
@@ -96,7 +83,7 @@ def adopt_fleet(plan: Path, source: str | None, *, concurrency: int | None, dry_
                 return await tenancy.adoption.fleet.check(said, done=done)
             return await tenancy.adoption.fleet.adopt(said, done=done, actor=operator())
 
-    report = _run(command, _FLEET_INTERRUPTED)
+    report = run_stoppable(command, stopped=_FLEET_INTERRUPTED)
     if as_json:
         print_json(asdict(report) | {"ok": report.ok})
     else:
@@ -109,14 +96,6 @@ def refuse_unfit(given: dict[str, Any], what: str) -> None:
     """Refuse options that do not go with ``what``."""
     if unfit := [name for name, value in given.items() if value]:
         fail(f"{unfit[0]} does not go with {what}", kind="ConfigurationError")
-
-
-def _run(command: Callable[[Tenancy], Any], interrupted: str) -> Any:
-    try:
-        return run(command)
-    except asyncio.CancelledError:
-        note(interrupted)
-        raise typer.Exit(128 + signal.SIGTERM) from None
 
 
 def _show(report: RowsReport) -> None:
@@ -159,4 +138,4 @@ def _show_fleet(report: FleetReport, dry_run: bool) -> None:
     console.print(f"{said or 'no tenants'}{'; nothing was changed' if dry_run else ''}", markup=False)
 
 
-__all__ = ["adopt_fleet", "adopt_rows", "refuse_unfit", "stop_once"]
+__all__ = ["INTERRUPTED", "adopt_fleet", "adopt_rows", "refuse_unfit"]

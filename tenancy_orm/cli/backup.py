@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 from uuid import UUID
 
 import typer
@@ -19,11 +17,21 @@ from ..errors import BackupNotFoundError
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import Column, TenantBar, failures_listed, note, print_fields, print_json, print_table, progress_bar
-from .runtime import EXIT_FAILED, Json, Yes, confirm, duration, exit_on_error, fail, load_tenancy, operator, run
+from .runtime import (
+    EXIT_FAILED,
+    Json,
+    Yes,
+    confirm,
+    duration,
+    exit_on_error,
+    fail,
+    load_tenancy,
+    operator,
+    run,
+    run_stoppable,
+)
 from .schedule import parse_time
 from .selection import All, Named, Selection, Statuses, Tiers
-
-T = TypeVar("T")
 
 app = typer.Typer(name="backup", help="Encrypted backups of tenants and of the control database.", no_args_is_help=True)
 
@@ -319,25 +327,6 @@ async def find_backup(tenancy: Tenancy, name: str) -> Backup:
     return found[0]
 
 
-def run_stoppable(command: Callable[[Tenancy], Awaitable[T]]) -> T:
-    """Run a command; SIGTERM and SIGHUP stop it as Ctrl-C does, with what it has to clear away."""
-
-    async def stoppable(tenancy: Tenancy) -> T:
-        main = asyncio.current_task()
-        assert main is not None  # noqa: S101 - for the type checker
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            # once: a second cancellation would interrupt the clean-up that the first one has started
-            loop.add_signal_handler(number, lambda: main.cancelling() or main.cancel())
-        return await command(tenancy)
-
-    try:
-        return run(stoppable)
-    except asyncio.CancelledError:
-        note("stopped")
-        raise typer.Exit(128 + signal.SIGTERM) from None
-
-
 def backup_fields(backup: Backup) -> dict[str, Any]:
     """Return a backup as JSON values."""
     manifest = backup.manifest
@@ -439,4 +428,4 @@ def size(number: int | None) -> str | None:
     return f"{value:.{0 if unit == 0 else 1}f} {_UNITS[unit]}"
 
 
-__all__ = ["app", "backup_fields", "find_backup", "run_stoppable", "size"]
+__all__ = ["app", "backup_fields", "find_backup", "size"]

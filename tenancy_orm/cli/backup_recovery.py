@@ -10,9 +10,8 @@ import typer
 
 from ..restores.recovery import BaseBackup, BaseReport, RecoveryWindow, WalEvent
 from ..tenancy import Tenancy
-from .backup import run_stoppable
 from .output import Column, console, json_text, note, print_json, print_table
-from .runtime import Json, fail, operator, run
+from .runtime import Json, fail, operator, run, run_stoppable
 
 Server = Annotated[
     str | None, typer.Option("--server", "-s", help="The server; the only or the default one where none is named.")

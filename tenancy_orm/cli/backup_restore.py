@@ -11,9 +11,8 @@ import typer
 from ..errors import ContentsRefusedError
 from ..restores import BackupSource, RestoreReport, RestoreSource
 from ..tenancy import Tenancy
-from .backup import run_stoppable
 from .output import note, print_fields, print_json
-from .runtime import Json, TenantArgument, Yes, confirm, fail, given_url, operator, run
+from .runtime import Json, TenantArgument, Yes, confirm, fail, given_url, operator, run, run_stoppable
 
 _LATEST = "latest"
 

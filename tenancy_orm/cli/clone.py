@@ -10,10 +10,9 @@ import typer
 from ..clones import AnonymisationRules, Clone, CloneReport
 from ..clones.manager import LONGEST
 from ..tenancy import Tenancy
-from .backup import run_stoppable
 from .metadata import Metadata, parse_metadata
 from .output import console, note, print_fields, print_json, tenant_fields
-from .runtime import Json, TenantArgument, duration, exit_on_error, fail, operator
+from .runtime import Json, TenantArgument, duration, exit_on_error, fail, operator, run_stoppable
 
 
 def clone(

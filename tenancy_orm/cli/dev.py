@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ import typer
 
 from ..config import TenancyConfig, project, sources
 from ..config.values import parse_keys
-from ..control.database import ControlDatabase, head
+from ..control.database import head
 from ..errors import ConfigurationError, MissingExtraError
 from ..postgres.dsn import Dsn
 from ..tenancy import Tenancy
@@ -83,11 +84,6 @@ def init(
     base = exit_on_error(setup.project_directory) if directory is None else here / directory
     named = None if migrations is None else (here if directory is None else base) / migrations
 
-    async def command(tenancy: Tenancy) -> tuple[ControlDatabase, str, bool, dict[str, str]]:
-        has_metadata, internals = tenancy.config.metadata is not None, tenancy.internals
-        unprepared = {name: str(exc) for name, exc in internals.provisioner.unprepared.items()}
-        return internals.control, tenancy.migrations.services.names.owner, has_metadata, unprepared
-
     with exit_on_error(lambda: setup.entered(base)), project.looking_from(base, above=False):
         extend_path()
         writes_leave_public = leave_public and preparation.leave_public(base)
@@ -116,26 +112,57 @@ def init(
         if dry_run:
             raise typer.Exit  # which removes a directory that was made to look from
         with plan.undone_on_failure():
-            control, owner, has_metadata, unprepared = run(command, initialise=True)
+            opened = run(_look, initialise=True)
             exit_on_error(plan.write)
-        installation = str(control.installation)
         if as_json:
-            made = {"created": plan.made, "changed": plan.changed, "installation": installation}
-            upgraded = {"upgraded_from": control.upgraded_from, "unprepared": unprepared}
+            made = {"created": plan.made, "changed": plan.changed, "installation": opened.installation}
+            upgraded = {"upgraded_from": opened.upgraded_from, "unprepared": opened.unprepared}
             print_json({**made, "preparation": settled, **upgraded, **plan.as_dict()})
-            _report_unprepared(unprepared)
-            return
-        if base != here:
-            console.print(f"the project is in {base}", markup=False, highlight=False, soft_wrap=True)
-        setup.show_done(plan)
-        if control.upgraded_from is not None:
-            console.print(
-                f"the control database was upgraded from {control.upgraded_from} to {head()}", highlight=False
-            )
-        console.print(f"the control database is ready (installation {installation})", highlight=False)
-        setup.show_env(plan, owner)
-        setup.show_next(plan, has_metadata=has_metadata)
-        _report_unprepared(unprepared)
+        else:
+            if base != here:
+                console.print(f"the project is in {base}", markup=False, highlight=False, soft_wrap=True)
+            _show(plan, opened)
+        _report_unprepared(opened.unprepared)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What ``init`` says of a ``Tenancy`` that it has opened.
+
+    Attributes:
+        installation: The id of the installation.
+        upgraded_from: The revision that the control database had before; None where it was not upgraded.
+        owner: The role that revisions run as.
+        has_metadata: Whether the settings name the application's models.
+        unprepared: By server, why it could not be prepared.
+    """
+
+    installation: str
+    upgraded_from: str | None
+    owner: str
+    has_metadata: bool
+    unprepared: Mapping[str, str]
+
+
+async def _look(tenancy: Tenancy) -> _Opened:
+    control, provisioner = tenancy.internals.control, tenancy.internals.provisioner
+    return _Opened(
+        installation=str(control.installation),
+        upgraded_from=control.upgraded_from,
+        owner=tenancy.migrations.services.names.owner,
+        has_metadata=tenancy.config.metadata is not None,
+        unprepared={name: str(exc) for name, exc in provisioner.unprepared.items()},
+    )
+
+
+def _show(plan: setup.Setup, opened: _Opened) -> None:
+    """Print what was done, for people, and what is left to do."""
+    setup.show_done(plan)
+    if opened.upgraded_from is not None:
+        console.print(f"the control database was upgraded from {opened.upgraded_from} to {head()}", highlight=False)
+    console.print(f"the control database is ready (installation {opened.installation})", highlight=False)
+    setup.show_env(plan, opened.owner)
+    setup.show_next(plan, has_metadata=opened.has_metadata)
 
 
 def _report_unprepared(unprepared: Mapping[str, str]) -> None:

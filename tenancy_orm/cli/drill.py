@@ -8,9 +8,8 @@ import typer
 
 from ..backups import DrillReport
 from ..tenancy import Tenancy
-from .backup import run_stoppable
 from .output import print_fields, print_json
-from .runtime import EXIT_FAILED, Json, duration, operator
+from .runtime import EXIT_FAILED, Json, duration, operator, run_stoppable
 
 
 def drill(

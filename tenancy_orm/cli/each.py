@@ -23,7 +23,7 @@ from ..provisioning.temporary_logins import DEFAULT_CONNECTIONS, LONGEST_SECONDS
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import note, print_json
-from .runtime import EXIT_FAILED, Json, TenantArgument, duration, fail, operator, run
+from .runtime import EXIT_FAILED, Json, TenantArgument, duration, fail, operator, run, run_stoppable
 from .selection import All, Also, Named, Selection, Statuses, Tiers
 
 _LONGEST_LINE = 1 << 20  # bytes of a line that are kept until its end is known
@@ -76,22 +76,11 @@ def each(
     assert limit is not None  # noqa: S101 - for the type checker
 
     async def work(tenancy: Tenancy) -> Runs:
-        # asyncio.run cancels on SIGINT alone
-        main = asyncio.current_task()
-        assert main is not None  # noqa: S101 - for the type checker
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            # once: a second cancellation would interrupt the clean-up that the first one has started
-            loop.add_signal_handler(number, lambda: main.cancelling() or main.cancel())
         runs = Runs(tenancy, command, seconds=limit.total_seconds(), keep_going=keep_going)
         await runs.run(await selection.find(tenancy), concurrency)
         return runs
 
-    try:
-        finished = run(work)
-    except asyncio.CancelledError:
-        note("stopped: the commands were ended")
-        raise typer.Exit(128 + signal.SIGTERM) from None
+    finished = run_stoppable(work, stopped="stopped: the commands were ended")
     finished.tell()
     if finished.failed or finished.waiting:
         raise typer.Exit(EXIT_FAILED)

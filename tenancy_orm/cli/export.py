@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..exports import ExportFormat, ExportProgress, ExportReport
 from ..tenancy import Tenancy
 from .output import console, errors, note, print_json, printable
-from .runtime import Json, TenantArgument, fail, operator, run
+from .runtime import Json, TenantArgument, fail, operator, run_stoppable
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _FORMATS: tuple[ExportFormat, ...] = ("jsonl", "csv")
@@ -38,11 +36,6 @@ def export(
         fail(f"{row_format!r} is no format: give {' or '.join(_FORMATS)}")
 
     async def command(tenancy: Tenancy) -> ExportReport:
-        main = asyncio.current_task()
-        assert main is not None  # noqa: S101 - for the type checker
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            # once: a second cancellation would interrupt the clean-up that the first one has started
-            asyncio.get_running_loop().add_signal_handler(number, lambda: main.cancelling() or main.cancel())
         with _bar(shown=not as_json) as bar:
             task = bar.add_task("export", total=None)
 
@@ -60,11 +53,7 @@ def export(
                 actor=operator(),
             )
 
-    try:
-        report = run(command)
-    except asyncio.CancelledError:
-        note("stopped: go on with --resume")
-        raise typer.Exit(128 + signal.SIGTERM) from None
+    report = run_stoppable(command, stopped="stopped: go on with --resume")
     if as_json:
         print_json(report)
         return

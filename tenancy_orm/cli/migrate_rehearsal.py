@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -12,7 +10,7 @@ import typer
 from ..rehearsal import CloneReport, Estimate, PhaseReport, RehearsalReport, StatementReport
 from ..tenancy import Tenancy
 from .output import Column, console, note, print_json, print_table, printable
-from .runtime import EXIT_FAILED, Json, operator, run
+from .runtime import EXIT_FAILED, Json, operator, run_stoppable
 
 _STATEMENT = 200  # characters of a statement that are shown; JSON has more
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
@@ -49,12 +47,6 @@ def show(
     """Rehearse, and print the report; exit with a failure if a clone failed or differs."""
 
     async def command(tenancy: Tenancy) -> RehearsalReport:
-        main = asyncio.current_task()
-        assert main is not None  # noqa: S101 - for the type checker
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            # once: a second cancellation would interrupt the clean-up that the first one has started
-            loop.add_signal_handler(number, lambda: main.cancelling() or main.cancel())
         return await tenancy.migrations.rehearse(
             revision,
             clones=clones,
@@ -66,11 +58,7 @@ def show(
             actor=operator(),
         )
 
-    try:
-        report = run(command)
-    except asyncio.CancelledError:
-        note("stopped: the clone was dropped")
-        raise typer.Exit(128 + signal.SIGTERM) from None
+    report = run_stoppable(command, stopped="stopped: the clone was dropped")
     if as_json:
         print_json(report)
     else:

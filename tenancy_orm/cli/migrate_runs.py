@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC
 from typing import Annotated, Any
 
 import typer
 
-from ..runs import FleetReport, ProcessRecord, Progress, RunRecord, Waves
+from ..runs import FleetReport, ProcessRecord, Progress, RunRecord, TenantRecord, Waves
 from ..tenancy import Tenancy
 from .migrate_processes import Processes
 from .migrate_progress import run_shown
@@ -87,6 +87,17 @@ def show(
         print_json({**_fields(record), **details, "tenants": listed})
         return
     waves = Waves.from_json(record.plan)
+    _print_run(record, waves, processes)
+    if not tenants:
+        return
+    console.print()
+    _print_tenants(tenants, has_waves=len(waves) > 1)
+    total = record.tenants["failed"] if failed else sum(record.tenants.values())
+    if total > len(tenants):
+        note(f"{len(tenants)} of {total} tenants; --limit shows more, and --json all")
+
+
+def _print_run(record: RunRecord, waves: Waves, processes: Sequence[ProcessRecord]) -> None:
     fields = {
         **_fields(record),
         "plan": _plan(record),
@@ -100,13 +111,13 @@ def show(
     print_fields(f"run {record.id}", values)
     if record.is_interrupted:
         note(f"no process takes part any more; go on with: tenancy migrate resume {record.id}")
-    if not tenants:
-        return
-    console.print()
+
+
+def _print_tenants(tenants: Sequence[TenantRecord], *, has_waves: bool) -> None:
     columns: tuple[str | Column, ...] = (
         "tenant",
         "state",
-        *([Column("wave", drop=5)] if len(waves) > 1 else []),
+        *([Column("wave", drop=5)] if has_waves else []),
         Column("server", drop=3),
         Column("before", drop=1),
         Column("after", drop=1),
@@ -120,7 +131,7 @@ def show(
         (
             one.slug,
             one.state,
-            *([one.wave + 1] if len(waves) > 1 else []),
+            *([one.wave + 1] if has_waves else []),
             one.server,
             one.revision_before,
             one.revision_after,
@@ -133,9 +144,6 @@ def show(
         for one in tenants
     ]
     print_table("tenants", columns, rows)
-    total = record.tenants["failed"] if failed else sum(record.tenants.values())
-    if total > len(rows):
-        note(f"{len(rows)} of {total} tenants; --limit shows more, and --json all")
 
 
 def join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ from ..config.values import load_object
 from ..errors import ConfigurationError, TenancyError
 from ..postgres.login import reason_of
 from ..tenancy import Tenancy
-from .output import errors, json_text, printable
+from .output import errors, json_text, note, printable
 
 T = TypeVar("T")
 
@@ -107,6 +108,29 @@ def run(command: Callable[[Tenancy], Awaitable[T]], *, initialise: bool | None =
             await tenancy.close()
 
     return exit_on_error(lambda: asyncio.run(opened()))
+
+
+def run_stoppable(command: Callable[[Tenancy], Awaitable[T]], *, stopped: str = "stopped") -> T:
+    """Run a command; SIGTERM and SIGHUP stop it as Ctrl-C does, with what it has to clear away.
+
+    ``stopped`` is what is said then.
+    """
+
+    async def stoppable(tenancy: Tenancy) -> T:
+        # asyncio.run cancels on SIGINT alone
+        main = asyncio.current_task()
+        assert main is not None  # noqa: S101 - for the type checker
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # once: a second cancellation would interrupt the clean-up that the first one has started
+            loop.add_signal_handler(number, lambda: main.cancelling() or main.cancel())
+        return await command(tenancy)
+
+    try:
+        return run(stoppable)
+    except asyncio.CancelledError:
+        note(stopped)
+        raise typer.Exit(128 + signal.SIGTERM) from None
 
 
 def exit_on_error(action: Callable[[], T]) -> T:

@@ -147,6 +147,11 @@ class Participation:
         self._wake.set()
 
     async def _patiently(self, wave: int) -> RunState | None:
+        """Go through the gate once the control database answers.
+
+        Not by ``patience.repeat``: at other errors the gate may have ended the run, and then a second attempt would
+        hide the error. And what ends this process's part ends the wait.
+        """
         deadline = time.monotonic() + patience.PATIENCE_SECONDS
         while True:
             try:

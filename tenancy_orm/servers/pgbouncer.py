@@ -1,4 +1,4 @@
-"""The configuration of a PgBouncer for tenants' sessions, and the role and function by which it finds their secrets."""
+"""The configuration of a PgBouncer for tenants' sessions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from ..config import TenancyConfig
 from ..control.names import Names
 from ..errors import ConfigurationError
 from ..postgres.dsn import DEFAULT_PORT, Dsn
-from ..postgres.quoting import quote_identifier, quote_literal
+from ..postgres.quoting import quote_literal
+from .pgbouncer_auth import AUTH_DATABASE_SINCE, auth_query, auth_script, auth_user
 from .settings import TRACKED
 
 CONSOLE_PORT: Final = 6432
-AUTH_DATABASE_SINCE: Final = (1, 19)
-"""The first version that asks ``auth_query`` in one database (``auth_dbname``), and not in the client's own."""
 PREPARED_SINCE: Final = (1, 21)
 """The first version that knows prepared statements in transaction mode."""
 
@@ -47,16 +46,6 @@ _FIRST: Final = (
 _LISTS: Final = frozenset({"search_path", "temp_tablespaces"})
 # PgBouncer sets the first ones for each client; the last one can only be given at the login
 _NOT_SET: Final = TRACKED | {"role", "application_name", "local_preload_libraries"}
-
-# What the function returns, and the query of a version without ``auth_dbname``: it runs in a tenant's database, where
-# the tenant may have operators and functions of its own, so every name is qualified.
-_ROW_OF = (
-    "SELECT r.rolname::pg_catalog.text, r.rolpassword FROM pg_catalog.pg_authid AS r "
-    "WHERE r.rolname OPERATOR(pg_catalog.=) {user} AND r.rolcanlogin AND NOT r.rolsuper "
-    "AND r.rolname::pg_catalog.text OPERATOR(pg_catalog.~) {pattern} "
-    "AND (r.rolvaliduntil IS NULL OR r.rolvaliduntil OPERATOR(pg_catalog.>) pg_catalog.clock_timestamp())"
-)
-_ASK = "SELECT name, secret FROM {function}($1)"
 
 _INI = """\
 ; PgBouncer {version} and later, for the tenants of server {server}; made by: tenancy servers pgbouncer
@@ -114,30 +103,9 @@ stats_users = {user}
 ; over a network: client_tls_sslmode = require, with client_tls_key_file and client_tls_cert_file
 {tls}"""
 
-_SQL = """\
--- Run it once as a superuser in the database {database} of server {server}: psql -f auth_query.sql {database}
--- {user} reads the secrets of this installation's tenants' roles, by a function, and nothing else.
-BEGIN;
-CREATE ROLE {user} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOINHERIT NOREPLICATION NOBYPASSRLS CONNECTION LIMIT 10
-    PASSWORD {verifier};
-GRANT CONNECT ON DATABASE {database} TO {user};
-CREATE SCHEMA {schema};
-REVOKE ALL ON SCHEMA {schema} FROM PUBLIC;
-GRANT USAGE ON SCHEMA {schema} TO {user};
-CREATE FUNCTION {function}(username pg_catalog.text, OUT name pg_catalog.text, OUT secret pg_catalog.text)
-    RETURNS SETOF record LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $function$
-    {secret}
-$function$;
-REVOKE ALL ON FUNCTION {function}(pg_catalog.text) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION {function}(pg_catalog.text) TO {user};
-COMMIT;
-"""
-
-_SQL_BEFORE = """\
--- Run it once as a superuser: psql -f auth_query.sql {database}
--- PgBouncer {version} asks auth_query in the client's own database. No other role may connect there but a superuser and
--- the owner: so {user} is a superuser. From 1.19 on it is a role without rights; prefer that.
-CREATE ROLE {user} LOGIN SUPERUSER CONNECTION LIMIT -1 PASSWORD {verifier};
+_PREPARED = """\
+; the package prepares nothing under a name behind a pooler
+max_prepared_statements = 0
 """
 
 
@@ -160,16 +128,6 @@ class PgBouncerFiles:
     def __repr__(self) -> str:
         """Leave the password out."""
         return f"<PgBouncerFiles pool_size={self.pool_size}>"
-
-
-def auth_user(names: Names) -> str:
-    """The role that asks for secrets, which is also the schema of its function."""
-    return f"{names.stem}_pgbouncer"
-
-
-def function_name(names: Names) -> str:
-    """The function by which it asks, with its schema, quoted."""
-    return f"{quote_identifier(auth_user(names))}.secret_of"
 
 
 def parse_version(text: str) -> tuple[int, int]:
@@ -235,18 +193,14 @@ def files(
             f"{poolers} PgBouncers cannot share {least_limit} connections of a role; raise the connection_limit of the "
             "tiers, or run fewer"
         )
-    user, pool = auth_user(names), least_limit // poolers
+    pool = least_limit // poolers
     host, port = dsn.hosts[0] if dsn.hosts else ("localhost", DEFAULT_PORT)
     # where that is not set, the processes share what the server accepts
     each = config.pool.max_connections or max(1, accepted // max(1, processes))
-    pattern = quote_literal(f"^{names.tenant_stem}[0-9a-f]{{32}}$")
     separate = version >= AUTH_DATABASE_SINCE
-    secret = _ROW_OF.format(user="username" if separate else "$1", pattern=pattern)
-    target = f"host={host} port={port}"
-    sent = dict(config.sessions.settings)
-    if config.sessions.statement_timeout > 0:
-        sent["statement_timeout"] = f"{round(config.sessions.statement_timeout * 1000)}ms"
-    query, left_out = _connect_query(sent, settings)
+    user, target = auth_user(names), f"host={host} port={port}"
+    sent = _sent(config)
+    connect_query, left_out = _connect_query(sent, settings)
     ini = _INI.format(
         version=".".join(map(str, version)),
         server=server,
@@ -256,7 +210,7 @@ def files(
         auth_entry=f"; where auth_query is asked\n{_AUTH_ENTRY} = {target} dbname={database}\n" if separate else "",
         directory=directory,
         user=user,
-        query=_ASK.format(function=function_name(names)) if separate else secret,
+        query=auth_query(names, version),
         auth_database=f"auth_dbname = {_AUTH_ENTRY}\n" if separate else "",
         least=least_limit,
         shared=f", shared by {poolers} PgBouncers" if poolers > 1 else "",
@@ -268,30 +222,27 @@ def files(
         clients=max(_LEAST_CLIENTS, 2 * processes * each),
         wait=max(1, round(config.pool.checkout_timeout)),
         reset=_RESET,
-        settings=query.replace("'", "''"),
+        settings=connect_query.replace("'", "''"),
         left_out=" ".join(left_out) or "none",
         ignored=", ".join(sorted(sent)),
-        prepared="; the package prepares nothing under a name behind a pooler\nmax_prepared_statements = 0\n"
-        if version >= PREPARED_SINCE
-        else "",
+        prepared=_PREPARED if version >= PREPARED_SINCE else "",
         tls=_tls(dsn),
     )
-    sql = (_SQL if separate else _SQL_BEFORE).format(
-        version=".".join(map(str, version)),
-        server=server,
-        database=quote_identifier(database),
-        user=quote_identifier(user),
-        schema=quote_identifier(user),
-        function=function_name(names),
-        verifier=quote_literal(verifier),
-        secret=secret,
-    )
-    return PgBouncerFiles(ini, sql, f'"{user}" "{password}"\n', pool)
+    script = auth_script(names, version, server=server, database=database, verifier=verifier)
+    return PgBouncerFiles(ini, script, f'"{user}" "{password}"\n', pool)
 
 
 def new_password() -> str:
     """Return a random password of 256 bits for PgBouncer's own role."""
     return secrets.token_urlsafe(32)
+
+
+def _sent(config: TenancyConfig) -> dict[str, str]:
+    """Return the settings that clients send as startup parameters."""
+    sent = dict(config.sessions.settings)
+    if config.sessions.statement_timeout > 0:
+        sent["statement_timeout"] = f"{round(config.sessions.statement_timeout * 1000)}ms"
+    return sent
 
 
 def _connect_query(sent: Mapping[str, str], pinned: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
@@ -334,13 +285,4 @@ def _tls(dsn: Dsn) -> str:
     return "\n".join(lines) + "\n"
 
 
-__all__ = [
-    "AUTH_DATABASE_SINCE",
-    "PREPARED_SINCE",
-    "PgBouncerFiles",
-    "auth_user",
-    "files",
-    "function_name",
-    "new_password",
-    "parse_version",
-]
+__all__ = ["PREPARED_SINCE", "PgBouncerFiles", "files", "new_password", "parse_version"]

@@ -14,7 +14,7 @@ from ..postgres.connections import Connection
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.poolers import check_transactions, is_direct
-from .pgbouncer import auth_user, function_name
+from .pgbouncer_auth import auth_user, function_name
 from .server import Server
 
 _FUNCTION = """

@@ -25,7 +25,8 @@ from tenancy_orm.config import ServerAddresses
 from tenancy_orm.control.names import Names
 from tenancy_orm.errors import ConfigurationError, PoolerError
 from tenancy_orm.postgres.dsn import Dsn
-from tenancy_orm.servers.pgbouncer import auth_user, files, function_name, parse_version
+from tenancy_orm.servers.pgbouncer import files, parse_version
+from tenancy_orm.servers.pgbouncer_auth import auth_user, function_name
 from tests.support.pgbouncer import PgBouncer, free_port, installed_version, pgbouncer, running
 from tests.support.postgres import Postgres
 from tests.support.processes import opened
