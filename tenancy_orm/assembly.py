@@ -308,7 +308,7 @@ class Assembly:
             events=events,
             passwords=self.sealed,
             ask=self.control.ask_for_connections,
-            hears=lambda: self.directory.listening,
+            is_listening=lambda: self.directory.listening,
             tokens=self._build_consistency_tokens(),
             leases=self.leases,
         )

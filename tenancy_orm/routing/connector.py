@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextvars import copy_context
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, cast
 from uuid import UUID
@@ -26,7 +26,7 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import LRUCache
 
 from ..config import TenancyConfig
-from ..connections.lease import Lease
+from ..connections import ConnectionLeases
 from ..connections.usage import tagged
 from ..context import set_current
 from ..errors import (
@@ -71,7 +71,31 @@ ALONE = 20
 _PASSWORD_READS = 3  # how often one login reads the tenant's stored passwords again
 
 Record: TypeAlias = _ConnectionRecord
-Renewed: TypeAlias = Callable[..., Awaitable[bool]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectorServices:
+    """What the connectors of a process work with.
+
+    Attributes:
+        config: Limits and timeouts.
+        keyring: Opens the tenants' sealed passwords, each only for its login.
+        installation: The id of this installation, for the markers.
+        events: Receives openings, evictions and incidents.
+        passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
+        ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
+        is_listening: Whether such requests of other processes arrive here now.
+        leases: This process's parts of the servers' connections; None: it shares them with no other.
+    """
+
+    config: TenancyConfig
+    keyring: Keyring
+    installation: UUID
+    events: EventBus
+    passwords: SealedPasswords | None
+    ask: Ask | None
+    is_listening: Callable[[], bool]
+    leases: ConnectionLeases | None
 
 
 class Connector:
@@ -81,36 +105,22 @@ class Connector:
 
     Args:
         server: The server.
-        config: Limits and timeouts.
-        keyring: Opens the tenants' sealed passwords, each only for its login.
-        installation: The id of this installation, for the markers.
-        events: Receives openings, evictions and incidents.
-        passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
-        ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
-        hears: Whether such requests of other processes arrive here now.
+        services: What it works with.
         weights: The weights of the tiers in force; those of the configuration where None.
-        lease: This process's part of the connections that all processes may have; None: there are no others.
-        renewed: Waits until connections may be opened, where the lease has expired.
     """
 
     def __init__(
         self,
         server: Server,
+        services: ConnectorServices,
         *,
-        config: TenancyConfig,
-        keyring: Keyring,
-        installation: UUID,
-        events: EventBus,
-        passwords: SealedPasswords | None = None,
-        ask: Ask | None = None,
-        hears: Callable[[], bool] = lambda: True,
         weights: Mapping[str, float] | None = None,
-        lease: Lease | None = None,
-        renewed: Renewed | None = None,
     ) -> None:
+        config, events, leases = services.config, services.events, services.leases
         self.server = server
-        self.lease = lease
-        self._renewed = renewed
+        self._services = services
+        # a replica has connections of its own
+        lease = self.lease = None if leases is None else leases.lease(server.name, server)
         self.home = server.home
         self.events = events
         self.full_reset = config.pool.full_reset
@@ -124,7 +134,9 @@ class Connector:
         )
         if lease is not None:
             lease.attach(self.budget)
-        self.shortages = Shortages(server, self.budget, spawn=self.spawn, ask=ask, discard=self.discard, lease=lease)
+        self.shortages = Shortages(
+            server, self.budget, spawn=self.spawn, ask=services.ask, discard=self.discard, lease=lease
+        )
         self.outage = Outage(
             server,
             self.budget,
@@ -138,16 +150,15 @@ class Connector:
         self.contention = Contention(server.name, self.budget, events, in_vain=self._in_vain, **explain)
         self._tiers = config.tiers
         self._weights = weights
-        self._hears = hears
         self.compiled_cache: LRUCache[Any, Any] = LRUCache(COMPILED_STATEMENTS)
         self.texts: LRUCache[str, Any] = LRUCache(COMPILED_STATEMENTS)  # textual statements, by their text
         self._shared = SharedDialect(server, self.spawn)
         self.dialect = self._shared.dialect
         self.dialect.is_disconnect = self.outage.is_disconnect(self.dialect.is_disconnect)  # type: ignore[method-assign]
         self.on_connect = self._shared.on_connect
-        self._keyring = keyring
-        self._passwords = passwords
-        self.installation = installation
+        self._keyring = services.keyring
+        self._passwords = services.passwords
+        self.installation = services.installation
         self.detours: FindsDatabases | None = None
         """Finds the database of a tenant that was moved while a session on it was open."""
         self.on_write: Callable[[UUID], None] | None = None
@@ -309,8 +320,9 @@ class Connector:
         """
         if self.lease is None:
             return None
-        if not (self.lease.is_valid or self.lease.is_over) and self._renewed is not None:
-            await self._renewed(self.lease, timeout=self.server.connect_timeout / 2)
+        leases = self._services.leases
+        if not (self.lease.is_valid or self.lease.is_over) and leases is not None:
+            await leases.renewed(self.lease, timeout=self.server.connect_timeout / 2)
         tag = self.lease.tag
         self.check_lease(tag)
         return tag
@@ -559,7 +571,7 @@ class Connector:
         for _, record in self.budget.take_expired(now - self.idle_timeout):
             self.discard(record)
         recent = self.shortages.recent()
-        surplus = self.budget.take_surplus(now - SURPLUS_SECONDS, recent if self._hears() else None)
+        surplus = self.budget.take_surplus(now - SURPLUS_SECONDS, recent if self._services.is_listening() else None)
         for _, record in surplus:
             self.discard(record)
         if self.budget.idle:
@@ -613,4 +625,4 @@ def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args
         logger.debug("a connection outlived its event loop")
 
 
-__all__ = ["ALONE", "COMPILED_STATEMENTS", "Connector", "Record"]
+__all__ = ["ALONE", "COMPILED_STATEMENTS", "Connector", "ConnectorServices", "Record"]

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from threading import get_ident
 from types import TracebackType
 from typing import Any, cast
@@ -30,7 +30,7 @@ from ..servers.server import Server
 from ..tenant import Tenant
 from .budget import BudgetStatistics, Waiting
 from .connection import TenantConnection, TenantEngine
-from .connector import ALONE, Connector
+from .connector import ALONE, Connector, ConnectorServices
 from .consistency import ConsistencyTokens, WriteNotes
 from .detours import Detours
 from .engines import EngineCache, Entry, Lease, MakePool
@@ -77,7 +77,7 @@ class Router:
         events: Receives openings, evictions and incidents.
         passwords: The sealed passwords of the registry, read again if PostgreSQL refuses the known one.
         ask: Asks the other processes for connections, if PostgreSQL accepts no further one of a tenant.
-        hears: Whether such requests of other processes arrive here now.
+        is_listening: Whether such requests of other processes arrive here now.
         tokens: Reads the tokens by which a read asks to see earlier writes.
         leases: This process's parts of the servers' connections; None: it shares them with no other.
 
@@ -94,7 +94,7 @@ class Router:
         passwords: SealedPasswords | None = None,
         *,
         ask: Ask | None = None,
-        hears: Callable[[], bool] = lambda: True,
+        is_listening: Callable[[], bool] = lambda: True,
         tokens: ConsistencyTokens | None = None,
         leases: ConnectionLeases | None = None,
     ) -> None:
@@ -111,17 +111,17 @@ class Router:
         self._connectors: dict[str, Connector] = {}
         # those of servers that were replaced, as long as somebody uses them
         self._retired: WeakSet[Connector] = WeakSet()
-        self._connect_to = partial(
-            Connector,
+        self._services = ConnectorServices(
             config=config,
             keyring=keyring,
             installation=installation,
             events=events,
             passwords=passwords,
             ask=ask,
-            hears=hears,
-            renewed=None if leases is None else leases.renewed,
+            is_listening=is_listening,
+            leases=leases,
         )
+        self._weights: Mapping[str, float] | None = None
         self._leases = leases
         self._alone = config.pool.max_connections or ALONE
         if contradictions := list(_contradictions(config)):
@@ -159,16 +159,14 @@ class Router:
             MarkerMismatchError: (at the first statement) the database is not that tenant's.
         """
         refuse_other_tenant(tenant)
-        context = SessionContext(
-            self._cache,
+        return SessionContext(
+            self,
             tenant,
             options,
             read_only=read_only or replica is not None,
             isolation_level=isolation_level,
+            replica=replica,
         )
-        if replica is not None:
-            context.reads = partial(replica_reads, self, replica)
-        return context
 
     async def consistency_token(self, tenant: Tenant) -> str:
         """Return a token with which later reads on replicas see what was committed before now; one round trip.
@@ -266,7 +264,7 @@ class Router:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("changing the weights of tiers")
-        self._connect_to.keywords["weights"] = weights
+        self._weights = weights
         for connector in [*self._connectors.values(), *self._retired]:
             connector.reweigh(weights)
 
@@ -353,22 +351,20 @@ class Router:
         connector = self._connectors.get(name)
         if connector is None:
             server = self._servers[name]
-            connector = self._connectors[name] = self._leased(server)
+            connector = self._connectors[name] = self._connect_to(server)
             connector.detours = self._detours
             if server.replicas:
                 self._replicas[name] = self._replicas_of(server)
                 connector.on_write = self._notes.add
         return connector
 
-    def _leased(self, server: Server) -> Connector:
-        """Make a connector within this process's part of the connections; a replica has connections of its own."""
-        lease = None if self._leases is None else self._leases.lease(server.name, server)
-        return self._connect_to(server, lease=lease)
+    def _connect_to(self, server: Server) -> Connector:
+        return Connector(server, self._services, weights=self._weights)
 
     def _replicas_of(self, server: Server) -> ServerReplicas:
         return ServerReplicas(
             server,
-            self._leased,
+            self._connect_to,
             max_engines=self._max_engines,
             events=self._events,
             tokens=self._tokens,
@@ -479,21 +475,24 @@ class SessionContext:
         "_options",
         "_read_only",
         "_reading",
+        "_replica",
+        "_router",
         "_session",
         "_tenant",
-        "reads",
     )
 
     def __init__(
         self,
-        cache: EngineCache,
+        router: Router,
         tenant: Tenant,
         options: dict[str, Any],
         *,
-        read_only: bool = False,
-        isolation_level: str | None = None,
+        read_only: bool,
+        isolation_level: str | None,
+        replica: ReplicaDemand | None,
     ) -> None:
-        self._cache = cache
+        self._router = router
+        self._cache = router._cache
         self._tenant = tenant
         self._options = options
         self._read_only = read_only
@@ -501,14 +500,13 @@ class SessionContext:
         self._entry: Entry | None = None
         self._session: AsyncSession | None = None
         self._reading: ReplicaReads | None = None
-        self.reads: Callable[[Entry], ReplicaReads | None] | None = None
-        """Chooses replicas, where the session may read on one."""
+        self._replica = replica
 
     async def __aenter__(self) -> AsyncSession:
         entry = self._cache.acquire(self._tenant)
         try:
             engine = entry.variant(reading=self._read_only, isolation_level=self._isolation_level)
-            if self.reads is not None and (reading := self.reads(entry)) is not None:
+            if self._replica is not None and (reading := replica_reads(self._router, self._replica, entry)) is not None:
                 self._reading = reading
                 engine = AsyncEngine(_replica_engine(reading, engine.sync_engine, self._isolation_level))
             if self._options:

@@ -205,7 +205,7 @@ async def test_a_process_without_notifications_keeps_one_idle_connection(
     """Since it does not hear the others, it closes the others of each tenant soon."""
     monkeypatch.setattr(connector, "SURPLUS_SECONDS", 0.2)
     a = await made.create(connection_limit=LIMIT)
-    async with processes(made, patient, hand_over=False, hears=lambda: False) as (first, second):
+    async with processes(made, patient, hand_over=False, is_listening=lambda: False) as (first, second):
         await fill(first, a)
         assert await ask(second, a) == 1
         # all but one, and that one stays
