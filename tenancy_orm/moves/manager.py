@@ -5,29 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
-from ..config.placement import PlacementRequest
 from ..context import refuse_while_bound, run_unbound
 from ..control.database import ControlDatabase
-from ..errors import (
-    JobLostError,
-    OperationError,
-    OperationStateError,
-    PlacementError,
-    TenancyError,
-)
+from ..errors import JobLostError, OperationError, OperationStateError, TenancyError
 from ..jobs.claims import Claimant
 from ..operations import Operation, Operations, Switch
-from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import Provisioner, roles
+from ..provisioning import Provisioner
 from ..provisioning.pipeline import describe
 from ..provisioning.provisioner import services_of
 from ..provisioning.replaced_databases import refuse_stale
@@ -35,13 +26,16 @@ from ..registry.databases import TenantDatabase
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
 from ..servers.placement import Placer
-from ..tenant import Placement, Status, Tenant, TenantRef
+from ..tenant import Status, TenantRef
 from ..tenants.manager import TenantManager
 from .leftovers import Leftovers
+from .prerequisites import check_servers
 from .rebalance import MovePlan, PlannedMove, Planner
-from .room import check_room, look
-from .steps import FULL, LEAST_VERSION, Move, MoveServices, Tell, check_way_back
-from .streams import FAILED, MORE_WORKERS
+from .report import MoveOutcome, MoveProgress, MoveReport, TidyReport
+from .room import check_room
+from .steps import FULL, Move, MoveServices, Tell, check_way_back
+from .streams import FAILED
+from .targets import choose_target
 
 logger = logging.getLogger("tenancy_orm.moves")
 
@@ -51,55 +45,6 @@ _PAGE = 500
 Numbers: TypeAlias = list[int]
 Texts: TypeAlias = list[str]
 Moves: TypeAlias = list[Operation]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoveOutcome:
-    """How the move of one tenant ended.
-
-    Attributes:
-        slug: The tenant's.
-        operation: The move's number; None where it was not begun.
-        moved_from: The server that it was on.
-        moved_to: The server that it is on, or was to be.
-        error: Why it was not moved.
-        reverse: "following" where the former database follows, so that there is a way back; else why there is none.
-    """
-
-    slug: str
-    operation: int | None
-    moved_from: str
-    moved_to: str | None
-    error: str | None = None
-    reverse: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoveReport:
-    """What ``move_all`` or ``rebalance`` has done."""
-
-    outcomes: tuple[MoveOutcome, ...] = ()
-
-    @property
-    def failures(self) -> tuple[MoveOutcome, ...]:
-        """The tenants that were not moved."""
-        return tuple(one for one in self.outcomes if one.error is not None)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every tenant was moved."""
-        return not self.failures
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TidyReport:
-    """What housekeeping has done about moves, by the numbers of their operations; ``removed`` are things left over."""
-
-    resumed: tuple[int, ...] = ()
-    confirmed: tuple[int, ...] = ()
-    given_up: tuple[int, ...] = ()
-    removed: tuple[str, ...] = ()
-    errors: tuple[str, ...] = field(default=())
 
 
 class MoveManager:
@@ -182,8 +127,10 @@ class MoveManager:
         if place is None or found.status is Status.PROVISIONING:
             raise OperationError(f"tenant {found.slug!r} is {found.status.value}, and cannot be moved")
         await refuse_stale(self._admin_connections, self._servers[place.server], place.database, missing=False)
-        target = await self._target(found, place, to)
-        version = None if offline else await self._check_servers(place.server, target, tell if way_back else None)
+        target = await choose_target(self._placer, self._servers, found, place, to)
+        version = None
+        if not offline:
+            version = await check_servers(self._provisioner, place.server, target, tell if way_back else None)
         await self._provisioner.prepare_server(target)
         services = self._services(Claimant())
         name = self._provisioner.new_databases.new_name()
@@ -343,64 +290,6 @@ class MoveManager:
             switch=self._switch,
             claimant=claimant,
         )
-
-    async def _target(self, tenant: Tenant, place: Placement, to: str | None) -> str:
-        if to == place.server:
-            raise PlacementError(f"tenant {tenant.slug!r} is on server {to!r} already", {to: "is where it is"})
-        request = PlacementRequest(tier=tenant.tier, region=tenant.region, metadata=tenant.metadata)
-        if to is not None:
-            # a name that nobody knows is another error
-            self._servers[to]
-        explained = await self._placer.explain(request, server=to)
-        takers = [one for one in explained.servers if one.refused is None and one.server != place.server]
-        if takers:
-            return min(takers, key=lambda one: (one.score or (0.0,), one.server)).server
-        reasons = {one.server: one.refused or "is where it is" for one in explained.servers}
-        listed = "; ".join(f"{name} {reason}" for name, reason in reasons.items() if to is None or name == to)
-        remedy = "" if to is not None else "; name its server: --to"
-        raise PlacementError(f"tenant {tenant.slug!r} cannot be moved: {listed}{remedy}", reasons)
-
-    async def _check_servers(self, source: str, target: str, tell: Tell | None) -> int:
-        """Refuse logical replication where it cannot work, before anything is made; returns the newer version.
-
-        Raises:
-            OperationError: it cannot.
-        """
-        versions = []
-        for name in (source, target):
-            connection = await self._connect(name)
-            try:
-                version = connections.version(connection)
-                level = await connection.fetchval("SELECT current_setting('wal_level')")
-                left = await look(connection)
-                superuser = await roles.is_superuser(connection)
-                able = superuser or await connection.fetchval(
-                    "SELECT count(*) = 0 FROM pg_roles WHERE rolname = 'pg_create_subscription' "
-                    "AND NOT pg_has_role(current_user, oid, 'USAGE')"
-                )
-            finally:
-                await run_to_completion(connections.close(connection))
-            if version < LEAST_VERSION:
-                raise OperationError(
-                    f"server {name!r} has PostgreSQL {version}: moves by replication need {LEAST_VERSION}, since a "
-                    "subscription of an older one has the rights of a superuser; use --offline"
-                )
-            if name == source and level != "logical":
-                raise OperationError(
-                    f"server {name!r} has wal_level = {level}; set it to logical, which needs a restart, or use "
-                    "--offline"
-                )
-            if name == source and not left.workers and tell is not None:
-                tell(f"there will be no way back by --rollback: server {name!r} has no worker left{MORE_WORKERS}")
-            if name == target and level != "logical" and tell is not None:
-                tell(f"there will be no way back by --rollback: server {name!r} has wal_level = {level}")
-            if name == target and not able:
-                raise OperationError(
-                    f"the administrator of server {name!r} may not create subscriptions; run there as a superuser: "
-                    "GRANT pg_create_subscription TO it; or use --offline"
-                )
-            versions.append(version)
-        return max(versions)
 
     async def _connect(self, server: str) -> Connection:
         return await self._provisioner.connect_admin(server, purpose="tenancy-move")
@@ -641,14 +530,4 @@ class MoveManager:
         return [operation.id]
 
 
-class MoveProgress(Protocol):
-    """Receives the progress of many moves, in the event loop that runs them."""
-
-    def total(self, count: int) -> None:
-        """Receive the number of tenants."""
-
-    def done(self, outcome: MoveOutcome) -> None:
-        """Receive the result of one tenant."""
-
-
-__all__ = ["MoveManager", "MoveOutcome", "MoveProgress", "MoveReport", "TidyReport"]
+__all__ = ["MoveManager"]

@@ -50,9 +50,6 @@ from .truncations import referred_by_unlogged
 
 logger = logging.getLogger("tenancy_orm.moves")
 
-LEAST_VERSION = 16
-"""From this version of PostgreSQL on, a subscription changes tables with no more rights than their owner has."""
-
 LAST_VERSION = 18
 """The newest version of PostgreSQL that is supported."""
 
@@ -762,4 +759,4 @@ class _Four:
         await asyncio.gather(*(connections.close(one) for one in self._opened))
 
 
-__all__ = ["FULL", "LEAST_VERSION", "Move", "MoveServices", "Tell", "check_way_back"]
+__all__ = ["FULL", "Move", "MoveServices", "Tell", "check_way_back"]
