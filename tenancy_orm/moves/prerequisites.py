@@ -6,8 +6,8 @@ from ..cancellation import run_to_completion
 from ..errors import OperationError
 from ..postgres import connections
 from ..provisioning import Provisioner, roles
+from .record import Tell
 from .room import look
-from .steps import Tell
 from .streams import MORE_WORKERS
 
 LEAST_VERSION = 16
