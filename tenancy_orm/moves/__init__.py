@@ -1,7 +1,8 @@
 """Moves of tenants to another server, while they are used, and which tenants should be moved."""
 
-from .manager import MoveManager, MoveOutcome, MoveProgress, MoveReport, TidyReport
+from .manager import MoveManager
 from .rebalance import MovePlan, PlannedMove, ServerLoad
+from .report import MoveOutcome, MoveProgress, MoveReport, TidyReport
 
 __all__ = [
     "MoveManager",

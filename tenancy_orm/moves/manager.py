@@ -4,102 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Sequence
+from dataclasses import replace
 
 from ..audit.actor import SYSTEM, Actor
-from ..cancellation import run_to_completion
 from ..config import TenancyConfig
-from ..config.placement import PlacementRequest
-from ..context import refuse_while_bound, run_unbound
+from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
-from ..errors import (
-    JobLostError,
-    OperationError,
-    OperationStateError,
-    PlacementError,
-    TenancyError,
-)
-from ..jobs.claims import Claimant
+from ..errors import OperationError, OperationStateError, TenancyError
 from ..operations import Operation, Operations, Switch
-from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import Provisioner, roles
+from ..provisioning import Provisioner
 from ..provisioning.pipeline import describe
 from ..provisioning.provisioner import services_of
 from ..provisioning.replaced_databases import refuse_stale
-from ..registry.databases import TenantDatabase
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
 from ..servers.placement import Placer
-from ..tenant import Placement, Status, Tenant, TenantRef
+from ..tenant import Status, TenantRef
 from ..tenants.manager import TenantManager
-from .leftovers import Leftovers
+from .prerequisites import check_servers
 from .rebalance import MovePlan, PlannedMove, Planner
-from .room import check_room, look
-from .steps import FULL, LEAST_VERSION, Move, MoveServices, Tell, check_way_back
-from .streams import FAILED, MORE_WORKERS
+from .record import MoveServices, Tell, begin, claim
+from .report import MoveOutcome, MoveProgress, MoveReport, TidyReport
+from .room import check_room
+from .steps import Move, carry_out
+from .targets import choose_target
+from .upkeep import MoveUpkeep
+from .way_back import check_way_back
 
 logger = logging.getLogger("tenancy_orm.moves")
-
-_PAGE = 500
-
-# ``list`` is a method in the class
-Numbers: TypeAlias = list[int]
-Texts: TypeAlias = list[str]
-Moves: TypeAlias = list[Operation]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoveOutcome:
-    """How the move of one tenant ended.
-
-    Attributes:
-        slug: The tenant's.
-        operation: The move's number; None where it was not begun.
-        moved_from: The server that it was on.
-        moved_to: The server that it is on, or was to be.
-        error: Why it was not moved.
-        reverse: "following" where the former database follows, so that there is a way back; else why there is none.
-    """
-
-    slug: str
-    operation: int | None
-    moved_from: str
-    moved_to: str | None
-    error: str | None = None
-    reverse: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoveReport:
-    """What ``move_all`` or ``rebalance`` has done."""
-
-    outcomes: tuple[MoveOutcome, ...] = ()
-
-    @property
-    def failures(self) -> tuple[MoveOutcome, ...]:
-        """The tenants that were not moved."""
-        return tuple(one for one in self.outcomes if one.error is not None)
-
-    @property
-    def ok(self) -> bool:
-        """Whether every tenant was moved."""
-        return not self.failures
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TidyReport:
-    """What housekeeping has done about moves, by the numbers of their operations; ``removed`` are things left over."""
-
-    resumed: tuple[int, ...] = ()
-    confirmed: tuple[int, ...] = ()
-    given_up: tuple[int, ...] = ()
-    removed: tuple[str, ...] = ()
-    errors: tuple[str, ...] = field(default=())
 
 
 class MoveManager:
@@ -130,18 +65,24 @@ class MoveManager:
         placer: Placer,
         control: ControlDatabase,
     ) -> None:
-        self._config = config.move
         self._registry = registry
         self._provisioner = provisioner
         self._operations = operations
         self._tenants = tenants
         self._placer = placer
-        services = services_of(provisioner)
-        self._servers = services.servers
-        self._admin_connections = services.admin_connections
-        self._switch = Switch(services)
+        provisioning = services_of(provisioner)
+        self._servers = provisioning.servers
+        self._admin_connections = provisioning.admin_connections
+        self._services = MoveServices(
+            config=config.move,
+            provisioner=provisioner,
+            provisioning=provisioning,
+            operations=operations,
+            tenants=tenants,
+            switch=Switch(provisioning),
+        )
         self._planner = Planner(control, placer, config)
-        self._leftovers = Leftovers(services, operations)
+        self._upkeep = MoveUpkeep(self._services)
 
     # --- one tenant -------------------------------------------------------------------------------------------------
 
@@ -182,52 +123,24 @@ class MoveManager:
         if place is None or found.status is Status.PROVISIONING:
             raise OperationError(f"tenant {found.slug!r} is {found.status.value}, and cannot be moved")
         await refuse_stale(self._admin_connections, self._servers[place.server], place.database, missing=False)
-        target = await self._target(found, place, to)
-        version = None if offline else await self._check_servers(place.server, target, tell if way_back else None)
+        target = await choose_target(self._placer, self._servers, found, place, to)
+        version = None
+        if not offline:
+            version = await check_servers(self._provisioner, place.server, target, tell if way_back else None)
         await self._provisioner.prepare_server(target)
-        services = self._services(Claimant())
         name = self._provisioner.new_databases.new_name()
-        operation = await self._operations.begin(
-            "move",
-            found.id,
-            step="begun",
-            claimant=services.claimant,
+        record = await begin(
+            self._services,
+            found,
+            place,
+            replace(place, server=target, database=name),
+            offline=offline,
+            way_back=way_back,
+            version=version,
+            tell=tell,
             actor=actor,
-            detail={
-                "from": {"server": place.server, "database": place.database, "role": place.role},
-                "to": {"server": target, "database": name, "role": place.role},
-                "revision": found.schema_revision,
-                "offline": offline,
-                "way_back": way_back,
-                "version": version,
-            },
         )
-        # read again: another operation may have ended just before this one began
-        found = await self._registry.get(found.id)
-        move = Move(services, operation, found, actor=actor, **({} if tell is None else {"tell": tell}))
-        try:
-            if found.placement is None or (found.placement.server, found.placement.database) != (
-                place.server,
-                place.database,
-            ):
-                raise OperationStateError(f"tenant {found.slug!r} has another database by now; try again")
-            await self._registry.record_database(
-                TenantDatabase(
-                    server=target,
-                    name=name,
-                    tenant_id=found.id,
-                    role=place.role,
-                    state="making",
-                    operation=operation.id,
-                    revision=found.schema_revision,
-                )
-            )
-        except BaseException as exc:
-            await run_to_completion(
-                self._operations.finish(operation, services.claimant, "failed", error=describe(exc))
-            )
-            raise
-        return await self._finish(operation, move.run())
+        return await carry_out(self._operations, record.operation, Move(record).run())
 
     async def rollback(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Operation:
         """Go back to the former server. What was written on the new one since is there as well.
@@ -252,8 +165,8 @@ class MoveManager:
                 f"server {former!r} is in drain, and takes tenant {found.slug!r} back only after: tenancy servers "
                 f"activate {former}"
             )
-        move, operation = await self._claim(found, actor)
-        return await self._finish(operation, move.roll_back())
+        record = await claim(self._services, found, actor=actor)
+        return await carry_out(self._operations, record.operation, Move(record).roll_back())
 
     async def confirm(self, tenant: TenantRef, *, actor: Actor = SYSTEM) -> Operation:
         """End a move for good: the former database is dropped. Housekeeping does it after ``move.keep_seconds``.
@@ -264,8 +177,8 @@ class MoveManager:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("moving a tenant")
-        move, operation = await self._claim(await self._waiting(tenant), actor)
-        return await self._finish(operation, move.confirm())
+        record = await claim(self._services, await self._waiting(tenant), actor=actor)
+        return await carry_out(self._operations, record.operation, Move(record).confirm())
 
     async def resume(self, operation: int, *, actor: Actor = SYSTEM) -> Operation:
         """Finish or undo a move that a killed process has left; housekeeping does it as well.
@@ -282,8 +195,8 @@ class MoveManager:
         found = await self._operations.get(operation)
         if found.kind != "move" or found.state != "running":
             raise OperationStateError(f"operation {operation} is a {found.kind} that is {found.state}")
-        move, _ = await self._claim(found, actor)
-        return await self._finish(found, move.resume())
+        record = await claim(self._services, found, actor=actor)
+        return await carry_out(self._operations, record.operation, Move(record).resume())
 
     async def list(self, tenant: TenantRef | None = None, *, limit: int = 100) -> tuple[Operation, ...]:
         """Return moves, the newest first.
@@ -294,20 +207,6 @@ class MoveManager:
         refuse_while_bound("listing moves")
         tenant_id = None if tenant is None else (await self._tenants.get(tenant)).id
         return await self._operations.list(tenant_id=tenant_id, kinds=("move",), limit=limit)
-
-    async def _finish(self, operation: Operation, work: Coroutine[Any, Any, object]) -> Operation:
-        """Await what a move does, and return its record."""
-        try:
-            await run_unbound(work)
-        except TenancyError:
-            raise
-        except SERVER_FAILURES as exc:
-            now = await self._operations.get(operation.id)
-            remedy = "" if now.state != "running" else f"; go on with it: tenancy operations resume {now.id}"
-            raise OperationError(
-                f"move {now.id} of tenant {now.slug!r} failed at step {now.step!r} ({describe(exc)}){remedy}"
-            ) from exc
-        return await self._operations.get(operation.id)
 
     async def _waiting(self, tenant: TenantRef) -> Operation:
         found = await self._tenants.get(tenant)
@@ -328,79 +227,6 @@ class MoveManager:
                 f"{remedy}"
             )
         return listed[0]
-
-    async def _claim(self, operation: Operation, actor: Actor) -> tuple[Move, Operation]:
-        services = self._services(Claimant())
-        claimed = await self._operations.claim(operation.id, services.claimant)
-        return Move(services, claimed, await self._registry.get(claimed.tenant_id), actor=actor), claimed
-
-    def _services(self, claimant: Claimant) -> MoveServices:
-        return MoveServices(
-            config=self._config,
-            provisioner=self._provisioner,
-            operations=self._operations,
-            tenants=self._tenants,
-            switch=self._switch,
-            claimant=claimant,
-        )
-
-    async def _target(self, tenant: Tenant, place: Placement, to: str | None) -> str:
-        if to == place.server:
-            raise PlacementError(f"tenant {tenant.slug!r} is on server {to!r} already", {to: "is where it is"})
-        request = PlacementRequest(tier=tenant.tier, region=tenant.region, metadata=tenant.metadata)
-        if to is not None:
-            # a name that nobody knows is another error
-            self._servers[to]
-        explained = await self._placer.explain(request, server=to)
-        takers = [one for one in explained.servers if one.refused is None and one.server != place.server]
-        if takers:
-            return min(takers, key=lambda one: (one.score or (0.0,), one.server)).server
-        reasons = {one.server: one.refused or "is where it is" for one in explained.servers}
-        listed = "; ".join(f"{name} {reason}" for name, reason in reasons.items() if to is None or name == to)
-        remedy = "" if to is not None else "; name its server: --to"
-        raise PlacementError(f"tenant {tenant.slug!r} cannot be moved: {listed}{remedy}", reasons)
-
-    async def _check_servers(self, source: str, target: str, tell: Tell | None) -> int:
-        """Refuse logical replication where it cannot work, before anything is made; returns the newer version.
-
-        Raises:
-            OperationError: it cannot.
-        """
-        versions = []
-        for name in (source, target):
-            connection = await self._connect(name)
-            try:
-                version = connections.version(connection)
-                level = await connection.fetchval("SELECT current_setting('wal_level')")
-                left = await look(connection)
-                superuser = await roles.is_superuser(connection)
-                able = superuser or await connection.fetchval(
-                    "SELECT count(*) = 0 FROM pg_roles WHERE rolname = 'pg_create_subscription' "
-                    "AND NOT pg_has_role(current_user, oid, 'USAGE')"
-                )
-            finally:
-                await run_to_completion(connections.close(connection))
-            if version < LEAST_VERSION:
-                raise OperationError(
-                    f"server {name!r} has PostgreSQL {version}: moves by replication need {LEAST_VERSION}, since a "
-                    "subscription of an older one has the rights of a superuser; use --offline"
-                )
-            if name == source and level != "logical":
-                raise OperationError(
-                    f"server {name!r} has wal_level = {level}; set it to logical, which needs a restart, or use "
-                    "--offline"
-                )
-            if name == source and not left.workers and tell is not None:
-                tell(f"there will be no way back by --rollback: server {name!r} has no worker left{MORE_WORKERS}")
-            if name == target and level != "logical" and tell is not None:
-                tell(f"there will be no way back by --rollback: server {name!r} has wal_level = {level}")
-            if name == target and not able:
-                raise OperationError(
-                    f"the administrator of server {name!r} may not create subscriptions; run there as a superuser: "
-                    "GRANT pg_create_subscription TO it; or use --offline"
-                )
-            versions.append(version)
-        return max(versions)
 
     async def _connect(self, server: str) -> Connection:
         return await self._provisioner.connect_admin(server, purpose="tenancy-move")
@@ -501,7 +327,7 @@ class MoveManager:
     ) -> MoveReport:
         if way_back and not offline:
             await check_room(self._connect, [(one.moved_from, one.moved_to) for one in planned])
-        slots = asyncio.Semaphore(self._config.concurrency if concurrency is None else concurrency)
+        slots = asyncio.Semaphore(self._services.config.concurrency if concurrency is None else concurrency)
         if progress is not None:
             progress.total(len(planned))
 
@@ -549,106 +375,7 @@ class MoveManager:
             CrossTenantError: a tenant is bound.
         """
         refuse_while_bound("tidying moves")
-        resumed: Numbers = []
-        confirmed: Numbers = []
-        given_up: Numbers = []
-        errors: Texts = []
-        for found in await self._unfinished():
-            try:
-                if (await self._registry.get(found.tenant_id)).status is Status.PURGED:
-                    # its databases are gone; what is left on the servers is removed below
-                    claimant = Claimant()
-                    await self._operations.finish(
-                        await self._operations.claim(found.id, claimant), claimant, "done", detail={"purged": True}
-                    )
-                elif found.is_abandoned:
-                    await self._resume(found, actor, given_up)
-                    resumed.append(found.id)
-                elif found.state == "waiting" and await self._is_due(found):
-                    move, _ = await self._claim(found, actor)
-                    await run_unbound(move.confirm())
-                    confirmed.append(found.id)
-                elif found.state == "waiting" and found.detail.get("reverse") == "following":
-                    given_up += await self._give_up_return(found, actor)
-            except (OperationStateError, JobLostError):
-                continue  # another process is faster
-            except (TenancyError, *SERVER_FAILURES) as exc:
-                errors.append(f"move {found.id} of tenant {found.slug}: {describe(exc)}")
-        removed, failed = await self._leftovers.remove()
-        return TidyReport(
-            resumed=tuple(resumed),
-            confirmed=tuple(confirmed),
-            given_up=tuple(given_up),
-            removed=removed,
-            errors=(*errors, *failed),
-        )
-
-    async def _unfinished(self) -> Moves:
-        """Return all moves that have not ended, the oldest first."""
-        found: Moves = []
-        before = None
-        while page := await self._operations.list(
-            kinds=("move",), states=("running", "waiting"), limit=_PAGE, before=before
-        ):
-            found += page
-            before = page[-1].id
-        return found[::-1]
-
-    async def _resume(self, found: Operation, actor: Actor, given_up: Numbers) -> None:
-        """Finish or undo a move that was left; where that fails, bound what its way back keeps of the server's log."""
-        move, operation = await self._claim(found, actor)
-        try:
-            await self._finish(operation, move.resume())
-        except (TenancyError, *SERVER_FAILURES) as exc:
-            if await run_unbound(move.give_up_slot(self._config.max_slot_bytes)):
-                given_up.append(found.id)
-                logger.error("move %d of tenant %s has no way back any more: %s", found.id, found.slug, describe(exc))
-            raise
-
-    async def _is_due(self, operation: Operation) -> bool:
-        by = operation.detail.get("confirm_by")
-        if by is not None and datetime.fromisoformat(str(by)) <= datetime.now(UTC):
-            return True
-        # a purge drops what is in use, and the former database with it
-        return (await self._registry.get(operation.tenant_id)).status is Status.DELETED
-
-    async def _give_up_return(self, operation: Operation, actor: Actor) -> Numbers:
-        move = Move(self._services(Claimant()), operation, await self._registry.get(operation.tenant_id), actor=actor)
-        kept = await move.kept_bytes()
-        revision = (await self._registry.get(operation.tenant_id)).schema_revision
-        if revision != operation.detail["revision"]:
-            reason = f"the schema was migrated to {revision} since"
-        elif kept is None:
-            reason = "its slot is gone, or the server has removed the log that it needs"
-        elif kept > self._config.max_slot_bytes:
-            reason = FULL.format(kept=kept)
-        elif (failing := await move.failing()) is None:
-            return []
-        elif failing.since(operation.detail.get("failing")):
-            reason = FAILED.format(failures=failing.failures)
-        else:
-            # once may be a deadlock, or an operator's row that is gone by now
-            if failing.fields() != operation.detail.get("failing"):
-                claimed, _ = await self._claim(operation, actor)
-                await run_unbound(claimed.note_failing(failing))
-                logger.warning(
-                    "move %d: the former database of tenant %s fails to follow", operation.id, operation.slug
-                )
-            return []
-        claimed, _ = await self._claim(operation, actor)
-        await run_unbound(claimed.give_up_return(reason))
-        logger.error("move %d of tenant %s has no way back any more: %s", operation.id, operation.slug, reason)
-        return [operation.id]
-
-
-class MoveProgress(Protocol):
-    """Receives the progress of many moves, in the event loop that runs them."""
-
-    def total(self, count: int) -> None:
-        """Receive the number of tenants."""
-
-    def done(self, outcome: MoveOutcome) -> None:
-        """Receive the result of one tenant."""
+        return await self._upkeep.tidy(actor=actor)
 
 
 __all__ = ["MoveManager", "MoveOutcome", "MoveProgress", "MoveReport", "TidyReport"]

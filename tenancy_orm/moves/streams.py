@@ -33,6 +33,8 @@ from ..servers import Server
 from ..tenant import Placement
 
 POLL_SECONDS = 0.01
+SLOT_SECONDS = 60.0
+"""How long a server has for making a slot: it waits for the end of every transaction that is open there."""
 
 # it may be idle for hours, with the lock that keeps migrations away
 _SETTINGS: Mapping[str, str] = {
@@ -590,4 +592,4 @@ async def drop_slot(connection: Connection, name: str) -> None:
                 await connection.execute("SELECT pg_drop_replication_slot($1)", name)
 
 
-__all__ = ["FAILED", "MORE_WORKERS", "Failing", "Snapshot", "Stream", "drop_slot"]
+__all__ = ["FAILED", "MORE_WORKERS", "SLOT_SECONDS", "Failing", "Snapshot", "Stream", "drop_slot"]

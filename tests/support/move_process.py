@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.moves.steps import Move
+from tenancy_orm.moves import making
 from tenancy_orm.moves.streams import Stream
 from tenancy_orm.operations import Switch
 from tenancy_orm.provisioning.new_databases import NewDatabase
@@ -20,7 +20,7 @@ from tests.support.models import Base
 POINTS: dict[str, tuple[Any, str, int, bool]] = {
     "recorded": (Registry, "record_database", 1, True),
     "login": (Stream, "create_login", 1, True),
-    "slot": (Move, "_copy", 1, False),
+    "slot": (making, "make_copy", 1, False),
     "handed over": (NewDatabase, "hand_over", 1, True),
     "subscribed": (Stream, "subscribe", 1, True),
     "way back": (Stream, "create_slot", 1, True),

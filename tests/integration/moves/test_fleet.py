@@ -16,7 +16,7 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import ServerAddresses
 from tenancy_orm.config.placement import LeastBytes
 from tenancy_orm.errors import OperationError, OperationStateError, TenancyError
-from tenancy_orm.moves import MovePlan, manager
+from tenancy_orm.moves import MovePlan, upkeep
 from tenancy_orm.operations import Switch
 from tenancy_orm.provisioning.provisioner import services_of
 from tenancy_orm.tenant import Placement
@@ -207,7 +207,7 @@ async def test_sessions_on_a_replica_of_the_former_server_are_ended(control_url:
 async def test_housekeeping_looks_at_every_move_and_at_a_slot_whose_log_is_gone(
     plane: Tenancy, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager, "_PAGE", 1)
+    monkeypatch.setattr(upkeep, "_PAGE", 1)
     for slug in ("acme", "globex"):
         await plane.tenants.create(slug)
         await plane.moves.move(slug, to="two")

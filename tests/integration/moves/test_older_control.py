@@ -10,7 +10,9 @@ from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig, Tenant
 from tenancy_orm.errors import ProvisioningError
-from tenancy_orm.moves.steps import Move
+from tenancy_orm.moves import way_back
+from tenancy_orm.moves.record import MoveRecord
+from tenancy_orm.moves.survey import Survey
 from tests.support.dumps import restored_copy
 from tests.support.moving import Pair
 from tests.support.postgres import Postgres
@@ -94,14 +96,14 @@ async def test_a_move_that_has_ended_since_is_not_undone(
     """An undo would close and drop the new database; the move waits to be confirmed once the row names that."""
     acme = (await plane.tenants.create("acme")).tenant
     await write(plane, "first")
-    original, older = Move._prepare_return, list[str]()
+    original, older = way_back.prepare, list[str]()
 
-    async def remembered(move: Move, *arguments: object) -> str:
+    async def remembered(move: MoveRecord, found: Survey) -> str:
         older.append(await restored_copy(postgres, moving.control_url))
-        return await original(move, *arguments)  # type: ignore[arg-type]
+        return await original(move, found)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Move, "_prepare_return", remembered)
+        patch.setattr(way_back, "prepare", remembered)
         operation = await plane.moves.move("acme", to="two")
     await write(plane, "second")
     present = pair.databases(moving.name_prefix)

@@ -14,8 +14,9 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import OperationError, OperationStateError, ServerUnavailableError
 from tenancy_orm.moves import streams
 from tenancy_orm.moves.room import check_room
-from tenancy_orm.moves.steps import UNWANTED, Move
+from tenancy_orm.moves.steps import Move
 from tenancy_orm.moves.streams import Stream
+from tenancy_orm.moves.way_back import UNWANTED
 from tenancy_orm.tenant import Tenant
 from tests.support.moving import Pair, moving_config, pair_of_servers, rows
 from tests.support.waiting import until
@@ -55,7 +56,7 @@ async def test_an_interrupted_move_has_its_former_database_follow_from_where_it_
     async def write(move: Move) -> None:
         first.execute("LOCK TABLE first IN SHARE MODE")
         last.execute("LOCK TABLE last IN SHARE MODE")
-        with psycopg.connect(pair.two.url(move.new.database), autocommit=True) as writer:
+        with psycopg.connect(pair.two.url(move.record.new.database), autocommit=True) as writer:
             writer.execute("SET synchronous_commit = off")
             # each its own transaction, between two that the former database cannot apply as long as it is locked
             writer.execute(

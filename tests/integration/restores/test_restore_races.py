@@ -214,7 +214,7 @@ async def test_revisions_that_came_since_run_before_an_interrupted_swap_goes_on(
         raise JobLostError
 
     with monkeypatch.context() as patch, pytest.raises(JobLostError):
-        patch.setattr(restores._switching, "swap", killed)
+        patch.setattr(restores._services.switching, "swap", killed)
         await restores.restore("acme", DumpSource(archive))
     async with fleet.services.control.transaction() as connection:
         await connection.execute(sa.text("UPDATE tenancy.operations SET claimed_until = now()"))
