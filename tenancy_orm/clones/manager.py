@@ -35,6 +35,7 @@ from ..migrations.scripts import Environment
 from ..operations import Operations
 from ..postgres import connections as postgres_connections
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.snapshots import begin_snapshot
 from ..provisioning import clone_marks
@@ -44,7 +45,6 @@ from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.filled_creation import Filling
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
 from ..provisioning.new_databases import NewDatabase
-from ..provisioning.pipeline import describe
 from ..provisioning.restoring import programs_for
 from ..provisioning.tenant_rights import RECORD_SCHEMA
 from ..runs import FleetMigrator

@@ -16,12 +16,13 @@ from ..errors import OperationNotFoundError, TenancyError
 from ..operations import Operations
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier
 from ..provisioning import removal
 from ..provisioning.blockers import Blockers
 from ..provisioning.copy_logins import end_login
-from ..provisioning.pipeline import ProvisioningServices, describe
+from ..provisioning.pipeline import ProvisioningServices
 from ..servers import Server
 from .streams import drop_slot
 

@@ -14,9 +14,9 @@ from ..control.database import ControlDatabase
 from ..errors import OperationError, OperationStateError, TenancyError
 from ..operations import Operation, Operations, Switch
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
-from ..provisioning.pipeline import describe
 from ..provisioning.provisioner import services_of
 from ..provisioning.replaced_databases import refuse_stale
 from ..registry.reading import TenantFilter
@@ -350,8 +350,8 @@ class MoveManager:
             done = await self.move(tenant, to=moved_to, offline=offline, way_back=way_back, actor=actor)
             operation, moved_to, reverse = done.id, str(done.detail["to"]["server"]), done.detail.get("reverse")
         except (TenancyError, *SERVER_FAILURES) as exc:
-            logger.error("tenant %s is not moved: %s", tenant.slug, describe(exc))
-            error = str(exc) or type(exc).__name__
+            error = describe(exc)
+            logger.error("tenant %s is not moved: %s", tenant.slug, error)
         return MoveOutcome(
             slug=tenant.slug,
             operation=operation,

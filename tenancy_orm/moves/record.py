@@ -13,8 +13,9 @@ from ..config.sections import MoveConfig
 from ..errors import OperationStateError, TenantNotFoundError
 from ..jobs.claims import Claimant
 from ..operations import Operation, Operations, Switch
+from ..postgres.errors import describe
 from ..provisioning import Provisioner
-from ..provisioning.pipeline import ProvisioningServices, describe
+from ..provisioning.pipeline import ProvisioningServices
 from ..registry.databases import TenantDatabase
 from ..tenant import Placement, Tenant
 from ..tenants.manager import TenantManager
@@ -195,11 +196,11 @@ async def begin(
             "version": version,
         },
     )
-    # read again: another operation may have ended just before this one began
-    found = await registry.get(tenant.id)
-    record = MoveRecord(services, claimant, operation, found, actor=actor, tell=tell)
     try:
-        if found.placement is None or (found.placement.server, found.placement.database) != (old.server, old.database):
+        # read again: another operation may have ended just before this one began
+        found = await registry.get(tenant.id)
+        record = MoveRecord(services, claimant, operation, found, actor=actor, tell=tell)
+        if (record.old.server, record.old.database) != _place_of(found):
             raise OperationStateError(f"tenant {found.slug!r} has another database by now; try again")
         await registry.record_database(
             TenantDatabase(
@@ -213,9 +214,13 @@ async def begin(
             )
         )
     except BaseException as exc:
-        await run_to_completion(record.finish("failed", error=describe(exc)))
+        await run_to_completion(services.operations.finish(operation, claimant, "failed", error=describe(exc)))
         raise
     return record
+
+
+def _place_of(tenant: Tenant) -> tuple[str, str] | None:
+    return None if tenant.placement is None else (tenant.placement.server, tenant.placement.database)
 
 
 async def claim(services: MoveServices, operation: Operation, *, actor: Actor) -> MoveRecord:

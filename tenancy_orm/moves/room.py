@@ -14,8 +14,8 @@ from ..cancellation import run_to_completion
 from ..errors import OperationError, TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning.pipeline import describe
 
 logger = logging.getLogger("tenancy_orm.moves")
 

@@ -19,8 +19,8 @@ from ..errors import OperationError, OperationStateError, TenancyError
 from ..events import TenantMoved
 from ..operations import Operation, Operations
 from ..postgres import connections
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning.pipeline import describe
 from ..provisioning.replaced_databases import refuse_stale
 from ..routing.marker import replaced_text
 from ..tenant import Placement, Status, Tenant

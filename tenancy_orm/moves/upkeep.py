@@ -10,8 +10,8 @@ from ..context import run_unbound
 from ..errors import JobLostError, OperationStateError, TenancyError
 from ..jobs.claims import Claimant
 from ..operations import Operation
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning.pipeline import describe
 from ..tenant import Status
 from . import way_back
 from .leftovers import Leftovers

@@ -14,9 +14,9 @@ from ..errors import OperationStateError, TenancyError
 from ..migrations.database import lock as lock_migrations
 from ..operations import Operation
 from ..postgres import connections
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import databases
-from ..provisioning.pipeline import describe
 from ..routing.marker import marker_text
 from . import checks, tenant_role
 from .copying import copy_sequences
@@ -67,9 +67,9 @@ async def prepare(move: MoveRecord, found: Survey) -> str:
             await run_to_completion(connections.close(owner))
         await reverse.create_slot(timeout=SLOT_SECONDS)
     except (TenancyError, *SERVER_FAILURES) as exc:
-        logger.warning("move %d of tenant %s has no way back: %s", move.operation.id, move.tenant.slug, exc)
+        logger.warning("move %d of tenant %s has no way back: %s", move.operation.id, move.tenant.slug, describe(exc))
         await reverse.drop_source()
-        return str(exc) or describe(exc)
+        return describe(exc)
     return "ready"
 
 
@@ -80,8 +80,10 @@ async def follow(move: MoveRecord) -> str:
         try:
             await move.reverse.follow(seconds=move.config.keep_seconds + move.config.timeout)
         except (TenancyError, *SERVER_FAILURES) as exc:
-            logger.warning("move %d of tenant %s has no way back: %s", move.operation.id, move.tenant.slug, exc)
-            reason = str(exc) or describe(exc)
+            logger.warning(
+                "move %d of tenant %s has no way back: %s", move.operation.id, move.tenant.slug, describe(exc)
+            )
+            reason = describe(exc)
             # first: what is dropped cannot follow, whatever ends this process
             await move.note("switched", reverse=reason)
         else:

@@ -26,11 +26,12 @@ from ..context import refuse_other_tenant
 from ..errors import OperationError, TenancyError, TenantNotFoundError
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import access, databases, guests, roles
 from ..provisioning.blockers import Blockers
 from ..provisioning.differences import enumeration
-from ..provisioning.pipeline import ProvisioningServices, describe, tenant_key
+from ..provisioning.pipeline import ProvisioningServices, tenant_key
 from ..provisioning.replaced_databases import refuse_replaced
 from ..provisioning.standbys import end_in_database_on_replicas
 from ..registry.lifecycle import LOGIN_BLOCKED

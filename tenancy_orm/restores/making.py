@@ -17,12 +17,11 @@ from ..migrations.beside import upgrade_beside
 from ..migrations.connections import Connections
 from ..migrations.scripts import Environment
 from ..postgres import connections as postgres_connections
-from ..postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, sqlstate_of
+from ..postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, describe, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning.database_properties import DatabaseProperties, find_properties
 from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.new_databases import NewDatabase
-from ..provisioning.pipeline import describe
 from ..provisioning.restoring import Restored, check_rows, connected, extensions_in, programs_for, restore_archive
 from ..runs import FleetMigrator
 from ..tenant import Placement, Tenant

@@ -36,11 +36,11 @@ from ..control.database import ControlDatabase
 from ..control.models import former_slugs, tenants
 from ..errors import ConfigurationError, InvalidSlugError, TenancyError
 from ..operations import Operations
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
 from ..provisioning.clone_marks import METADATA
 from ..provisioning.marked_databases import MarkedDatabase, MarkedDatabases
-from ..provisioning.pipeline import describe
 from ..provisioning.provisioner import services_of
 from ..provisioning.rotation import SecretManager
 from ..registry.registry import Registry

@@ -20,9 +20,9 @@ from ..errors import JobLostError, OperationError, OperationStateError, TenancyE
 from ..events import EventBus, TenantRestored
 from ..jobs import Claimant
 from ..operations import Operation, Operations
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
-from ..provisioning.pipeline import describe
 from ..registry.databases import TenantDatabase
 from ..registry.registry import Registry
 from ..tenant import Tenant

@@ -15,8 +15,14 @@ from sqlalchemy import text, update
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.config import MoveConfig, ServerAddresses
 from tenancy_orm.control.models import operations, tenants
-from tenancy_orm.errors import ControlUnavailableError, JobLostError, OperationError, ProvisioningError
-from tenancy_orm.operations import Switch
+from tenancy_orm.errors import (
+    ControlUnavailableError,
+    JobLostError,
+    OperationError,
+    ProvisioningError,
+    TenantNotFoundError,
+)
+from tenancy_orm.operations import Operation, Operations, Switch
 from tenancy_orm.operations.switch import Paused
 from tenancy_orm.provisioning.provisioner import services_of
 from tenancy_orm.registry.registry import Registry
@@ -56,6 +62,25 @@ async def test_a_rotation_and_a_change_of_status_that_wait_for_a_move_go_on_on_t
     async with Tenancy(moving) as other, other.session("acme") as session:
         assert await session.scalar(text("SELECT count(*) FROM notes")) == 0
     await plane.moves.confirm("acme")
+
+
+async def test_a_move_of_a_tenant_that_was_purged_as_it_began_has_failed(
+    plane: Tenancy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No operation is left that seems to run."""
+    await plane.tenants.create("acme")
+    await plane.tenants.delete("acme")
+    original = Operations.begin
+
+    async def begin(*arguments: Any, **options: Any) -> Operation:
+        await plane.tenants.purge("acme")
+        return await original(*arguments, **options)
+
+    monkeypatch.setattr(Operations, "begin", begin)
+    with pytest.raises(TenantNotFoundError):
+        await plane.moves.move("acme", to="two")
+    (operation,) = await plane.operations.list()
+    assert (operation.state, operation.is_claimed) == ("failed", False)
 
 
 async def test_a_purge_that_waits_for_a_move_leaves_nothing(
