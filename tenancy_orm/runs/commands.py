@@ -20,8 +20,7 @@ from .extensions import ExtensionWork
 from .recorded import RecordedRuns, check_number
 from .records import ProcessRecord, RunRecord, RunState, TenantRecord, TenantRunState
 from .report import FleetReport, Progress
-from .run import RunWork
-from .work import MigrationWork, UndoWork
+from .work import MigrationWork, RunWork, UndoWork
 
 DEFAULT_CONCURRENCY = 8
 

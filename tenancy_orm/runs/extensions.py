@@ -20,9 +20,10 @@ from .outages import Outages
 from .records import RunRecord, TenantRecord
 from .report import TenantOutcome
 from .tenant_migration import Begin, MigrationResult
+from .work import RunWork
 
 
-class ExtensionWork:
+class ExtensionWork(RunWork):
     """What a run that installs extensions does in one process.
 
     Args:

@@ -24,8 +24,9 @@ from .busy import Order, busiest_first, check_order
 from .checks import require_checks, seal_checks
 from .records import NewRun, NewTenant, RunRecord, RunRecords, Way
 from .report import FleetReport, Progress
-from .run import Run, RunWork
+from .run import Run
 from .waves import Waves
+from .work import RunWork
 
 _CODE_VERSIONS: Final = ("GITHUB_SHA", "CI_COMMIT_SHA", "GIT_COMMIT", "BUILD_SOURCEVERSION", "SOURCE_VERSION")
 """Variables of CI systems that hold the commit that is deployed."""

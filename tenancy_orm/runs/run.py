@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 from ..audit.actor import SYSTEM, Actor
 from ..errors import ControlUnavailableError, JobLostError
@@ -14,57 +14,16 @@ from ..migrations.data_batches import DataObserver, DataProgress
 from ..migrations.failures import describe
 from ..migrations.logs import logger, warning_once
 from ..secrets.keyring import Keyring
-from ..tenant import Tenant
 from .claims import GIVEN_UP, Claimed, Finished, RunClaims
 from .gate import PLANNED, WaveGate
-from .outages import Outages
 from .participation import Participation
 from .patience import is_temporary, repeat
 from .records import RunRecord, RunRecords, RunState, TenantRecord
 from .report import FleetReport, Progress, TenantOutcome
-from .tenant_migration import Begin, MigrationResult
+from .work import RunWork
 
 _PASSES = 10  # how often a run looks for tenants that were created during it
 _OBSERVED_SECONDS = 1.0  # between two notes of how far a data migration has come
-
-
-class RunWork(Protocol):
-    """What a run does: each process has its own.
-
-    ``holds`` is whether it brings tenants to a revision that they are not upgraded from by themselves. ``outages``
-    is which servers are down.
-    """
-
-    @property
-    def holds(self) -> bool:
-        """As in the class."""
-
-    @property
-    def outages(self) -> Outages:
-        """As in the class."""
-
-    async def prepare(self, servers: Iterable[str]) -> None:
-        """Check the servers and make what new tenants need, in each process, before it claims a tenant.
-
-        Raises:
-            MigrationError: no tenant can be migrated.
-        """
-
-    async def open(self, record: RunRecord, tenants: Callable[[], Awaitable[Sequence[Tenant]]]) -> None:
-        """Do what comes once, before the first tenant is claimed, in the process that has the gate.
-
-        Raises:
-            MigrationError: the run cannot be started; no tenant was touched.
-        """
-
-    async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
-        """Migrate one tenant."""
-
-    def emit(self, outcome: TenantOutcome) -> None:
-        """Announce the outcome of one tenant."""
-
-    async def close(self, record: RunRecord, outcomes: Callable[[], Awaitable[list[TenantRecord]]]) -> None:
-        """Record what the whole run has brought about, once it is done."""
 
 
 class Run:
@@ -323,4 +282,4 @@ def _outcome(record: TenantRecord) -> TenantOutcome:
     )
 
 
-__all__ = ["Run", "RunWork", "report_of"]
+__all__ = ["Run", "report_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from uuid import UUID
 
@@ -24,7 +25,50 @@ from .reversal import return_to
 from .tenant_migration import Begin, MigrationResult, TenantMigration
 
 
-class MigrationWork:
+class RunWork(ABC):
+    """What a run does: each process has its own.
+
+    Attributes:
+        outages: Which servers are down.
+    """
+
+    outages: Outages
+
+    @property
+    @abstractmethod
+    def holds(self) -> bool:
+        """Whether it brings tenants to a revision that they are not upgraded from by themselves."""
+
+    @abstractmethod
+    async def prepare(self, servers: Iterable[str]) -> None:
+        """Check the servers and make what new tenants need, in each process, before it claims a tenant.
+
+        Raises:
+            MigrationError: no tenant can be migrated.
+        """
+
+    @abstractmethod
+    async def open(self, record: RunRecord, tenants: Callable[[], Awaitable[Sequence[Tenant]]]) -> None:
+        """Do what comes once, before the first tenant is claimed, in the process that has the gate.
+
+        Raises:
+            MigrationError: the run cannot be started; no tenant was touched.
+        """
+
+    @abstractmethod
+    async def migrate(self, claimed: Claimed, begin: Begin, observe_data: DataObserver) -> MigrationResult:
+        """Migrate one tenant."""
+
+    @abstractmethod
+    def emit(self, outcome: TenantOutcome) -> None:
+        """Announce the outcome of one tenant."""
+
+    @abstractmethod
+    async def close(self, record: RunRecord, outcomes: Callable[[], Awaitable[list[TenantRecord]]]) -> None:
+        """Record what the whole run has brought about, once it is done."""
+
+
+class MigrationWork(RunWork):
     """What a run of a plan does in one process.
 
     Args:
@@ -147,7 +191,7 @@ class MigrationWork:
             raise
 
 
-class UndoWork:
+class UndoWork(RunWork):
     """What a run that brings each tenant back to a revision of its own does in one process.
 
     Args:
@@ -228,4 +272,4 @@ class UndoWork:
         await self._services.registry.set_fleet_revision(found.pop() if len(found) == 1 else None)
 
 
-__all__ = ["MigrationWork", "UndoWork"]
+__all__ = ["MigrationWork", "RunWork", "UndoWork"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -196,39 +196,25 @@ class TenantManager(TenantLifecycle):
         request = PlacementRequest(
             tier=values["tier"], region=values["region"], slug=values["slug"], metadata=values["metadata"]
         )
-        create = partial(
-            self._provisioner.create,
-            key=key,
-            key_name=key_name,
-            scopes=scopes,
-            seed=seed,
-            filling=filling,
-            actor=actor,
-        )
-        tenant = await self._create_placed(create, request, server, values)
-        # its connections stay, the one that has proved the login too
-        self._directory.look_again(tenant.id)
-        seconds = time.perf_counter() - started
-        self._events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
-        return CreatedTenant(tenant, key.text, key.key_id)
-
-    async def _create_placed(
-        self,
-        create: Callable[[TenantDraft], Awaitable[Tenant]],
-        request: PlacementRequest,
-        server: str | None,
-        values: Mapping[str, Any],
-    ) -> Tenant:
         attempts = _PLACEMENTS if server is None and self._placer.decides_again else 1
-        while True:
+        tenant: Tenant | None = None
+        while tenant is None:
             chosen = await self._placer.choose(request, server=server)
+            draft = TenantDraft(**self._placement_values(chosen), **values)
             try:
-                return await create(TenantDraft(**self._placement_values(chosen), **values))
+                tenant = await self._provisioner.create(
+                    draft, key=key, key_name=key_name, scopes=scopes, seed=seed, filling=filling, actor=actor
+                )
             except PlacementError:
                 # another creation took its last place, or its row was changed, since it was chosen
                 attempts -= 1
                 if not attempts:
                     raise
+        # its connections stay, the one that has proved the login too
+        self._directory.look_again(tenant.id)
+        seconds = time.perf_counter() - started
+        self._events.emit(TenantCreated(tenant_id=tenant.id, slug=tenant.slug, seconds=seconds))
+        return CreatedTenant(tenant, key.text, key.key_id)
 
     def _placement_values(self, server: str) -> dict[str, Any]:
         tenant_id = uuid7()
