@@ -21,11 +21,8 @@ from ..control.names import Names
 from ..errors import OperationStateError, ProvisioningError, RoutingError, TenancyError, TenantNotFoundError
 from ..events import EventBus
 from ..keys.format import NewKey
-from ..loops import HomeLoop
 from ..postgres import connections, locks
-from ..postgres import errors as postgres_errors
 from ..postgres.connections import Connection
-from ..postgres.errors import sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.databases import FORGET_DATABASE
 from ..registry.lifecycle import LOGIN_BLOCKED
@@ -52,8 +49,7 @@ from .pipeline import (
     describe,
     tenant_key,
 )
-from .preparation import prepare
-from .public_access import SharedDatabases, read_control
+from .prepared_servers import PreparedServers
 from .readers import Readers
 from .reconcile import Reconciler
 from .reconcile_report import Findings, ReconcileReport
@@ -101,14 +97,17 @@ class Provisioner:
         requests_wait: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.names = names
-        self._control = control
-        self._home = HomeLoop()
         blockers = partial(Blockers, names=names, registry=registry)
         records = TemplateRecords(control)
         make_templates = partial(Templates, config=config, names=names, blockers=blockers, records=records)
         self._templates = make_templates(schema=schema)
         # a template of their own: seeds may need tables that only the next revision makes
         self._unfilled = self._templates if unfilled is None else make_templates(schema=unfilled)
+        # a server's address may have changed
+        servers.on_change(self._templates.forget)
+        servers.on_change(self._unfilled.forget)
+        self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
+        self._prepared = PreparedServers(config, control, servers, names, self._admin_connections)
         self.extensions = Extensions(config, servers, blockers)
         self.templates = TemplateManager(
             config=config,
@@ -116,16 +115,13 @@ class Provisioner:
             templates=self._templates,
             records=records,
             servers=servers,
-            prepared=self._prepared_server,
+            prepared=self._prepared,
             blockers=blockers,
         )
         self.logins = TemporaryLogins(config, registry, servers, names, blockers)
         self.copies = Copies(config, servers, names, blockers)
-        self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
         self.readers = Readers(config, servers, names, self._admin_connections, blockers)
-        self.scratch_databases = ScratchDatabases(
-            config, self._prepared_server, names, self._admin_connections, blockers
-        )
+        self.scratch_databases = ScratchDatabases(config, self._prepared, names, self._admin_connections, blockers)
         self._services = ProvisioningServices(
             config=config,
             registry=registry,
@@ -146,19 +142,14 @@ class Provisioner:
         self._creating: Counter[str] = Counter()  # by server: creations that run or wait
         self.warm_pool = WarmPool(
             self._services,
-            prepared=self._prepared_with_settings,
+            prepared=self._prepared,
             is_busy=lambda name: bool(self._creating[name]) or requests_wait(name),
         )
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(config.provisioning.concurrency)
         )
-        # by server: the settings of new roles
-        self._prepared: dict[str, RoleSettings] = {}
         self.unprepared: dict[str, TenancyError] = {}
         """Why an opening that initialises could not prepare servers, by server."""
-        # by server: held while it is prepared
-        self._preparing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        servers.on_change(self._server_changed)
 
     @property
     def _timeout(self) -> float:
@@ -179,13 +170,7 @@ class Provisioner:
                 ``tenancy init`` asks.
             ProvisioningError: the administrator lacks rights, or another process takes too long to prepare the server.
         """
-        refuse_while_bound("preparing a server")
-        self._home.check()
-        server = self._services.servers[name]
-        async with self._preparing[name]:
-            settings = await self._prepare(server)
-            if self._services.servers.get(name) is server:
-                self._prepared[name] = settings
+        await self._prepared.prepare(name)
 
     async def prepare(self, server: Server) -> None:
         """Prepare a server that has no row yet, as ``prepare_server`` does.
@@ -193,34 +178,7 @@ class Provisioner:
         Raises:
             TenancyError: as ``prepare_server``.
         """
-        refuse_while_bound("preparing a server")
-        await self._prepare(server)
-
-    async def _prepare(self, server: Server) -> RoleSettings:
-        config = self._services.config
-        try:
-            return await prepare(
-                server,
-                self._admin_connections,
-                owner=self.names.owner,
-                shared=SharedDatabases(config.name_prefix, await read_control(self._control, config)),
-                revoke_public=config.provisioning.revoke_public,
-                configured=config.provisioning.role_settings,
-                rights=TenantRights.of(config, self.names.owner),
-                timeout=self._timeout,
-            )
-        except TenancyError:
-            raise
-        except SERVER_FAILURES as exc:
-            raise ProvisioningError(
-                f"server {server.name!r} could not be prepared ({describe(exc)}){_remedy(server, exc)}", step="prepare"
-            ) from exc
-
-    def _server_changed(self, name: str) -> None:
-        """Prepare a server again, and look for its templates, before the next creation on it."""
-        self._prepared.pop(name, None)
-        self._templates.forget(name)
-        self._unfilled.forget(name)
+        await self._prepared.prepare_unknown(server)
 
     async def template(self, server: str) -> TemplateInfo:
         """Return the template of the current schema on a server; it is built if it is missing.
@@ -230,7 +188,7 @@ class Provisioner:
             UnknownServerError, ServerUnavailableError: as ``prepare_server``.
         """
         refuse_while_bound("building a template")
-        return await self._templates.ensure(await self._prepared_server(server))
+        return await self._templates.ensure(await self._prepared.server(server))
 
     def scratch(self, server: str, *, empty: bool = False) -> AbstractAsyncContextManager[str]:
         """Make a short-lived database with the current schema: ``async with provisioner.scratch("default") as name``.
@@ -246,7 +204,7 @@ class Provisioner:
             TemplateError: the template could not be built or cloned.
         """
         refuse_while_bound("cloning a template")
-        return self._unfilled.scratch(lambda: self._prepared_server(server), empty=empty)
+        return self._unfilled.scratch(lambda: self._prepared.server(server), empty=empty)
 
     async def scratch_template(self, server: str) -> TemplateInfo:
         """Return the template that ``scratch`` clones; it is built if it is missing.
@@ -256,7 +214,7 @@ class Provisioner:
             UnknownServerError, ServerUnavailableError: as ``prepare_server``.
         """
         refuse_while_bound("building a template")
-        return await self._unfilled.ensure(await self._prepared_server(server))
+        return await self._unfilled.ensure(await self._prepared.server(server))
 
     async def connect_admin(
         self,
@@ -284,22 +242,6 @@ class Provisioner:
         """
         blockers = self._services.blockers(self._services.servers[server])
         return await blockers.connect(database, role=role, settings=settings, timeout=timeout, purpose=purpose)
-
-    async def _prepared_server(self, name: str) -> Server:
-        """Return the server, prepared."""
-        self._home.check()
-        if name not in self._prepared:
-            await self.prepare_server(name)
-        return self._services.servers[name]
-
-    async def _settings_of(self, name: str) -> RoleSettings:
-        # its row may have changed since it was prepared
-        while (settings := self._prepared.get(name)) is None:
-            await self.prepare_server(name)
-        return settings
-
-    async def _prepared_with_settings(self, name: str) -> tuple[Server, RoleSettings]:
-        return await self._prepared_server(name), await self._settings_of(name)
 
     # --- tenants ----------------------------------------------------------------------------------------------------
 
@@ -360,7 +302,7 @@ class Provisioner:
         seed: bool,
         actor: Actor,
     ) -> Tenant:
-        server = await self._prepared_server(draft.server)
+        server = await self._prepared.server(draft.server)
         template = await self._templates.ensure(server)
         kind = WarmCreation if self._services.config.provisioning.warm_pool else Creation
         async with self._slots[draft.server]:
@@ -369,7 +311,7 @@ class Provisioner:
                 server,
                 template,
                 draft,
-                settings=await self._settings_of(draft.server),
+                settings=await self._prepared.settings(draft.server),
                 key=key,
                 key_name=key_name,
                 scopes=scopes,
@@ -397,10 +339,10 @@ class Provisioner:
         )
         creation = make(
             self._services,
-            await self._prepared_server(draft.server),
+            await self._prepared.server(draft.server),
             TemplateInfo(draft.server, "", None),
             draft,
-            settings=await self._settings_of(draft.server),
+            settings=await self._prepared.settings(draft.server),
             key=key,
             key_name=key_name,
             scopes=scopes,
@@ -812,18 +754,4 @@ async def settings_of(provisioner: Provisioner, server: str) -> RoleSettings:
         TenancyError: as ``Provisioner.prepare_server``.
     """
     refuse_while_bound("preparing a server")
-    return await provisioner._settings_of(server)
-
-
-def _remedy(server: Server, error: BaseException) -> str:
-    match sqlstate_of(error):
-        case postgres_errors.INSUFFICIENT_PRIVILEGE:
-            return (
-                "; its administrator needs CREATEDB and CREATEROLE on PostgreSQL 16 and later, or must be a superuser"
-            )
-        case postgres_errors.INVALID_PASSWORD | postgres_errors.INVALID_AUTHORIZATION:
-            return (
-                "; correct the administrator's login: in the configuration, or, for a server with addresses of its own "
-                f"in the control database: tenancy servers update {server.name} --admin ... --password-stdin"
-            )
-    return ""
+    return await provisioner._prepared.settings(server)
