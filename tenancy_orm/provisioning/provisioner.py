@@ -18,20 +18,19 @@ from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound, run_unbound
 from ..control.database import ControlDatabase
 from ..control.names import Names
-from ..errors import OperationStateError, ProvisioningError, RoutingError, TenancyError, TenantNotFoundError
+from ..errors import OperationStateError, ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
 from ..keys.format import NewKey
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..registry.databases import FORGET_DATABASE
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..secrets.keyring import Keyring
 from ..servers import Server, Servers
 from ..tenant import Placement, Tenant
-from . import access, removal
+from . import access, purging, removal
 from .admin_connections import AdminConnections
 from .alignment import align_role
 from .blockers import Blockers
@@ -39,7 +38,7 @@ from .copies import Copies
 from .databases import Strategy
 from .extensions import Extensions
 from .filled_creation import FilledCreation, Filling
-from .new_databases import NewDatabases, drop_all_beside
+from .new_databases import NewDatabases
 from .older_rows import find_another, is_whole
 from .pipeline import (
     Creation,
@@ -53,7 +52,6 @@ from .prepared_servers import PreparedServers
 from .readers import Readers
 from .reconcile import Reconciler
 from .reconcile_report import Findings, ReconcileReport
-from .replaced_databases import refuse_replaced
 from .role_settings import RoleSettings
 from .scratch import ScratchDatabases
 from .standbys import end_on_replicas
@@ -449,100 +447,31 @@ class Provisioner:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_other_tenant(tenant)
-        placement = (await self._services.registry.get(tenant.id)).placement
+        services = self._services
+        placement = (await services.registry.get(tenant.id)).placement
         if placement is None:
-            await self._services.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
+            await services.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
             return
         if lost_server is not None:
-            await self._forget_lost(tenant, placement, lost_server, listed, actor)
+            await purging.begin_without_server(services, tenant, placement, lost_server, listed=listed, actor=actor)
             if placement.server == lost_server:
-                await run_unbound(self._purge_without_server(tenant, placement, actor))
+                await run_unbound(
+                    purging.finish_without_server(services, self.new_databases, tenant.id, placement, actor=actor)
+                )
                 return
         async with self._slots[placement.server]:
             try:
                 deadline = asyncio.get_running_loop().time() + self._timeout
                 async with asyncio.timeout_at(deadline):
-                    await run_unbound(self._purge(tenant.id, placement, deadline, listed, actor))
+                    await run_unbound(
+                        purging.purge(services, tenant.id, placement, deadline=deadline, listed=listed, actor=actor)
+                    )
             except SERVER_FAILURES as exc:
                 raise ProvisioningError(
                     f"purging tenant {tenant.slug!r} failed ({describe(exc)}); try again, or run: tenancy reconcile",
                     tenant=tenant.slug,
                     step="purge",
                 ) from exc
-
-    async def _forget_lost(
-        self, tenant: Tenant, placement: Placement, lost: str, listed: Tenant | None, actor: Actor
-    ) -> None:
-        """Begin the purge, and forget the databases beside the one in use that are on a lost server.
-
-        Raises:
-            ProvisioningError: it answers, or has nothing of the tenant.
-        """
-        registry = self._services.registry
-        beside = [one for one in await registry.databases_of(tenant.id) if one.server == lost]
-        if not beside and placement.server != lost:
-            raise ProvisioningError(
-                f"tenant {tenant.slug!r} has no database on server {lost!r}", tenant=tenant.slug, step="purge"
-            )
-        if await self._answers(lost):
-            raise ProvisioningError(
-                f"server {lost!r} answers, so that what tenant {tenant.slug!r} has there can be dropped: purge it "
-                "without naming a lost server",
-                tenant=tenant.slug,
-                step="purge",
-            )
-        await registry.begin_purge(tenant.id, listed=listed, actor=actor)
-        for one in beside:
-            await registry.forget_lost_database(one, actor=actor)
-
-    async def _answers(self, server: str) -> bool:
-        try:
-            connection = await self.connect_admin(server)
-        except (RoutingError, *SERVER_FAILURES):
-            return False
-        await run_to_completion(connections.close(connection))
-        return True
-
-    async def _purge_without_server(self, tenant: Tenant, placement: Placement, actor: Actor) -> None:
-        """Purge a tenant with a database in use that is lost with its server."""
-        registry = self._services.registry
-        for one in await registry.databases_of(tenant.id):
-            await self.new_databases.drop(one)
-        await registry.erase_secrets(tenant.id)
-        detail = {"server": placement.server, "database": placement.database}
-        await registry.record(tenant.id, FORGET_DATABASE, detail=detail, actor=actor)
-        await registry.finish_purge(tenant.id, actor=actor)
-
-    async def _purge(
-        self, tenant_id: UUID, placement: Placement, deadline: float, listed: Tenant | None, actor: Actor
-    ) -> None:
-        server, key = self._services.servers[placement.server], tenant_key(tenant_id)
-        connection = await self._admin_connections.acquire(server, key, timeout=self._timeout)
-        try:
-            found = await self._services.registry.get(tenant_id)
-            now = found.placement
-            if now is not None and (now.server, now.database) != (placement.server, placement.database):
-                raise ProvisioningError(
-                    f"tenant {found.slug!r} got another database while this waited; try again",
-                    tenant=found.slug,
-                    step="purge",
-                )
-            # what has replaced it has the tenant's data, and would stay
-            await refuse_replaced(connection, placement.database)
-            await self._services.registry.begin_purge(tenant_id, listed=listed, actor=actor)
-            await drop_all_beside(self._services, connection, server.name, tenant_id, timeout=self._timeout)
-            await removal.purge(
-                connection,
-                self._services.blockers(server),
-                self.names,
-                self._services.registry,
-                tenant_id,
-                placement,
-                deadline=deadline,
-                actor=actor,
-            )
-        finally:
-            await run_to_completion(self._admin_connections.release(server, connection, key))
 
     async def reconcile(
         self,
