@@ -13,40 +13,36 @@ from typing import Any
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
-from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound, run_unbound
 from ..control.database import ControlDatabase
 from ..control.names import Names
-from ..errors import OperationStateError, ProvisioningError, TenancyError, TenantNotFoundError
+from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
 from ..keys.format import NewKey
-from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..secrets.keyring import Keyring
 from ..servers import Server, Servers
-from ..tenant import Placement, Tenant
-from . import access, purging, removal
+from ..tenant import Tenant
+from . import purging
 from .admin_connections import AdminConnections
-from .alignment import align_role
+from .alignment import align
 from .blockers import Blockers
 from .copies import Copies
 from .databases import Strategy
 from .extensions import Extensions
 from .filled_creation import FilledCreation, Filling
+from .grant_hook import apply_hook
 from .new_databases import NewDatabases
-from .older_rows import find_another, is_whole
 from .pipeline import (
     Creation,
     FirstConnections,
     ProvisioningServices,
     TenantSeeds,
     describe,
-    tenant_key,
 )
 from .prepared_servers import PreparedServers
 from .readers import Readers
@@ -54,9 +50,8 @@ from .reconcile import Reconciler
 from .reconcile_report import Findings, ReconcileReport
 from .role_settings import RoleSettings
 from .scratch import ScratchDatabases
-from .standbys import end_on_replicas
 from .taken_creation import TakenCreation
-from .takeover import DatabaseTakeover, Takeover, TakeoverFacts
+from .takeover import DatabaseTakeover, Takeover, TakeoverFacts, undo_takeover
 from .template_manager import TemplateManager
 from .template_records import TemplateRecords
 from .templates import SchemaSource, TemplateInfo, Templates
@@ -378,49 +373,7 @@ class Provisioner:
             TenantNotFoundError: the tenant has been purged.
         """
         refuse_other_tenant(tenant)
-        await run_unbound(self._align(tenant, timeout))
-
-    async def _align(self, tenant: Tenant, timeout: float) -> None:
-        if tenant.placement is None:
-            raise TenantNotFoundError(tenant.slug)
-        server, key = self._services.servers[tenant.placement.server], tenant_key(tenant.id)
-        deadline = asyncio.get_running_loop().time() + timeout
-        try:
-            async with asyncio.timeout_at(deadline):
-                connection = await self._admin_connections.connect(server)
-                try:
-                    if not await locks.try_lock(connection, key):
-                        await self._block(connection, server, tenant, deadline=deadline)
-                        await locks.lock(connection, key, timeout=timeout)
-                    current = await self._services.registry.get(tenant.id)
-                    moved = current.placement is not None and current.placement.server != tenant.placement.server
-                    if not moved:
-                        await align_role(self._services, connection, current, deadline=deadline)
-                    if not moved and current.status in LOGIN_BLOCKED:
-                        await end_on_replicas(server, tenant.placement.role, deadline=deadline)
-                finally:
-                    await run_to_completion(self._admin_connections.release(server, connection, key))
-                if moved:  # while this waited for the lock
-                    await self._align(current, deadline - asyncio.get_running_loop().time())
-        except SERVER_FAILURES as exc:
-            raise ProvisioningError(
-                f"the role of tenant {tenant.slug!r} could not be aligned within {timeout:g} s ({describe(exc)}); "
-                "try again, or run: tenancy reconcile",
-                tenant=tenant.slug,
-                step="align",
-            ) from exc
-
-    async def _block(self, connection: Connection, server: Server, tenant: Tenant, *, deadline: float) -> None:
-        """Block the logins of a suspended or deleted tenant before the lock is free, which may take long.
-
-        If the tenant is activated at this moment, the alignment under the lock, which follows, unblocks it again.
-        """
-        current = await self._services.registry.get(tenant.id)
-        if current.status in LOGIN_BLOCKED and current.placement is not None and tenant.placement is not None:
-            if current.placement.server != tenant.placement.server:
-                return
-            place, blockers = current.placement, self._services.blockers(server)
-            await access.block(connection, blockers, database=place.database, role=place.role, deadline=deadline)
+        await run_unbound(align(self._services, tenant, timeout=timeout))
 
     async def purge(
         self,
@@ -544,52 +497,7 @@ class Provisioner:
         refuse_other_tenant(tenant)
         if tenant.placement is None:
             return True
-        return await run_unbound(self._undo_takeover(tenant, tenant.placement, state, actor))
-
-    async def _undo_takeover(self, tenant: Tenant, place: Placement, state: Mapping[str, Any], actor: Actor) -> bool:
-        services, server, key = self._services, self._services.servers[place.server], tenant_key(tenant.id)
-        try:
-            connection = await self._admin_connections.connect(server)
-            try:
-                if not await locks.try_lock(connection, key):
-                    return False
-                if not await services.registry.is_taken_over(tenant.id):
-                    raise OperationStateError(f"no database is being taken over for tenant {tenant.slug!r}")
-                async with asyncio.timeout(self._timeout * 10):
-                    await self._refuse_older(connection, tenant, place, but=state.get("database"))
-                    if state:
-                        taken = DatabaseTakeover(services, place.server, state["database"], place.role)
-                        await taken.undo(state, connection, name=place.database)
-                    await removal.remove_role(connection, services.blockers(server), self.names, place.role)
-                    await services.registry.discard(
-                        tenant.id, step="takeover", error="interrupted; undone", actor=actor
-                    )
-            finally:
-                await run_to_completion(self._admin_connections.release(server, connection, key))
-        except SERVER_FAILURES as exc:
-            raise ProvisioningError(
-                f"the takeover for tenant {tenant.slug!r} could not be undone ({describe(exc)}); try again",
-                tenant=tenant.slug,
-                step="takeover",
-            ) from exc
-        return True
-
-    async def _refuse_older(self, connection: Connection, tenant: Tenant, place: Placement, *, but: str | None) -> None:
-        """Refuse to undo a takeover that was done before the control database was restored from a backup.
-
-        Raises:
-            OperationStateError: it was.
-        """
-        if await is_whole(self._services, connection, tenant.id, place):
-            raise OperationStateError(
-                f"database {place.database!r} has become tenant {tenant.slug!r} since the backup of the control "
-                "database that its row is of; run: tenancy reconcile"
-            )
-        if (why := await find_another(self._services, connection, tenant.id, place, but=but)) is not None:
-            raise OperationStateError(
-                f"the row of tenant {tenant.slug!r} is of an older backup of the control database: {why}; run: "
-                "tenancy rebuild --dry-run"
-            )
+        return await run_unbound(undo_takeover(self._services, tenant, tenant.placement, state, actor=actor))
 
     async def settle_creation(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> bool:
         """Finish or remove the creation of a tenant that a process which died has left, as ``reconcile`` does.
@@ -629,30 +537,7 @@ class Provisioner:
         rights = TenantRights.of(self._services.config, self.names.owner)
         if rights.hook is None or tenant.placement is None:
             return
-        place = tenant.placement
-        await run_unbound(self._apply_grants(tenant, place, rights))
-
-    async def _apply_grants(self, tenant: Tenant, place: Placement, rights: TenantRights) -> None:
-        blockers = self._services.blockers(self._services.servers[place.server])
-        connection = await blockers.connect(place.database, role=self.names.owner)
-
-        async def work() -> None:
-            async with connections.transaction(connection):
-                await rights.run_hook(connection, place.database, place.role)
-
-        try:
-            # repeated after a conflict: a reconcile may run the hook in this database at the same time
-            async with asyncio.timeout(self._timeout):
-                await blockers.run(connection, work)
-        except (ProvisioningError, *SERVER_FAILURES) as exc:
-            reason = str(exc) if isinstance(exc, ProvisioningError) else f"provisioning.grants failed: {describe(exc)}"
-            raise ProvisioningError(
-                f"{reason}; the schema is upgraded, and another upgrade will not run the hook: run tenancy reconcile",
-                tenant=tenant.slug,
-                step="grants",
-            ) from exc
-        finally:
-            await run_to_completion(connections.close(connection))
+        await run_unbound(apply_hook(self._services, tenant.slug, tenant.placement, rights))
 
     async def end_excessive_sessions(self, *, actor: Actor = SYSTEM) -> WatchReport:
         """End tenants' sessions that would stop a server for others: see ``Watchdog``. A server's failure is reported.
