@@ -144,10 +144,6 @@ class Provisioner:
         self.unprepared: dict[str, TenancyError] = {}
         """Why an opening that initialises could not prepare servers, by server."""
 
-    @property
-    def _timeout(self) -> float:
-        return self._services.config.provisioning.timeout
-
     # --- servers and templates --------------------------------------------------------------------------------------
 
     async def prepare_server(self, name: str) -> None:
@@ -276,74 +272,37 @@ class Provisioner:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
-        self._creating[draft.server] += 1
-        try:
-            if filling is not None:
-                return await self._create_filled(draft, key, key_name, scopes, strategy, filling, actor)
-            return await self._create(draft, key, key_name, scopes, strategy, seed, actor)
-        finally:
-            self._creating[draft.server] -= 1
-            self.warm_pool.refill_soon(draft.server)
-
-    async def _create(
-        self,
-        draft: TenantDraft,
-        key: NewKey | None,
-        key_name: str,
-        scopes: Sequence[str],
-        strategy: Strategy,
-        seed: bool,
-        actor: Actor,
-    ) -> Tenant:
-        server = await self._prepared.server(draft.server)
-        template = await self._templates.ensure(server)
-        kind = WarmCreation if self._services.config.provisioning.warm_pool else Creation
-        async with self._slots[draft.server]:
-            creation = kind(
-                self._services,
-                server,
-                template,
-                draft,
-                settings=await self._prepared.settings(draft.server),
-                key=key,
-                key_name=key_name,
-                scopes=scopes,
-                strategy=strategy,
-                seed=seed,
-                actor=actor,
-            )
-            return await creation.run()
-
-    async def _create_filled(
-        self,
-        draft: TenantDraft,
-        key: NewKey | None,
-        key_name: str,
-        scopes: Sequence[str],
-        strategy: Strategy,
-        filling: Filling | Takeover,
-        actor: Actor,
-    ) -> Tenant:
-        # in none of the slots of creations that somebody waits for: it may take hours
-        make = (
-            partial(TakenCreation, takeover=filling)
-            if isinstance(filling, Takeover)
-            else partial(FilledCreation, new_databases=self.new_databases, filling=filling)
-        )
-        creation = make(
+        make = partial(
+            self._kind_of_creation(filling),
             self._services,
-            await self._prepared.server(draft.server),
-            TemplateInfo(draft.server, "", None),
-            draft,
-            settings=await self._prepared.settings(draft.server),
             key=key,
             key_name=key_name,
             scopes=scopes,
             strategy=strategy,
-            seed=False,
             actor=actor,
         )
-        return await creation.run()
+        self._creating[draft.server] += 1
+        try:
+            server = await self._prepared.server(draft.server)
+            if filling is not None:
+                # in none of the slots of creations that somebody waits for: it may take hours
+                no_template = TemplateInfo(draft.server, "", None)
+                settings = await self._prepared.settings(draft.server)
+                return await make(server, no_template, draft, settings=settings, seed=False).run()
+            template = await self._templates.ensure(server)
+            async with self._slots[draft.server]:
+                settings = await self._prepared.settings(draft.server)
+                return await make(server, template, draft, settings=settings, seed=seed).run()
+        finally:
+            self._creating[draft.server] -= 1
+            self.warm_pool.refill_soon(draft.server)
+
+    def _kind_of_creation(self, filling: Filling | Takeover | None) -> Callable[..., Creation]:
+        if isinstance(filling, Takeover):
+            return partial(TakenCreation, takeover=filling)
+        if filling is not None:
+            return partial(FilledCreation, new_databases=self.new_databases, filling=filling)
+        return WarmCreation if self._services.config.provisioning.warm_pool else Creation
 
     def password(self, tenant: Tenant) -> str:
         """Return the password of the tenant's role, for programs that connect by themselves, such as psql.
@@ -414,7 +373,7 @@ class Provisioner:
                 return
         async with self._slots[placement.server]:
             try:
-                deadline = asyncio.get_running_loop().time() + self._timeout
+                deadline = asyncio.get_running_loop().time() + services.config.provisioning.timeout
                 async with asyncio.timeout_at(deadline):
                     await run_unbound(
                         purging.purge(services, tenant.id, placement, deadline=deadline, listed=listed, actor=actor)
