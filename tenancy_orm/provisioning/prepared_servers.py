@@ -28,7 +28,7 @@ class PreparedServers:
 
     Args:
         config: ``provisioning`` is read from it.
-        control: The control database, whose rights are revoked where it is on one of the servers.
+        control: The control database. PUBLIC loses its rights on it if it is on one of the servers.
         servers: The servers by name.
         names: Of this installation.
         admin_connections: Holds the lock of a server while it is prepared.

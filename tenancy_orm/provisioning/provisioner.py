@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -37,13 +36,7 @@ from .extensions import Extensions
 from .filled_creation import FilledCreation, Filling
 from .grant_hook import apply_hook
 from .new_databases import NewDatabases
-from .pipeline import (
-    Creation,
-    FirstConnections,
-    ProvisioningServices,
-    TenantSeeds,
-    describe,
-)
+from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds, describe
 from .prepared_servers import PreparedServers
 from .readers import Readers
 from .reconcile import Reconciler
@@ -62,8 +55,6 @@ from .warm_creation import WarmCreation
 from .warm_pool import WarmPool
 from .warm_records import WarmRecords
 from .watchdog import Watchdog, WatchReport
-
-logger = logging.getLogger("tenancy_orm.provisioning")
 
 
 class Provisioner:
