@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from functools import partial
 
+from ..cancellation import run_to_completion
+from ..errors import ProvisioningError, TenantNotFoundError
+from ..postgres import locks
 from ..postgres.connections import Connection
+from ..postgres.failures import SERVER_FAILURES
 from ..registry.lifecycle import LOGIN_BLOCKED
+from ..servers import Server
 from ..tenant import Status, Tenant
 from . import access, guests, role_settings, roles
-from .pipeline import ProvisioningServices
+from .pipeline import ProvisioningServices, describe, tenant_key
 from .roles import RoleState
+from .standbys import end_on_replicas
 
 
 def role_deviations(services: ProvisioningServices, tenant: Tenant, states: Mapping[str, RoleState]) -> dict[str, str]:
@@ -36,6 +43,62 @@ def role_deviations(services: ProvisioningServices, tenant: Tenant, states: Mapp
     if limit not in (None, state.connection_limit):
         found["role.connection_limit"] = f"its role's connection limit is {state.connection_limit}, not {limit}"
     return found
+
+
+async def align(services: ProvisioningServices, tenant: Tenant, *, timeout: float) -> None:
+    """Make a tenant's role agree with the registry, as it is once the tenant's lock is held.
+
+    Args:
+        services: Of provisioning.
+        tenant: The tenant.
+        timeout: Seconds for all of it, waiting for the lock included.
+
+    Raises:
+        ProvisioningError: the role is missing, or the server did not finish in time.
+        ServerUnavailableError: the server does not answer.
+        TenantNotFoundError: the tenant has been purged.
+    """
+    if tenant.placement is None:
+        raise TenantNotFoundError(tenant.slug)
+    server, key = services.servers[tenant.placement.server], tenant_key(tenant.id)
+    deadline = asyncio.get_running_loop().time() + timeout
+    try:
+        async with asyncio.timeout_at(deadline):
+            connection = await services.admin_connections.connect(server)
+            try:
+                if not await locks.try_lock(connection, key):
+                    await _block_early(services, connection, server, tenant, deadline=deadline)
+                    await locks.lock(connection, key, timeout=timeout)
+                current = await services.registry.get(tenant.id)
+                moved = current.placement is not None and current.placement.server != tenant.placement.server
+                if not moved:
+                    await align_role(services, connection, current, deadline=deadline)
+                if not moved and current.status in LOGIN_BLOCKED:
+                    await end_on_replicas(server, tenant.placement.role, deadline=deadline)
+            finally:
+                await run_to_completion(services.admin_connections.release(server, connection, key))
+            if moved:  # while this waited for the lock
+                await align(services, current, timeout=deadline - asyncio.get_running_loop().time())
+    except SERVER_FAILURES as exc:
+        raise ProvisioningError(
+            f"the role of tenant {tenant.slug!r} could not be aligned within {timeout:g} s ({describe(exc)}); "
+            "try again, or run: tenancy reconcile",
+            tenant=tenant.slug,
+            step="align",
+        ) from exc
+
+
+async def _block_early(
+    services: ProvisioningServices, connection: Connection, server: Server, tenant: Tenant, *, deadline: float
+) -> None:
+    """Block the logins of a suspended or deleted tenant before the lock is free, which may take long.
+
+    If the tenant is activated at this moment, the alignment under the lock, which follows, unblocks it again.
+    """
+    current = await services.registry.get(tenant.id)
+    if current.status in LOGIN_BLOCKED and current.placement is not None and current.placement.server == server.name:
+        place, blockers = current.placement, services.blockers(server)
+        await access.block(connection, blockers, database=place.database, role=place.role, deadline=deadline)
 
 
 async def align_role(

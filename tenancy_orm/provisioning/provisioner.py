@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -13,56 +12,39 @@ from typing import Any
 from uuid import UUID
 
 from ..audit.actor import SYSTEM, Actor
-from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound, run_unbound
 from ..control.database import ControlDatabase
 from ..control.names import Names
-from ..errors import OperationStateError, ProvisioningError, RoutingError, TenancyError, TenantNotFoundError
+from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
 from ..keys.format import NewKey
-from ..loops import HomeLoop
-from ..postgres import connections, locks
-from ..postgres import errors as postgres_errors
 from ..postgres.connections import Connection
-from ..postgres.errors import sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
-from ..registry.databases import FORGET_DATABASE
-from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..secrets.keyring import Keyring
 from ..servers import Server, Servers
-from ..tenant import Placement, Tenant
-from . import access, removal
+from ..tenant import Tenant
+from . import purging
 from .admin_connections import AdminConnections
-from .alignment import align_role
+from .alignment import align
 from .blockers import Blockers
 from .copies import Copies
 from .databases import Strategy
 from .extensions import Extensions
 from .filled_creation import FilledCreation, Filling
-from .new_databases import NewDatabases, drop_all_beside
-from .older_rows import find_another, is_whole
-from .pipeline import (
-    Creation,
-    FirstConnections,
-    ProvisioningServices,
-    TenantSeeds,
-    describe,
-    tenant_key,
-)
-from .preparation import prepare
-from .public_access import SharedDatabases, read_control
+from .grant_hook import apply_hook
+from .new_databases import NewDatabases
+from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds, describe
+from .prepared_servers import PreparedServers
 from .readers import Readers
 from .reconcile import Reconciler
 from .reconcile_report import Findings, ReconcileReport
-from .replaced_databases import refuse_replaced
 from .role_settings import RoleSettings
 from .scratch import ScratchDatabases
-from .standbys import end_on_replicas
 from .taken_creation import TakenCreation
-from .takeover import DatabaseTakeover, Takeover, TakeoverFacts
+from .takeover import DatabaseTakeover, Takeover, TakeoverFacts, undo_takeover
 from .template_manager import TemplateManager
 from .template_records import TemplateRecords
 from .templates import SchemaSource, TemplateInfo, Templates
@@ -73,8 +55,6 @@ from .warm_creation import WarmCreation
 from .warm_pool import WarmPool
 from .warm_records import WarmRecords
 from .watchdog import Watchdog, WatchReport
-
-logger = logging.getLogger("tenancy_orm.provisioning")
 
 
 class Provisioner:
@@ -101,14 +81,17 @@ class Provisioner:
         requests_wait: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.names = names
-        self._control = control
-        self._home = HomeLoop()
         blockers = partial(Blockers, names=names, registry=registry)
         records = TemplateRecords(control)
         make_templates = partial(Templates, config=config, names=names, blockers=blockers, records=records)
         self._templates = make_templates(schema=schema)
         # a template of their own: seeds may need tables that only the next revision makes
         self._unfilled = self._templates if unfilled is None else make_templates(schema=unfilled)
+        # a server's address may have changed
+        servers.on_change(self._templates.forget)
+        servers.on_change(self._unfilled.forget)
+        self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
+        self._prepared = PreparedServers(config, control, servers, names, self._admin_connections)
         self.extensions = Extensions(config, servers, blockers)
         self.templates = TemplateManager(
             config=config,
@@ -116,16 +99,13 @@ class Provisioner:
             templates=self._templates,
             records=records,
             servers=servers,
-            prepared=self._prepared_server,
+            prepared=self._prepared,
             blockers=blockers,
         )
         self.logins = TemporaryLogins(config, registry, servers, names, blockers)
         self.copies = Copies(config, servers, names, blockers)
-        self._admin_connections = AdminConnections(blockers, keep=config.provisioning.concurrency)
         self.readers = Readers(config, servers, names, self._admin_connections, blockers)
-        self.scratch_databases = ScratchDatabases(
-            config, self._prepared_server, names, self._admin_connections, blockers
-        )
+        self.scratch_databases = ScratchDatabases(config, self._prepared, names, self._admin_connections, blockers)
         self._services = ProvisioningServices(
             config=config,
             registry=registry,
@@ -146,23 +126,14 @@ class Provisioner:
         self._creating: Counter[str] = Counter()  # by server: creations that run or wait
         self.warm_pool = WarmPool(
             self._services,
-            prepared=self._prepared_with_settings,
+            prepared=self._prepared,
             is_busy=lambda name: bool(self._creating[name]) or requests_wait(name),
         )
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(config.provisioning.concurrency)
         )
-        # by server: the settings of new roles
-        self._prepared: dict[str, RoleSettings] = {}
         self.unprepared: dict[str, TenancyError] = {}
         """Why an opening that initialises could not prepare servers, by server."""
-        # by server: held while it is prepared
-        self._preparing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        servers.on_change(self._server_changed)
-
-    @property
-    def _timeout(self) -> float:
-        return self._services.config.provisioning.timeout
 
     # --- servers and templates --------------------------------------------------------------------------------------
 
@@ -179,13 +150,7 @@ class Provisioner:
                 ``tenancy init`` asks.
             ProvisioningError: the administrator lacks rights, or another process takes too long to prepare the server.
         """
-        refuse_while_bound("preparing a server")
-        self._home.check()
-        server = self._services.servers[name]
-        async with self._preparing[name]:
-            settings = await self._prepare(server)
-            if self._services.servers.get(name) is server:
-                self._prepared[name] = settings
+        await self._prepared.prepare(name)
 
     async def prepare(self, server: Server) -> None:
         """Prepare a server that has no row yet, as ``prepare_server`` does.
@@ -193,34 +158,7 @@ class Provisioner:
         Raises:
             TenancyError: as ``prepare_server``.
         """
-        refuse_while_bound("preparing a server")
-        await self._prepare(server)
-
-    async def _prepare(self, server: Server) -> RoleSettings:
-        config = self._services.config
-        try:
-            return await prepare(
-                server,
-                self._admin_connections,
-                owner=self.names.owner,
-                shared=SharedDatabases(config.name_prefix, await read_control(self._control, config)),
-                revoke_public=config.provisioning.revoke_public,
-                configured=config.provisioning.role_settings,
-                rights=TenantRights.of(config, self.names.owner),
-                timeout=self._timeout,
-            )
-        except TenancyError:
-            raise
-        except SERVER_FAILURES as exc:
-            raise ProvisioningError(
-                f"server {server.name!r} could not be prepared ({describe(exc)}){_remedy(server, exc)}", step="prepare"
-            ) from exc
-
-    def _server_changed(self, name: str) -> None:
-        """Prepare a server again, and look for its templates, before the next creation on it."""
-        self._prepared.pop(name, None)
-        self._templates.forget(name)
-        self._unfilled.forget(name)
+        await self._prepared.prepare_unknown(server)
 
     async def template(self, server: str) -> TemplateInfo:
         """Return the template of the current schema on a server; it is built if it is missing.
@@ -230,7 +168,7 @@ class Provisioner:
             UnknownServerError, ServerUnavailableError: as ``prepare_server``.
         """
         refuse_while_bound("building a template")
-        return await self._templates.ensure(await self._prepared_server(server))
+        return await self._templates.ensure(await self._prepared.server(server))
 
     def scratch(self, server: str, *, empty: bool = False) -> AbstractAsyncContextManager[str]:
         """Make a short-lived database with the current schema: ``async with provisioner.scratch("default") as name``.
@@ -246,7 +184,7 @@ class Provisioner:
             TemplateError: the template could not be built or cloned.
         """
         refuse_while_bound("cloning a template")
-        return self._unfilled.scratch(lambda: self._prepared_server(server), empty=empty)
+        return self._unfilled.scratch(lambda: self._prepared.server(server), empty=empty)
 
     async def scratch_template(self, server: str) -> TemplateInfo:
         """Return the template that ``scratch`` clones; it is built if it is missing.
@@ -256,7 +194,7 @@ class Provisioner:
             UnknownServerError, ServerUnavailableError: as ``prepare_server``.
         """
         refuse_while_bound("building a template")
-        return await self._unfilled.ensure(await self._prepared_server(server))
+        return await self._unfilled.ensure(await self._prepared.server(server))
 
     async def connect_admin(
         self,
@@ -284,22 +222,6 @@ class Provisioner:
         """
         blockers = self._services.blockers(self._services.servers[server])
         return await blockers.connect(database, role=role, settings=settings, timeout=timeout, purpose=purpose)
-
-    async def _prepared_server(self, name: str) -> Server:
-        """Return the server, prepared."""
-        self._home.check()
-        if name not in self._prepared:
-            await self.prepare_server(name)
-        return self._services.servers[name]
-
-    async def _settings_of(self, name: str) -> RoleSettings:
-        # its row may have changed since it was prepared
-        while (settings := self._prepared.get(name)) is None:
-            await self.prepare_server(name)
-        return settings
-
-    async def _prepared_with_settings(self, name: str) -> tuple[Server, RoleSettings]:
-        return await self._prepared_server(name), await self._settings_of(name)
 
     # --- tenants ----------------------------------------------------------------------------------------------------
 
@@ -341,74 +263,37 @@ class Provisioner:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
-        self._creating[draft.server] += 1
-        try:
-            if filling is not None:
-                return await self._create_filled(draft, key, key_name, scopes, strategy, filling, actor)
-            return await self._create(draft, key, key_name, scopes, strategy, seed, actor)
-        finally:
-            self._creating[draft.server] -= 1
-            self.warm_pool.refill_soon(draft.server)
-
-    async def _create(
-        self,
-        draft: TenantDraft,
-        key: NewKey | None,
-        key_name: str,
-        scopes: Sequence[str],
-        strategy: Strategy,
-        seed: bool,
-        actor: Actor,
-    ) -> Tenant:
-        server = await self._prepared_server(draft.server)
-        template = await self._templates.ensure(server)
-        kind = WarmCreation if self._services.config.provisioning.warm_pool else Creation
-        async with self._slots[draft.server]:
-            creation = kind(
-                self._services,
-                server,
-                template,
-                draft,
-                settings=await self._settings_of(draft.server),
-                key=key,
-                key_name=key_name,
-                scopes=scopes,
-                strategy=strategy,
-                seed=seed,
-                actor=actor,
-            )
-            return await creation.run()
-
-    async def _create_filled(
-        self,
-        draft: TenantDraft,
-        key: NewKey | None,
-        key_name: str,
-        scopes: Sequence[str],
-        strategy: Strategy,
-        filling: Filling | Takeover,
-        actor: Actor,
-    ) -> Tenant:
-        # in none of the slots of creations that somebody waits for: it may take hours
-        make = (
-            partial(TakenCreation, takeover=filling)
-            if isinstance(filling, Takeover)
-            else partial(FilledCreation, new_databases=self.new_databases, filling=filling)
-        )
-        creation = make(
+        make = partial(
+            self._kind_of_creation(filling),
             self._services,
-            await self._prepared_server(draft.server),
-            TemplateInfo(draft.server, "", None),
-            draft,
-            settings=await self._settings_of(draft.server),
             key=key,
             key_name=key_name,
             scopes=scopes,
             strategy=strategy,
-            seed=False,
             actor=actor,
         )
-        return await creation.run()
+        self._creating[draft.server] += 1
+        try:
+            server = await self._prepared.server(draft.server)
+            if filling is not None:
+                # in none of the slots of creations that somebody waits for: it may take hours
+                no_template = TemplateInfo(draft.server, "", None)
+                settings = await self._prepared.settings(draft.server)
+                return await make(server, no_template, draft, settings=settings, seed=False).run()
+            template = await self._templates.ensure(server)
+            async with self._slots[draft.server]:
+                settings = await self._prepared.settings(draft.server)
+                return await make(server, template, draft, settings=settings, seed=seed).run()
+        finally:
+            self._creating[draft.server] -= 1
+            self.warm_pool.refill_soon(draft.server)
+
+    def _kind_of_creation(self, filling: Filling | Takeover | None) -> Callable[..., Creation]:
+        if isinstance(filling, Takeover):
+            return partial(TakenCreation, takeover=filling)
+        if filling is not None:
+            return partial(FilledCreation, new_databases=self.new_databases, filling=filling)
+        return WarmCreation if self._services.config.provisioning.warm_pool else Creation
 
     def password(self, tenant: Tenant) -> str:
         """Return the password of the tenant's role, for programs that connect by themselves, such as psql.
@@ -438,49 +323,7 @@ class Provisioner:
             TenantNotFoundError: the tenant has been purged.
         """
         refuse_other_tenant(tenant)
-        await run_unbound(self._align(tenant, timeout))
-
-    async def _align(self, tenant: Tenant, timeout: float) -> None:
-        if tenant.placement is None:
-            raise TenantNotFoundError(tenant.slug)
-        server, key = self._services.servers[tenant.placement.server], tenant_key(tenant.id)
-        deadline = asyncio.get_running_loop().time() + timeout
-        try:
-            async with asyncio.timeout_at(deadline):
-                connection = await self._admin_connections.connect(server)
-                try:
-                    if not await locks.try_lock(connection, key):
-                        await self._block(connection, server, tenant, deadline=deadline)
-                        await locks.lock(connection, key, timeout=timeout)
-                    current = await self._services.registry.get(tenant.id)
-                    moved = current.placement is not None and current.placement.server != tenant.placement.server
-                    if not moved:
-                        await align_role(self._services, connection, current, deadline=deadline)
-                    if not moved and current.status in LOGIN_BLOCKED:
-                        await end_on_replicas(server, tenant.placement.role, deadline=deadline)
-                finally:
-                    await run_to_completion(self._admin_connections.release(server, connection, key))
-                if moved:  # while this waited for the lock
-                    await self._align(current, deadline - asyncio.get_running_loop().time())
-        except SERVER_FAILURES as exc:
-            raise ProvisioningError(
-                f"the role of tenant {tenant.slug!r} could not be aligned within {timeout:g} s ({describe(exc)}); "
-                "try again, or run: tenancy reconcile",
-                tenant=tenant.slug,
-                step="align",
-            ) from exc
-
-    async def _block(self, connection: Connection, server: Server, tenant: Tenant, *, deadline: float) -> None:
-        """Block the logins of a suspended or deleted tenant before the lock is free, which may take long.
-
-        If the tenant is activated at this moment, the alignment under the lock, which follows, unblocks it again.
-        """
-        current = await self._services.registry.get(tenant.id)
-        if current.status in LOGIN_BLOCKED and current.placement is not None and tenant.placement is not None:
-            if current.placement.server != tenant.placement.server:
-                return
-            place, blockers = current.placement, self._services.blockers(server)
-            await access.block(connection, blockers, database=place.database, role=place.role, deadline=deadline)
+        await run_unbound(align(self._services, tenant, timeout=timeout))
 
     async def purge(
         self,
@@ -507,100 +350,31 @@ class Provisioner:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_other_tenant(tenant)
-        placement = (await self._services.registry.get(tenant.id)).placement
+        services = self._services
+        placement = (await services.registry.get(tenant.id)).placement
         if placement is None:
-            await self._services.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
+            await services.registry.begin_purge(tenant.id, listed=listed, actor=actor)  # refuses, and says why
             return
         if lost_server is not None:
-            await self._forget_lost(tenant, placement, lost_server, listed, actor)
+            await purging.begin_without_server(services, tenant, placement, lost_server, listed=listed, actor=actor)
             if placement.server == lost_server:
-                await run_unbound(self._purge_without_server(tenant, placement, actor))
+                await run_unbound(
+                    purging.finish_without_server(services, self.new_databases, tenant.id, placement, actor=actor)
+                )
                 return
         async with self._slots[placement.server]:
             try:
-                deadline = asyncio.get_running_loop().time() + self._timeout
+                deadline = asyncio.get_running_loop().time() + services.config.provisioning.timeout
                 async with asyncio.timeout_at(deadline):
-                    await run_unbound(self._purge(tenant.id, placement, deadline, listed, actor))
+                    await run_unbound(
+                        purging.purge(services, tenant.id, placement, deadline=deadline, listed=listed, actor=actor)
+                    )
             except SERVER_FAILURES as exc:
                 raise ProvisioningError(
                     f"purging tenant {tenant.slug!r} failed ({describe(exc)}); try again, or run: tenancy reconcile",
                     tenant=tenant.slug,
                     step="purge",
                 ) from exc
-
-    async def _forget_lost(
-        self, tenant: Tenant, placement: Placement, lost: str, listed: Tenant | None, actor: Actor
-    ) -> None:
-        """Begin the purge, and forget the databases beside the one in use that are on a lost server.
-
-        Raises:
-            ProvisioningError: it answers, or has nothing of the tenant.
-        """
-        registry = self._services.registry
-        beside = [one for one in await registry.databases_of(tenant.id) if one.server == lost]
-        if not beside and placement.server != lost:
-            raise ProvisioningError(
-                f"tenant {tenant.slug!r} has no database on server {lost!r}", tenant=tenant.slug, step="purge"
-            )
-        if await self._answers(lost):
-            raise ProvisioningError(
-                f"server {lost!r} answers, so that what tenant {tenant.slug!r} has there can be dropped: purge it "
-                "without naming a lost server",
-                tenant=tenant.slug,
-                step="purge",
-            )
-        await registry.begin_purge(tenant.id, listed=listed, actor=actor)
-        for one in beside:
-            await registry.forget_lost_database(one, actor=actor)
-
-    async def _answers(self, server: str) -> bool:
-        try:
-            connection = await self.connect_admin(server)
-        except (RoutingError, *SERVER_FAILURES):
-            return False
-        await run_to_completion(connections.close(connection))
-        return True
-
-    async def _purge_without_server(self, tenant: Tenant, placement: Placement, actor: Actor) -> None:
-        """Purge a tenant with a database in use that is lost with its server."""
-        registry = self._services.registry
-        for one in await registry.databases_of(tenant.id):
-            await self.new_databases.drop(one)
-        await registry.erase_secrets(tenant.id)
-        detail = {"server": placement.server, "database": placement.database}
-        await registry.record(tenant.id, FORGET_DATABASE, detail=detail, actor=actor)
-        await registry.finish_purge(tenant.id, actor=actor)
-
-    async def _purge(
-        self, tenant_id: UUID, placement: Placement, deadline: float, listed: Tenant | None, actor: Actor
-    ) -> None:
-        server, key = self._services.servers[placement.server], tenant_key(tenant_id)
-        connection = await self._admin_connections.acquire(server, key, timeout=self._timeout)
-        try:
-            found = await self._services.registry.get(tenant_id)
-            now = found.placement
-            if now is not None and (now.server, now.database) != (placement.server, placement.database):
-                raise ProvisioningError(
-                    f"tenant {found.slug!r} got another database while this waited; try again",
-                    tenant=found.slug,
-                    step="purge",
-                )
-            # what has replaced it has the tenant's data, and would stay
-            await refuse_replaced(connection, placement.database)
-            await self._services.registry.begin_purge(tenant_id, listed=listed, actor=actor)
-            await drop_all_beside(self._services, connection, server.name, tenant_id, timeout=self._timeout)
-            await removal.purge(
-                connection,
-                self._services.blockers(server),
-                self.names,
-                self._services.registry,
-                tenant_id,
-                placement,
-                deadline=deadline,
-                actor=actor,
-            )
-        finally:
-            await run_to_completion(self._admin_connections.release(server, connection, key))
 
     async def reconcile(
         self,
@@ -673,52 +447,7 @@ class Provisioner:
         refuse_other_tenant(tenant)
         if tenant.placement is None:
             return True
-        return await run_unbound(self._undo_takeover(tenant, tenant.placement, state, actor))
-
-    async def _undo_takeover(self, tenant: Tenant, place: Placement, state: Mapping[str, Any], actor: Actor) -> bool:
-        services, server, key = self._services, self._services.servers[place.server], tenant_key(tenant.id)
-        try:
-            connection = await self._admin_connections.connect(server)
-            try:
-                if not await locks.try_lock(connection, key):
-                    return False
-                if not await services.registry.is_taken_over(tenant.id):
-                    raise OperationStateError(f"no database is being taken over for tenant {tenant.slug!r}")
-                async with asyncio.timeout(self._timeout * 10):
-                    await self._refuse_older(connection, tenant, place, but=state.get("database"))
-                    if state:
-                        taken = DatabaseTakeover(services, place.server, state["database"], place.role)
-                        await taken.undo(state, connection, name=place.database)
-                    await removal.remove_role(connection, services.blockers(server), self.names, place.role)
-                    await services.registry.discard(
-                        tenant.id, step="takeover", error="interrupted; undone", actor=actor
-                    )
-            finally:
-                await run_to_completion(self._admin_connections.release(server, connection, key))
-        except SERVER_FAILURES as exc:
-            raise ProvisioningError(
-                f"the takeover for tenant {tenant.slug!r} could not be undone ({describe(exc)}); try again",
-                tenant=tenant.slug,
-                step="takeover",
-            ) from exc
-        return True
-
-    async def _refuse_older(self, connection: Connection, tenant: Tenant, place: Placement, *, but: str | None) -> None:
-        """Refuse to undo a takeover that was done before the control database was restored from a backup.
-
-        Raises:
-            OperationStateError: it was.
-        """
-        if await is_whole(self._services, connection, tenant.id, place):
-            raise OperationStateError(
-                f"database {place.database!r} has become tenant {tenant.slug!r} since the backup of the control "
-                "database that its row is of; run: tenancy reconcile"
-            )
-        if (why := await find_another(self._services, connection, tenant.id, place, but=but)) is not None:
-            raise OperationStateError(
-                f"the row of tenant {tenant.slug!r} is of an older backup of the control database: {why}; run: "
-                "tenancy rebuild --dry-run"
-            )
+        return await run_unbound(undo_takeover(self._services, tenant, tenant.placement, state, actor=actor))
 
     async def settle_creation(self, tenant: Tenant, *, actor: Actor = SYSTEM) -> bool:
         """Finish or remove the creation of a tenant that a process which died has left, as ``reconcile`` does.
@@ -758,30 +487,7 @@ class Provisioner:
         rights = TenantRights.of(self._services.config, self.names.owner)
         if rights.hook is None or tenant.placement is None:
             return
-        place = tenant.placement
-        await run_unbound(self._apply_grants(tenant, place, rights))
-
-    async def _apply_grants(self, tenant: Tenant, place: Placement, rights: TenantRights) -> None:
-        blockers = self._services.blockers(self._services.servers[place.server])
-        connection = await blockers.connect(place.database, role=self.names.owner)
-
-        async def work() -> None:
-            async with connections.transaction(connection):
-                await rights.run_hook(connection, place.database, place.role)
-
-        try:
-            # repeated after a conflict: a reconcile may run the hook in this database at the same time
-            async with asyncio.timeout(self._timeout):
-                await blockers.run(connection, work)
-        except (ProvisioningError, *SERVER_FAILURES) as exc:
-            reason = str(exc) if isinstance(exc, ProvisioningError) else f"provisioning.grants failed: {describe(exc)}"
-            raise ProvisioningError(
-                f"{reason}; the schema is upgraded, and another upgrade will not run the hook: run tenancy reconcile",
-                tenant=tenant.slug,
-                step="grants",
-            ) from exc
-        finally:
-            await run_to_completion(connections.close(connection))
+        await run_unbound(apply_hook(self._services, tenant.slug, tenant.placement, rights))
 
     async def end_excessive_sessions(self, *, actor: Actor = SYSTEM) -> WatchReport:
         """End tenants' sessions that would stop a server for others: see ``Watchdog``. A server's failure is reported.
@@ -812,18 +518,4 @@ async def settings_of(provisioner: Provisioner, server: str) -> RoleSettings:
         TenancyError: as ``Provisioner.prepare_server``.
     """
     refuse_while_bound("preparing a server")
-    return await provisioner._settings_of(server)
-
-
-def _remedy(server: Server, error: BaseException) -> str:
-    match sqlstate_of(error):
-        case postgres_errors.INSUFFICIENT_PRIVILEGE:
-            return (
-                "; its administrator needs CREATEDB and CREATEROLE on PostgreSQL 16 and later, or must be a superuser"
-            )
-        case postgres_errors.INVALID_PASSWORD | postgres_errors.INVALID_AUTHORIZATION:
-            return (
-                "; correct the administrator's login: in the configuration, or, for a server with addresses of its own "
-                f"in the control database: tenancy servers update {server.name} --admin ... --password-stdin"
-            )
-    return ""
+    return await provisioner._prepared.settings(server)

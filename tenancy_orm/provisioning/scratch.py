@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from .admin_connections import AdminConnections
 from .blockers import Blockers
 from .copy_logins import CopyLogin, end_login
 from .empty_databases import InstalledExtension, create_for_login
+from .prepared_servers import PreparedServers
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class ScratchDatabases:
 
     Args:
         config: ``provisioning.timeout`` is read from it.
-        prepared: Returns a server by name, prepared for tenants: its owner role is there.
+        prepared: The servers, with their owner roles.
         names: Of this installation.
         admin_connections: Holds the lock of a database while that is used.
         blockers: Returns the ``Blockers`` of a server.
@@ -46,7 +47,7 @@ class ScratchDatabases:
     def __init__(
         self,
         config: TenancyConfig,
-        prepared: Callable[[str], Awaitable[Server]],
+        prepared: PreparedServers,
         names: Names,
         admin_connections: AdminConnections,
         blockers: Callable[[Server], Blockers],
@@ -78,7 +79,7 @@ class ScratchDatabases:
         """
         refuse_while_bound("making a scratch database")
         self._home.check()
-        found = await self._prepared(server)
+        found = await self._prepared.server(server)
         blockers = self._blockers(found)
         name = self._names.scratch(secrets.token_hex(8))
         timeout = self._config.provisioning.timeout

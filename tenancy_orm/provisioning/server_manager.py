@@ -5,53 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import delete, func, select, text, update
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
 from ..config import ServerAddresses, TenancyConfig
 from ..config.placement import PlacementRequest, check_region
 from ..connections import ConnectionLeases
-from ..connections.rows import forget_server
 from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
-from ..control.models import servers as table
-from ..control.models import templates as template_table
-from ..control.models import tenant_databases, tenants, warm_databases
-from ..errors import (
-    ConfigurationError,
-    PlacementError,
-    ProvisioningError,
-    SecretError,
-    ServerIdentityError,
-    UnknownServerError,
-)
-from ..postgres.errors import sqlstate_of
-from ..registry.databases import FORGET_DATABASE
+from ..errors import ConfigurationError, ProvisioningError, UnknownServerError
 from ..registry.registry import Registry
-from ..servers import Server, Servers
-from ..servers.identity import differ
+from ..servers import Servers
 from ..servers.placement import PlacementExplanation, Placer
-from ..servers.rows import COLUMNS, ServerRow, list_servers
+from ..servers.rows import ServerRow, list_servers
 from ..servers.sealed import SealedAddresses
-from ..servers.server import ServerFacts
-from ..tenant import Status, Tenant
+from ..tenant import Tenant
 from .known_servers import KnownServer, describe
+from .new_addresses import NewAddresses
 from .provisioner import Provisioner
 from .server_check import refuse_known_cluster, verify
-from .server_fields import (
-    UNSET,
-    Unset,
-    audited,
-    check_fields,
-    check_name,
-    read_addresses,
-)
-
-_REFUSED_BY_TRIGGER = "TN003"
+from .server_fields import UNSET, Unset, check_fields, check_name, read_addresses
+from .server_records import ServerRecords, already_there
 
 
 class ServerManager:
@@ -75,12 +48,12 @@ class ServerManager:
         leases: ConnectionLeases,
         embedded: bool = False,
     ) -> None:
-        self._embedded = embedded
         self._config = config
         self._control = control
-        self._audit = audit
+        self._records = ServerRecords(control, audit)
         self._servers = servers
         self._addresses = addresses
+        self._new_addresses = NewAddresses(config, servers, addresses, embedded=embedded)
         self._registry = registry
         self._provisioner = provisioner
         self._placer = placer
@@ -140,7 +113,7 @@ class ServerManager:
         values["state"] = "drain" if drain else "active"
         rows = {row.name: row for row in await list_servers(self._control)}
         if name in rows:
-            raise _exists(name)
+            raise already_there(name)
         server = self._servers.make(name, given)
         try:
             facts = await verify(server)
@@ -151,16 +124,8 @@ class ServerManager:
                 facts = await verify(server)  # the preparation has left a marker
         finally:
             await server.close()
-        values |= self._address_values(server, given, facts)
-        async with self._control.transaction() as connection:
-            if not same_cluster:
-                await self._lock_table(connection)
-                await self._refuse_known_cluster(connection, name, facts.identity)
-            statement = insert(table).values(name=name, **values).on_conflict_do_nothing()
-            if not (await connection.execute(statement)).rowcount:
-                raise _exists(name)
-            after = await self._lock(connection, name)
-            await self._write_audit(connection, "server.add", name, actor, None, after)
+        values |= self._new_addresses.columns(server, given, facts)
+        after = await self._records.add(name, values, same_cluster=same_cluster, actor=actor)
         await self._servers.refresh()
         return after
 
@@ -277,35 +242,20 @@ class ServerManager:
         if name not in rows:
             raise UnknownServerError(name)
         if from_settings:
-            if addresses is not None or name not in self._config.server_addresses:
-                raise ConfigurationError(
-                    f"give addresses, or take those of the settings, not both: server {name!r}"
-                    if addresses is not None
-                    else f"server {name!r} is not in the settings of this process"
-                )
-            addresses = self._config.server_addresses[name]
-        given = (tenants_address, replicas, peer_address)
-        keeps = isinstance(addresses, str) or any(one is not UNSET for one in given)
+            if addresses is not None:
+                raise ConfigurationError(f"give addresses, or take those of the settings, not both: server {name!r}")
+            addresses = self._new_addresses.of_settings(name)
+        others = {
+            "tenants": tenants_address,
+            "replicas": replicas if isinstance(replicas, Unset) else tuple(replicas),
+            "peer": peer_address,
+        }
+        further = {kind: address for kind, address in others.items() if address is not UNSET}
+        keeps = isinstance(addresses, str) or bool(further)
         if keeps:
-            moves = accept_identity and isinstance(addresses, str)
-            addresses = self._with_present(rows[name], addresses, tenants_address, replicas, peer_address)
-            kept = [
-                option
-                for option, value, new in (
-                    ("--tenants", addresses.tenants, tenants_address),
-                    ("--replica", addresses.replicas, replicas),
-                    ("--peer", addresses.peer, peer_address),
-                )
-                if value and isinstance(new, Unset)
-            ]
-            if moves and kept:
-                # a pooler in front of the former cluster would go on writing there
-                raise ConfigurationError(
-                    f"server {name!r} has other addresses, which may lead to the former cluster: give "
-                    f"{' and '.join(kept)} as well, '' for none"
-                )
+            addresses = self._new_addresses.complete(rows[name], addresses, further, accept_identity=accept_identity)
         if addresses is not None or accept_identity:
-            values |= await self._new_addresses(rows, name, addresses, accept_identity=accept_identity)
+            values |= await self._new_addresses.verify(rows, name, addresses, accept_identity=accept_identity)
         after = await self._change(name, "server.update", values, actor, based_on=rows[name] if keeps else None)
         if values.get("max_connections") is not None:
             await self._leases.warn_of_cap(name)
@@ -356,216 +306,20 @@ class ServerManager:
                 f"server {name!r} is in servers, the setting, so that the next opening would add it again: take it out "
                 "of the settings of every process first"
             )
-        async with self._control.transaction() as connection:
-            await self._lock(connection, name)
-            await self._refuse_tenants(connection, name)
+        await self._records.refuse_tenants(name)
         if templates == "drop":
             await self._provisioner.templates.drop_all(name, actor=actor)
             if errors := (await self._provisioner.warm_pool.drain(servers=[name])).errors:
                 raise ProvisioningError(f"the warm pool could not be emptied: {errors[0]}", step="drain")
-        async with self._control.transaction() as connection:
-            # no tenant is placed on it that this does not see
-            before = await self._lock(connection, name, removing=True)
-            await self._refuse_tenants(connection, name)
-            for kind, of_server in (("template", template_table), ("warm database", warm_databases)):
-                recorded = of_server.c.server == name
-                if templates == "forget":
-                    await connection.execute(delete(of_server).where(recorded))
-                elif held := await connection.scalar(select(func.count()).select_from(of_server).where(recorded)):
-                    raise ConfigurationError(
-                        f"server {name!r} has {held} {kind}{'s' * (held != 1)}; drop them as well: "
-                        f"tenancy servers remove {name} --drop-templates; if the server does not exist any more: "
-                        "--forget-templates"
-                    )
-            beside = tenant_databases.c.server == name
-            if templates == "forget":
-                columns = tenant_databases.c
-                gone = delete(tenant_databases).where(beside).returning(columns.tenant_id, columns.name)
-                for tenant_id, database in (await connection.execute(gone)).all():
-                    # the certificate of the tenant's erasure says so
-                    await self._audit.append(
-                        connection,
-                        action=FORGET_DATABASE,
-                        tenant_id=tenant_id,
-                        slug=await connection.scalar(select(tenants.c.slug).where(tenants.c.id == tenant_id)),
-                        actor=actor,
-                        detail={"server": name, "database": database},
-                    )
-            elif held := await connection.scalar(select(func.count()).select_from(tenant_databases).where(beside)):
-                raise ConfigurationError(
-                    f"server {name!r} has {held} database{'s' * (held != 1)} that a move or a restore has left there; "
-                    "confirm the moves (tenancy move TENANT --confirm), or wait until housekeeping drops them; if the "
-                    "server does not exist any more: --forget-templates"
-                )
-            await connection.execute(delete(table).where(table.c.name == name))
-            await forget_server(connection, name)
-            await self._write_audit(connection, "server.remove", name, actor, before, None)
+        await self._records.remove(name, forget=templates == "forget", actor=actor)
         await self._servers.refresh()
-
-    # --- parts ------------------------------------------------------------------------------------------------------
-
-    async def _new_addresses(
-        self,
-        rows: Mapping[str, ServerRow],
-        name: str,
-        addresses: ServerAddresses | str | None,
-        *,
-        accept_identity: bool,
-    ) -> dict[str, Any]:
-        """Verify the addresses of a server, the present ones where None, and return what changes in its row."""
-        row = rows[name]
-        if self._embedded and name == "default":
-            raise ConfigurationError(
-                "server 'default' is the embedded one: its address changes with its starts, so it is not kept in a row"
-            )
-        given = self._present_addresses(row) if addresses is None else read_addresses(addresses)
-        # without its row, by which it would refuse another cluster
-        server = self._servers.make(name, given)
-        try:
-            facts = await verify(server)
-        finally:
-            await server.close()
-        if row.maintenance_database not in (None, facts.database):
-            raise ConfigurationError(
-                f"the new address names the database {facts.database!r}, and locks on server {name!r} are taken in "
-                f"{row.maintenance_database!r}: name that one; to change it, stop every process and run: tenancy "
-                f"servers set-maintenance-database {name} {facts.database}"
-            )
-        if row.identity not in (None, facts.identity) and not accept_identity:
-            answers = (
-                f"another cluster answers, {facts.identity or 'one without a marker'}, than the one that holds its "
-                f"tenants, {row.identity}; if they were moved there"
-                if differ(row.identity, facts.identity)
-                else f"this administrator can read {facts.identity or 'nothing'} and not {row.identity}, by which the "
-                "cluster that holds its tenants is known; if it is the same one"
-            )
-            raise ServerIdentityError(
-                server=name,
-                address=server.dsn.address(),
-                reason=f"{answers}, repeat this with --accept-identity (accept_identity=True)",
-            )
-        if differ(row.identity, facts.identity):
-            refuse_known_cluster(name, facts.identity, rows.values())
-        if addresses is None:
-            return {"identity": facts.identity}
-        return self._address_values(server, given, facts)
-
-    def _present_addresses(self, row: ServerRow) -> ServerAddresses:
-        if row.sealed_addresses is not None:
-            return self._addresses.open(row)
-        if row.name not in self._config.server_addresses:
-            raise UnknownServerError(row.name)
-        return self._config.server_addresses[row.name]
-
-    def _with_present(
-        self,
-        row: ServerRow,
-        addresses: ServerAddresses | str | None,
-        tenants_address: str | Unset | None,
-        replicas: Sequence[str] | Unset,
-        peer_address: str | Unset | None,
-    ) -> ServerAddresses:
-        """Return the addresses with those that the server has, where they are not given."""
-        try:
-            found = addresses if isinstance(addresses, ServerAddresses) else self._present_addresses(row)
-        except (SecretError, UnknownServerError):
-            if addresses is None:
-                raise
-            found = read_addresses(addresses)  # nobody can read the others any more
-        changes: dict[str, Any] = {} if addresses is None else {"admin": read_addresses(addresses).admin}
-        if not isinstance(tenants_address, Unset):
-            changes["tenants"] = tenants_address
-        if not isinstance(replicas, Unset):
-            changes["replicas"] = tuple(replicas)
-        if not isinstance(peer_address, Unset):
-            changes["peer"] = peer_address
-        kinds = ("admin", "tenants", "replicas", "peer")
-        return read_addresses({**{kind: getattr(found, kind) for kind in kinds}, **changes})
-
-    def _address_values(self, server: Server, given: ServerAddresses, facts: ServerFacts) -> dict[str, Any]:
-        return {
-            "host": server.host,
-            "port": server.port,
-            "maintenance_database": facts.database,
-            "identity": facts.identity,
-            "sealed_addresses": self._addresses.seal(server.name, given),
-        }
 
     async def _change(
         self, name: str, action: str, values: dict[str, Any], actor: Actor, *, based_on: ServerRow | None = None
     ) -> ServerRow:
-        async with self._control.transaction() as connection:
-            if "identity" in values:
-                await self._lock_table(connection)
-            before = await self._lock(connection, name)
-            if based_on is not None and before.sealed_addresses != based_on.sealed_addresses:
-                raise ConfigurationError(f"the addresses of server {name!r} were changed at the same time: try again")
-            if values:
-                if differ(before.identity, values.get("identity", before.identity)):
-                    await self._refuse_known_cluster(connection, name, values["identity"])
-                try:
-                    await connection.execute(update(table).where(table.c.name == name).values(**values))
-                except DBAPIError as exc:
-                    if sqlstate_of(exc) != _REFUSED_BY_TRIGGER:
-                        raise
-                    raise PlacementError(
-                        f"server {name!r} holds tenants of region {before.region!r}: move or purge them first"
-                    ) from exc
-            after = await self._lock(connection, name)
-            if after != before:
-                await self._write_audit(connection, action, name, actor, before, after)
+        after = await self._records.change(name, action, values, actor=actor, based_on=based_on)
         await self._servers.refresh()
         return after
-
-    async def _lock_table(self, connection: AsyncConnection) -> None:
-        """Let nobody else add or change a server until this is committed; placements, which lock a row, do not wait."""
-        await connection.execute(text("LOCK TABLE tenancy.servers IN SHARE ROW EXCLUSIVE MODE"))
-
-    async def _lock(self, connection: AsyncConnection, name: str, *, removing: bool = False) -> ServerRow:
-        query = select(*COLUMNS).where(table.c.name == name).with_for_update(key_share=not removing)
-        row = (await connection.execute(query)).mappings().one_or_none()
-        if row is None:
-            raise UnknownServerError(name)
-        return ServerRow(**row)
-
-    async def _refuse_known_cluster(self, connection: AsyncConnection, name: str, identity: str | None) -> None:
-        """Refuse a cluster that became a server, by another name, while this one was verified."""
-        rows = (await connection.execute(select(*COLUMNS))).mappings()
-        refuse_known_cluster(name, identity, [ServerRow(**row) for row in rows])
-
-    async def _refuse_tenants(self, connection: AsyncConnection, name: str) -> None:
-        query = select(func.count(), func.min(tenants.c.slug)).where(
-            tenants.c.server == name, tenants.c.status != Status.PURGED
-        )
-        count, slug = (await connection.execute(query)).one()
-        if count:
-            raise ConfigurationError(
-                f"server {name!r} holds {count} tenant{'s' * (count != 1)}, {slug!r} for example; deleted ones count "
-                "until they are purged"
-            )
-
-    async def _write_audit(
-        self,
-        connection: AsyncConnection,
-        action: str,
-        name: str,
-        actor: Actor,
-        before: ServerRow | None,
-        after: ServerRow | None,
-    ) -> None:
-        old, new = audited(before), audited(after)
-        moved = before is not None and after is not None and before.sealed_addresses != after.sealed_addresses
-        if before is not None and after is not None:
-            changed = [field for field in new if old[field] != new[field]]
-            old, new = {field: old[field] for field in changed}, {field: new[field] for field in changed}
-        await self._audit.append(
-            connection,
-            action=action,
-            actor=actor,
-            before=old or None,
-            after=new or None,
-            detail={"server": name, **({"addresses": "changed"} if moved else {})},
-        )
 
     # the last method: in the class, the name hides the type from annotations below it
     async def list(self) -> list[KnownServer]:
@@ -591,10 +345,6 @@ class ServerManager:
             )
             for row in rows
         ]
-
-
-def _exists(name: str) -> ConfigurationError:
-    return ConfigurationError(f"there is a server {name!r} already; change it: tenancy servers update {name}")
 
 
 __all__ = ["ServerManager"]

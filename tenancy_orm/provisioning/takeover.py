@@ -18,21 +18,23 @@ from typing import Any
 
 import asyncpg
 
+from ..audit.actor import Actor
 from ..cancellation import run_to_completion
-from ..errors import OperationError, ProvisioningError
-from ..postgres import connections
+from ..errors import OperationError, OperationStateError, ProvisioningError
+from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..routing import marker
-from ..tenant import Tenant
-from . import advisory_locks, databases, event_trigger, grants, roles
+from ..tenant import Placement, Tenant
+from . import advisory_locks, databases, event_trigger, grants, removal, roles
 from .blockers import Blockers
 from .contents_check import ContentsCheck
 from .differences import enumeration
 from .new_databases import SAFE_PATH, ContentsPolicy, find_forbidden
-from .pipeline import ProvisioningServices
+from .older_rows import find_another, is_whole
+from .pipeline import ProvisioningServices, describe, tenant_key
 from .tenant_rights import TenantRights
 
 _DATABASE = """
@@ -354,4 +356,65 @@ class DatabaseTakeover:
             await run_to_completion(connections.close(connection))
 
 
-__all__ = ["DatabaseTakeover", "Takeover", "TakeoverFacts"]
+async def undo_takeover(
+    services: ProvisioningServices, tenant: Tenant, place: Placement, state: Mapping[str, Any], *, actor: Actor
+) -> bool:
+    """Undo an interrupted takeover, and remove the tenant that it was for; see ``Provisioner.undo_takeover``.
+
+    Args:
+        services: Of provisioning.
+        tenant: The tenant.
+        place: As its row has it.
+        state: What ``undo_statements`` has returned; empty where the takeover had not begun.
+        actor: Who does this, for the audit log.
+
+    Returns:
+        False if another process does it, or the takeover is under way.
+    """
+    server, key = services.servers[place.server], tenant_key(tenant.id)
+    try:
+        connection = await services.admin_connections.connect(server)
+        try:
+            if not await locks.try_lock(connection, key):
+                return False
+            if not await services.registry.is_taken_over(tenant.id):
+                raise OperationStateError(f"no database is being taken over for tenant {tenant.slug!r}")
+            async with asyncio.timeout(services.config.provisioning.timeout * 10):
+                await _refuse_older(services, connection, tenant, place, but=state.get("database"))
+                if state:
+                    taken = DatabaseTakeover(services, place.server, state["database"], place.role)
+                    await taken.undo(state, connection, name=place.database)
+                await removal.remove_role(connection, services.blockers(server), services.names, place.role)
+                await services.registry.discard(tenant.id, step="takeover", error="interrupted; undone", actor=actor)
+        finally:
+            await run_to_completion(services.admin_connections.release(server, connection, key))
+    except SERVER_FAILURES as exc:
+        raise ProvisioningError(
+            f"the takeover for tenant {tenant.slug!r} could not be undone ({describe(exc)}); try again",
+            tenant=tenant.slug,
+            step="takeover",
+        ) from exc
+    return True
+
+
+async def _refuse_older(
+    services: ProvisioningServices, connection: Connection, tenant: Tenant, place: Placement, *, but: str | None
+) -> None:
+    """Refuse to undo a takeover that was done before the control database was restored from a backup.
+
+    Raises:
+        OperationStateError: it was.
+    """
+    if await is_whole(services, connection, tenant.id, place):
+        raise OperationStateError(
+            f"database {place.database!r} has become tenant {tenant.slug!r} since the backup of the control "
+            "database that its row is of; run: tenancy reconcile"
+        )
+    if (why := await find_another(services, connection, tenant.id, place, but=but)) is not None:
+        raise OperationStateError(
+            f"the row of tenant {tenant.slug!r} is of an older backup of the control database: {why}; run: "
+            "tenancy rebuild --dry-run"
+        )
+
+
+__all__ = ["DatabaseTakeover", "Takeover", "TakeoverFacts", "undo_takeover"]

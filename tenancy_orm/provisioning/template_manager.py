@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -24,6 +24,7 @@ from ..servers.server import Server
 from . import advisory_locks, databases, removal, templates
 from .blockers import Blockers
 from .databases import DatabaseState
+from .prepared_servers import PreparedServers
 from .template_records import TemplateRecord, TemplateRecords
 from .templates import USE_SECONDS, TemplateInfo, Templates
 
@@ -74,7 +75,7 @@ class TemplateManager:
         templates: Builds them.
         records: The control database's rows.
         servers: The servers, by name.
-        prepared: Returns a server that is ready for templates.
+        prepared: Makes servers ready for templates.
         blockers: Returns the ``Blockers`` of a server.
     """
 
@@ -86,7 +87,7 @@ class TemplateManager:
         templates: Templates,
         records: TemplateRecords,
         servers: Mapping[str, Server],
-        prepared: Callable[[str], Awaitable[Server]],
+        prepared: PreparedServers,
         blockers: Callable[[Server], Blockers],
     ) -> None:
         self._config = config
@@ -109,7 +110,8 @@ class TemplateManager:
         """
         refuse_while_bound("building a template")
         return [
-            await self._templates.rebuild(await self._prepared(name), actor=actor) for name in self._chosen(servers)
+            await self._templates.rebuild(await self._prepared.server(name), actor=actor)
+            for name in self._chosen(servers)
         ]
 
     async def prune(

@@ -38,6 +38,7 @@ from ..servers.server import Server
 from . import databases, grants, removal, roles
 from .blockers import Blockers
 from .pipeline import ProvisioningServices, describe, tenant_key
+from .prepared_servers import PreparedServers
 from .role_settings import RoleSettings
 from .templates import TemplateInfo
 from .tenant_rights import TenantRights
@@ -106,7 +107,7 @@ class WarmPool:
 
     Args:
         services: Of provisioning.
-        prepared: Returns a server that is ready for creations, and the settings of new roles there.
+        prepared: Makes servers ready for creations.
         is_busy: Whether creations or requests wait for a server in this process.
     """
 
@@ -114,7 +115,7 @@ class WarmPool:
         self,
         services: ProvisioningServices,
         *,
-        prepared: Callable[[str], Awaitable[tuple[Server, RoleSettings]]],
+        prepared: PreparedServers,
         is_busy: Callable[[str], bool],
     ) -> None:
         self._services = services
@@ -150,7 +151,7 @@ class WarmPool:
         return [await self._status(name) for name in self._chosen(servers)]
 
     async def _status(self, name: str) -> WarmStatus:
-        server, settings = await self._prepared(name)
+        server, settings = await self._prepared.with_settings(name)
         connection = await self._blockers(server).connect()
         try:
             wanted = recipe(
@@ -278,7 +279,7 @@ class WarmPool:
             return await self._prune(name, found)
         if not await self.target(name):
             return await self._drain(name, found)  # the server takes no tenants
-        server, settings = await self._prepared(name)
+        server, settings = await self._prepared.with_settings(name)
         async with self._alone(server) as connection:
             if connection is None:
                 return None
@@ -313,7 +314,7 @@ class WarmPool:
                 return
             if self._config.warm_pool:
                 # other processes of these settings use it, and ask again only when they create a tenant
-                await self._ask(name, *await self._prepared(name), connection)
+                await self._ask(name, *await self._prepared.with_settings(name), connection)
                 records = await self._records.of_server(name)
             for one in self._due(records, None, 0, replace=False):
                 await self._drop(server, one, found)

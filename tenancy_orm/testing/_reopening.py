@@ -93,7 +93,7 @@ class ReopenedAssembly(Assembly):
             known_templates._recorded,
             known_templates._contents,
         )
-        self.provisioner._prepared = first.provisioner._prepared
+        self.provisioner._prepared._settings = first.provisioner._prepared._settings
 
 
 def _copied(servers: Servers, config: TenancyConfig) -> Servers:

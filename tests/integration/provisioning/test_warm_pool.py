@@ -14,6 +14,7 @@ from tenancy_orm.errors import ProvisioningError
 from tenancy_orm.postgres.connections import version
 from tenancy_orm.protocols import GrantTarget
 from tenancy_orm.provisioning import ReconcileReport, grants, warm_pool
+from tenancy_orm.provisioning.provisioner import settings_of
 from tenancy_orm.provisioning.warm_creation import recipe
 from tenancy_orm.provisioning.warm_pool import WarmReport
 from tenancy_orm.registry.rows import uuid7
@@ -167,7 +168,7 @@ async def test_a_database_that_a_lost_tenant_has_is_kept(workshop: Workshop, by:
             "INSERT INTO tenancy.warm_databases (name, server, template, recipe, state, wanted_at) "
             "SELECT database_name, server, 't', :recipe, 'ready', '-infinity' FROM tenancy.tenants"
         )
-        settings = await workshop.provisioner._settings_of("default")
+        settings = await settings_of(workshop.provisioner, "default")
         template = await workshop.provisioner.template("default")
         async with workshop.admin() as admin:
             wanted = recipe(workshop.provisioner._services, template, settings, version(admin))
