@@ -10,12 +10,13 @@ from ..cancellation import run_to_completion
 from ..errors import ProvisioningError, TenantNotFoundError
 from ..postgres import locks
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..servers import Server
 from ..tenant import Status, Tenant
 from . import access, guests, role_settings, roles
-from .pipeline import ProvisioningServices, describe, tenant_key
+from .pipeline import ProvisioningServices, tenant_key
 from .roles import RoleState
 from .standbys import end_on_replicas
 

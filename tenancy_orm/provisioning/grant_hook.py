@@ -7,9 +7,10 @@ import asyncio
 from ..cancellation import run_to_completion
 from ..errors import ProvisioningError
 from ..postgres import connections
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Placement
-from .pipeline import ProvisioningServices, describe
+from .pipeline import ProvisioningServices
 from .tenant_rights import TenantRights
 
 
@@ -38,7 +39,7 @@ async def apply_hook(services: ProvisioningServices, slug: str, place: Placement
         async with asyncio.timeout(services.config.provisioning.timeout):
             await blockers.run(connection, work)
     except (ProvisioningError, *SERVER_FAILURES) as exc:
-        reason = str(exc) if isinstance(exc, ProvisioningError) else f"provisioning.grants failed: {describe(exc)}"
+        reason = ("" if isinstance(exc, ProvisioningError) else "provisioning.grants failed: ") + describe(exc)
         raise ProvisioningError(
             f"{reason}; the schema is upgraded, and another upgrade will not run the hook: run tenancy reconcile",
             tenant=slug,

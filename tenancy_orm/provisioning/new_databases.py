@@ -28,6 +28,7 @@ from ..errors import OperationError, OperationStateError, ProvisioningError, Ten
 from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.databases import TenantDatabase
@@ -41,7 +42,7 @@ from .copy_logins import CopyLogin, end_login
 from .database_properties import DatabaseProperties
 from .differences import enumeration
 from .empty_databases import InstalledExtension, create_for_login
-from .pipeline import ProvisioningServices, describe, prove, tenant_key
+from .pipeline import ProvisioningServices, prove, tenant_key
 from .replaced_databases import refuse_replaced, refuse_stale
 from .tenant_rights import TenantRights
 

@@ -15,11 +15,12 @@ from ..cancellation import run_to_completion
 from ..errors import TenancyError
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..routing import marker
 from ..tenant import Placement
 from . import databases, roles
-from .pipeline import ProvisioningServices, describe
+from .pipeline import ProvisioningServices
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 

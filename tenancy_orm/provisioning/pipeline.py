@@ -478,4 +478,4 @@ async def _nothing() -> None:
     """Undo nothing: undoing another step undoes this one as well."""
 
 
-__all__ = ["Creation", "ProvisioningServices", "Step", "describe", "prove", "tenant_key"]
+__all__ = ["Creation", "ProvisioningServices", "Step", "prove", "tenant_key"]

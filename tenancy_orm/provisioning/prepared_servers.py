@@ -12,11 +12,10 @@ from ..control.names import Names
 from ..errors import ProvisioningError, TenancyError
 from ..loops import HomeLoop
 from ..postgres import errors as postgres_errors
-from ..postgres.errors import sqlstate_of
+from ..postgres.errors import describe, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..servers import Server, Servers
 from .admin_connections import AdminConnections
-from .pipeline import describe
 from .preparation import prepare
 from .public_access import SharedDatabases, read_control
 from .role_settings import RoleSettings

@@ -20,6 +20,7 @@ from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
 from ..events import EventBus
 from ..keys.format import NewKey
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
@@ -36,7 +37,7 @@ from .extensions import Extensions
 from .filled_creation import FilledCreation, Filling
 from .grant_hook import apply_hook
 from .new_databases import NewDatabases
-from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds, describe
+from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds
 from .prepared_servers import PreparedServers
 from .readers import Readers
 from .reconcile import Reconciler

@@ -22,6 +22,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..errors import ConfigurationError, TenancyError, TenantNotFoundError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.reading import TenantFilter
@@ -33,7 +34,7 @@ from .alignment import align_role, role_deviations
 from .blockers import Blockers
 from .copy_logins import end_login
 from .differences import Difference
-from .pipeline import ProvisioningServices, describe, tenant_key
+from .pipeline import ProvisioningServices, tenant_key
 from .reconcile_report import Findings, ReconcileReport
 from .tenant_check import TenantCheck
 from .tenant_rights import TenantRights

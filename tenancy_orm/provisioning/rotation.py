@@ -17,6 +17,7 @@ from ..config import TenancyConfig
 from ..context import refuse_while_bound, run_unbound
 from ..control.names import Names
 from ..errors import ConfigurationError, ProvisioningError, TenancyError, TenantNotFoundError
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
@@ -29,7 +30,7 @@ from ..tenant import Placement, Status, Tenant
 from . import role_settings, roles
 from .admin_connections import AdminConnections
 from .blockers import Blockers
-from .pipeline import describe, tenant_key
+from .pipeline import tenant_key
 from .scram import scram_verifier
 
 logger = logging.getLogger("tenancy_orm.secrets")

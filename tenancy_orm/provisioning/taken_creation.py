@@ -13,11 +13,12 @@ from typing import Any
 
 from ..cancellation import run_to_completion
 from ..errors import TenancyError
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Tenant
 from . import roles
 from .long_creation import LongCreation
-from .pipeline import Step, describe
+from .pipeline import Step
 from .takeover import DatabaseTakeover, Takeover
 
 logger = logging.getLogger("tenancy_orm.provisioning")

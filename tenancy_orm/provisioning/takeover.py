@@ -23,6 +23,7 @@ from ..cancellation import run_to_completion
 from ..errors import OperationError, OperationStateError, ProvisioningError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.quoting import quote_identifier, quote_literal
@@ -34,7 +35,7 @@ from .contents_check import ContentsCheck
 from .differences import enumeration
 from .new_databases import SAFE_PATH, ContentsPolicy, find_forbidden
 from .older_rows import find_another, is_whole
-from .pipeline import ProvisioningServices, describe, tenant_key
+from .pipeline import ProvisioningServices, tenant_key
 from .tenant_rights import TenantRights
 
 _DATABASE = """

@@ -17,7 +17,7 @@ from ..errors import LoginRefusedError, ProvisioningError, TenancyError
 from ..events import TenantCreated, TenantPurged
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
-from ..postgres.errors import INVALID_PASSWORD
+from ..postgres.errors import INVALID_PASSWORD, describe
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.creation import UNDOING
 from ..registry.rows import Unfinished
@@ -27,7 +27,7 @@ from . import grants, removal, roles
 from .blockers import Blockers
 from .new_databases import drop_all_beside
 from .older_rows import find_another, is_whole
-from .pipeline import ProvisioningServices, describe, prove, tenant_key
+from .pipeline import ProvisioningServices, prove, tenant_key
 from .reconcile_report import Findings
 from .scram import scram_verifier
 

@@ -21,13 +21,14 @@ import asyncpg
 from ..cancellation import run_to_completion
 from ..errors import TenancyError
 from ..postgres.connections import Connection, version
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
 from ..registry.rows import TenantDraft
 from ..routing import marker
 from ..tenant import Tenant
 from . import removal
-from .pipeline import Creation, ProvisioningServices, Step, describe
+from .pipeline import Creation, ProvisioningServices, Step
 from .role_settings import RoleSettings
 from .scram import scram_verifier
 from .templates import TemplateInfo

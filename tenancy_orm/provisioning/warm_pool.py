@@ -31,13 +31,14 @@ from ..control.names import Names
 from ..errors import DatabaseExistsError, TenancyError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection, version
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..registry.rows import uuid7
 from ..routing import marker
 from ..servers.server import Server
 from . import databases, grants, removal, roles
 from .blockers import Blockers
-from .pipeline import ProvisioningServices, describe, tenant_key
+from .pipeline import ProvisioningServices, tenant_key
 from .prepared_servers import PreparedServers
 from .role_settings import RoleSettings
 from .templates import TemplateInfo

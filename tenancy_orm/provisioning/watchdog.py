@@ -32,12 +32,13 @@ from ..events import SessionTerminated
 from ..loops import HomeLoop
 from ..postgres import connections
 from ..postgres.connections import Connection
+from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier
 from ..servers.server import Server
 from . import roles
 from .blockers import Blockers, PreparedTransaction
-from .pipeline import ProvisioningServices, describe
+from .pipeline import ProvisioningServices
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 
