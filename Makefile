@@ -9,8 +9,8 @@ ARGS ?=
 # of make test-pooler: what every way in to a tenant's database relies on
 POOLED := $(addprefix tests/, security/test_cross_tenant_requests.py security/test_concurrency_contexts.py \
 	security/test_guard.py security/test_wsgi_requests.py security/test_revocation_of_open.py \
-	security/test_wrapped_functions.py integration/asgi/test_starlette.py integration/asgi/test_fastapi.py \
-	integration/sync/test_sync_sessions.py integration/tenants/test_lifecycle.py integration/test_tenants.py \
+	security/test_wrapped_functions.py integration/asgi/test_starlette.py integration/integrations/test_fastapi.py \
+	integration/sync/test_sync_sessions.py integration/tenants/test_lifecycle.py integration/tenants/test_tenants.py \
 	integration/test_queries.py integration/seeds/test_creation.py integration/metering/test_metrics.py)
 # of make test-matrix: some of its combinations, and interpreters that are not on PATH
 ONLY ?=

@@ -8,11 +8,14 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tenancy_orm.postgres.quoting import quote_identifier
+from tests.integration.migrations.conftest import config, fleet, project, variables
 from tests.support.fleet import Fleet
 from tests.support.postgres import Postgres
 from tests.support.projects import Project
 from tests.support.shell import ROOT, environment, python_path
 from tests.support.warm import Finished, run_module
+
+__all__ = ["config", "fleet", "project", "variables"]
 
 Migrate = Callable[..., Awaitable[Finished]]
 

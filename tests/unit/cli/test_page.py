@@ -12,7 +12,7 @@ import typer.main
 
 from tenancy_orm.cli.app import app
 
-PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+PAGE = Path(__file__).parents[3] / "docs" / "cli.md"
 EXAMPLES = [
     line for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL) for line in block.splitlines()
 ]

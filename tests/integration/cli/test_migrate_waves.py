@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.integration.cli.test_cli import Cli, cli
-from tests.integration.migrations.conftest import alembic, variables
+from tests.integration.migrations.conftest import alembic, config, fleet, project, variables
 from tests.support.alembic_program import Alembic
 from tests.support.fleet import Fleet
 from tests.support.projects import NOTES, Project
 
-__all__ = ["alembic", "cli", "variables"]
+__all__ = ["alembic", "cli", "config", "fleet", "project", "variables"]
 
 PLAN = """
 max_failures = 5
