@@ -100,7 +100,7 @@ class ControlPlane:
 
 
 class Clock:
-    """A directory's clock that stands still unless it is moved."""
+    """A clock that stands still unless it is moved."""
 
     def __init__(self) -> None:
         self.now = 1_000.0

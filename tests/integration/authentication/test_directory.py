@@ -351,6 +351,21 @@ async def test_former_slugs_and_verified_domains_name_a_tenant(plane: ControlPla
     assert looked_up(plane) == before
 
 
+async def test_cold_tenants_are_looked_up_together(control_url: str) -> None:
+    """The control database gets few queries, on few connections."""
+    async with control_plane(control_url) as plane:
+        tenants = [(await plane.tenant(f"tenant-{number}"))[0] for number in range(300)]
+        plane.directory.invalidate()
+        queries: list[DirectoryMissed] = []
+        plane.events.subscribe(DirectoryMissed, queries.append)
+        found = await asyncio.gather(*(plane.directory.tenant(tenant.slug) for tenant in tenants))
+        assert [one.id for one in found] == [tenant.id for tenant in tenants]
+        # two workers begin with what there is, and take up to two hundred from then on
+        assert len(queries) <= 4
+        assert sum(query.tenants for query in queries) == 300
+        assert plane.directory._lookups._control.engine.sync_engine.pool.checkedin() <= 2  # type: ignore[attr-defined]
+
+
 # --- invalidation ---------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -30,10 +29,9 @@ from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.restores import BackupSource
 from tests.integration.backups.conftest import acme, backup, tenancy_config
 from tests.integration.backups.test_backups import pg_restore, statement
-from tests.integration.cli.test_cli import Cli, cli
 from tests.support.postgres import Postgres
 
-__all__ = ["acme", "backup", "cli", "tenancy_config"]
+__all__ = ["acme", "backup", "tenancy_config"]
 
 UNREADABLE = (BackupKeyDestroyedError, BackupNotFoundError)
 
@@ -325,26 +323,3 @@ async def test_a_certificate_names_what_was_made_of_copies(tenancy: Tenancy, bac
     debug = found["tenant 'debug', which was made of a copy of its database"]
     assert debug.is_readable and debug.until == made.clone.expires_at
     assert found["tenant 'restored', which was made of a copy of its database"].until is None
-
-
-async def test_an_operator_purges_and_hands_the_certificate_on(cli: Cli, tmp_path: Path) -> None:
-    await cli("init")
-    await cli("create", "acme")
-    await cli("delete", "acme")
-    purged = await cli("purge", "acme", "--yes", "--json")
-    assert (purged.status, purged.json["backup_keys"]) == (0, 0), purged.err
-    keys = await cli("audit", "public-keys")
-    (tmp_path / "keys.json").write_text(keys.out)
-    written = await cli("erasure", "certificate", "acme", "--out", "acme.json")
-    assert (written.status, written.err) == (0, "wrote the certificate of acme to acme.json\n")
-    printed = await cli("erasure", "certificate", purged.json["id"])
-    assert printed.out == (tmp_path / "acme.json").read_text()
-    assert (await cli("erasure", "certificate", "acme", "--out", "acme.json")).status == 1
-    # with the public keys alone: there is no database at that address
-    nowhere = {"TENANCY_CONTROL_URL": "postgresql://nobody@127.0.0.1:1/none"}
-    verified = await cli("erasure", "verify", "acme.json", "--public-keys", "keys.json", **nowhere)
-    assert (verified.status, "Certificate of erasure: acme" in verified.out) == (0, True), verified.err
-    assert (await cli("erasure", "verify", "acme.json", "--json")).json["slug"] == "acme"
-    (tmp_path / "keys.json").write_text(json.dumps(dict.fromkeys(json.loads(keys.out), "A" * 43 + "=")))
-    refused = await cli("erasure", "verify", "acme.json", "--public-keys", "keys.json")
-    assert (refused.status, "signature is not valid" in refused.err) == (1, True)
