@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
+from ..servers import Server
 from ..tenant import Tenant
 from . import databases, roles
 from .database_properties import DatabaseProperties
 from .empty_databases import InstalledExtension
 from .long_creation import LongCreation
 from .new_databases import ContentsPolicy, NewDatabase, NewDatabases
-from .pipeline import Step
+from .pipeline import CreationRequest, ProvisioningServices, Step
+from .role_settings import RoleSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +49,27 @@ class FilledCreation(LongCreation):
     """The creation of one tenant with contents from elsewhere.
 
     Args:
+        services: Of provisioning.
+        server: Where it is created.
+        request: What is created.
+        settings: The settings of its role.
         new_databases: Makes the database.
         filling: Where its contents come from.
     """
 
-    def __init__(self, *args: Any, new_databases: NewDatabases, filling: Filling, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        services: ProvisioningServices,
+        server: Server,
+        request: CreationRequest,
+        settings: RoleSettings,
+        *,
+        new_databases: NewDatabases,
+        filling: Filling,
+    ) -> None:
+        super().__init__(services, server, request, settings, timeout=filling.timeout)
         self._new_databases = new_databases
         self._filling = filling
-        self._timeout += filling.timeout
 
     def _making_steps(self) -> tuple[Step, ...]:
         return (

@@ -1,19 +1,44 @@
-"""``LongCreation``: what creations have in common whose database is not a clone of a template, and takes its time."""
+"""``LongCreation``: what creations have in common that do not clone a template, and take their time."""
 
 from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import replace
 
 from ..cancellation import run_to_completion
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
+from ..servers import Server
 from . import grants, roles
 from .admin_connections import HOLDING
-from .pipeline import Creation, Step, tenant_key
+from .pipeline import Creation, CreationRequest, ProvisioningServices, Step, tenant_key
+from .role_settings import RoleSettings
+from .templates import TemplateInfo
 
 
 class LongCreation(Creation):
-    """The creation of one tenant with steps that may take minutes."""
+    """The creation of one tenant with steps that may take minutes. It has no template, and runs no seeds.
+
+    Args:
+        services: Of provisioning.
+        server: Where it is created.
+        request: What is created.
+        settings: The settings of its role.
+        timeout: Seconds that it may take beside ``provisioning.timeout``.
+    """
+
+    def __init__(
+        self,
+        services: ProvisioningServices,
+        server: Server,
+        request: CreationRequest,
+        settings: RoleSettings,
+        *,
+        timeout: float,
+    ) -> None:
+        no_template = TemplateInfo(request.draft.server, "", None)
+        super().__init__(services, server, no_template, replace(request, seed=False), settings)
+        self._timeout += timeout
 
     def _ending(self, step: Step) -> AbstractAsyncContextManager[None]:
         # others' statements take long in the steps after the role, and wait for nobody

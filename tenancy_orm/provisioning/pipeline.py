@@ -115,37 +115,52 @@ def tenant_key(tenant_id: UUID) -> int:
     return locks.lock_key(f"tenant:{tenant_id}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreationRequest:
+    """What a creation is asked for: as the arguments of ``Provisioner.create``."""
+
+    draft: TenantDraft
+    key: NewKey | None
+    key_name: str
+    scopes: Sequence[str]
+    strategy: Strategy
+    seed: bool
+    actor: Actor
+
+
 class Creation:
-    """The creation of one tenant. Use an object once, with ``run``."""
+    """The creation of one tenant. Use an object once, with ``run``.
+
+    Args:
+        services: Of provisioning.
+        server: Where it is created.
+        template: What its database is cloned from.
+        request: What is created.
+        settings: The settings of its role.
+    """
 
     def __init__(
         self,
         services: ProvisioningServices,
         server: Server,
         template: TemplateInfo,
-        draft: TenantDraft,
-        *,
+        request: CreationRequest,
         settings: RoleSettings,
-        key: NewKey | None,
-        key_name: str,
-        scopes: Sequence[str],
-        strategy: Strategy,
-        seed: bool = True,
-        actor: Actor,
     ) -> None:
+        seeds = services.seeds if request.seed else None
         self._services = services
         self._server = server
         self._blockers = services.blockers(server)
         self._template = template
         self._revision = template.revision
-        self._draft = draft
+        self._draft = request.draft
         self._settings = settings
-        self._key = key
-        self._key_name = key_name
-        self._scopes = scopes
-        self._strategy = strategy
-        self._seeds = services.seeds if seed and services.seeds is not None and services.seeds.wanted() else None
-        self._actor = actor
+        self._key = request.key
+        self._key_name = request.key_name
+        self._scopes = request.scopes
+        self._strategy = request.strategy
+        self._seeds = seeds if seeds is not None and seeds.wanted() else None
+        self._actor = request.actor
         self._timeout = services.config.provisioning.timeout
         self._connection: Connection | None = None
         # whether the lock was held without a gap; otherwise a reconcile may have changed this tenant
@@ -478,4 +493,4 @@ async def _nothing() -> None:
     """Undo nothing: undoing another step undoes this one as well."""
 
 
-__all__ = ["Creation", "ProvisioningServices", "Step", "prove", "tenant_key"]
+__all__ = ["Creation", "CreationRequest", "ProvisioningServices", "Step", "prove", "tenant_key"]

@@ -37,7 +37,7 @@ from .extensions import Extensions
 from .filled_creation import FilledCreation, Filling
 from .grant_hook import apply_hook
 from .new_databases import NewDatabases
-from .pipeline import Creation, FirstConnections, ProvisioningServices, TenantSeeds
+from .pipeline import Creation, CreationRequest, FirstConnections, ProvisioningServices, TenantSeeds
 from .prepared_servers import PreparedServers
 from .readers import Readers
 from .reconcile import Reconciler
@@ -264,37 +264,33 @@ class Provisioner:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         refuse_while_bound("creating a tenant")
-        make = partial(
-            self._kind_of_creation(filling),
-            self._services,
-            key=key,
-            key_name=key_name,
-            scopes=scopes,
-            strategy=strategy,
-            actor=actor,
+        request = CreationRequest(
+            draft=draft, key=key, key_name=key_name, scopes=scopes, strategy=strategy, seed=seed, actor=actor
         )
         self._creating[draft.server] += 1
         try:
             server = await self._prepared.server(draft.server)
             if filling is not None:
                 # in none of the slots of creations that somebody waits for: it may take hours
-                no_template = TemplateInfo(draft.server, "", None)
                 settings = await self._prepared.settings(draft.server)
-                return await make(server, no_template, draft, settings=settings, seed=False).run()
+                return await self._long_creation(server, request, settings, filling).run()
             template = await self._templates.ensure(server)
             async with self._slots[draft.server]:
                 settings = await self._prepared.settings(draft.server)
-                return await make(server, template, draft, settings=settings, seed=seed).run()
+                kind = WarmCreation if self._services.config.provisioning.warm_pool else Creation
+                return await kind(self._services, server, template, request, settings).run()
         finally:
             self._creating[draft.server] -= 1
             self.warm_pool.refill_soon(draft.server)
 
-    def _kind_of_creation(self, filling: Filling | Takeover | None) -> Callable[..., Creation]:
+    def _long_creation(
+        self, server: Server, request: CreationRequest, settings: RoleSettings, filling: Filling | Takeover
+    ) -> Creation:
         if isinstance(filling, Takeover):
-            return partial(TakenCreation, takeover=filling)
-        if filling is not None:
-            return partial(FilledCreation, new_databases=self.new_databases, filling=filling)
-        return WarmCreation if self._services.config.provisioning.warm_pool else Creation
+            return TakenCreation(self._services, server, request, settings, takeover=filling)
+        return FilledCreation(
+            self._services, server, request, settings, new_databases=self.new_databases, filling=filling
+        )
 
     def password(self, tenant: Tenant) -> str:
         """Return the password of the tenant's role, for programs that connect by themselves, such as psql.

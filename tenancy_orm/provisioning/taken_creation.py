@@ -15,10 +15,12 @@ from ..cancellation import run_to_completion
 from ..errors import TenancyError
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
+from ..servers import Server
 from ..tenant import Tenant
 from . import roles
 from .long_creation import LongCreation
-from .pipeline import Step
+from .pipeline import CreationRequest, ProvisioningServices, Step
+from .role_settings import RoleSettings
 from .takeover import DatabaseTakeover, Takeover
 
 logger = logging.getLogger("tenancy_orm.provisioning")
@@ -28,13 +30,24 @@ class TakenCreation(LongCreation):
     """The creation of one tenant of an existing database.
 
     Args:
+        services: Of provisioning.
+        server: Where it is.
+        request: What is created.
+        settings: The settings of its role.
         takeover: The database.
     """
 
-    def __init__(self, *args: Any, takeover: Takeover, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        services: ProvisioningServices,
+        server: Server,
+        request: CreationRequest,
+        settings: RoleSettings,
+        *,
+        takeover: Takeover,
+    ) -> None:
+        super().__init__(services, server, request, settings, timeout=takeover.timeout)
         self._takeover = takeover
-        self._timeout += takeover.timeout
         self._state: Mapping[str, Any] | None = None
 
     @property
