@@ -20,8 +20,10 @@ PACKAGE = "tenancy_orm"
 ROOMS_OF_EXTRAS = ("integrations", "testing")
 
 IMPORT = re.compile(rf"^\s*from ({PACKAGE}[\w.]*) import (\([^)]*\)|[\w, ]+)", re.MULTILINE)
-CODE = re.compile(r"^(```+|~~~+).*?^\1|`[^`\n]*`", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)[^)]*\)")
+FENCED = re.compile(r"^ *(```+|~~~+).*?^ *\1|<!--.*?-->", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`\n]*`")
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?[^)]*\)")
+HEADING = re.compile(r"^#+ +(.+?)(?: +#+)?$", re.MULTILINE)
 
 logger = get_plugin_logger("hooks")
 
@@ -34,7 +36,7 @@ def on_post_build(config: MkDocsConfig) -> None:
     for name in sorted(public_names(root) - documented):
         logger.warning("%s is public, but no page in docs/reference/ has it", name)
     for page, target in broken_links(root):
-        logger.warning("%s contains a link '%s', but there is no such file", page, target)
+        logger.warning("%s contains a link '%s', but there is no such file or heading", page, target)
 
 
 def public_names(root: Path) -> set[str]:
@@ -60,12 +62,29 @@ def public_names(root: Path) -> set[str]:
 
 
 def broken_links(root: Path) -> Iterator[tuple[str, str]]:
-    """Relative links of the pages that MkDocs does not build, README.md for one: the page and the target."""
+    """Relative links of the pages that MkDocs does not build, README.md for one: the page and the target.
+
+    An anchor of a page has to be that of one of its headings.
+    """
     pages = [*root.glob("*.md"), *root.glob(".github/**/*.md"), *root.glob("examples/**/*.md")]
     for page in sorted(pages):
-        for match in LINK.finditer(CODE.sub("", page.read_text("utf-8"))):
-            if not (page.parent / match[1]).exists():
-                yield str(page.relative_to(root)), match[1]
+        for match in LINK.finditer(CODE.sub("", _prose(page))):
+            path, anchor = match.groups()
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and target.suffix == ".md" and anchor not in _anchors(target)):
+                yield str(page.relative_to(root)), f"{path}#{anchor}" if anchor else path
+
+
+def _prose(page: Path) -> str:
+    """What a page says, without its blocks of code and its comments."""
+    return FENCED.sub("", page.read_text("utf-8"))
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, where MkDocs and GitHub make the same ones."""
+    # of a link in a heading, its text
+    headings = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in HEADING.findall(_prose(page)))
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
 def _target(found: griffe.Object | griffe.Alias) -> griffe.Object:

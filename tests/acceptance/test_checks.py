@@ -129,7 +129,7 @@ def test_faults_of_the_documentation_fail(copy: Path) -> None:
     """A broken link, a page in no navigation and a public name in no reference: a warning each, and one is enough."""
     append(copy / "docs" / "tenants.md", f"\n{LINK}\n\n{ANCHOR}\n")
     append(copy / "docs" / "planted.md", "# In no navigation\n")
-    append(copy / "CONTRIBUTING.md", f"\n{LINK}\n")
+    append(copy / "CONTRIBUTING.md", f"\n{LINK}\n\n{ANCHOR.replace('quickstart', 'docs/quickstart')}\n")
     append(copy / "tenancy_orm" / "__init__.py", NAME)
 
     done = make(copy, "docs")
@@ -141,6 +141,7 @@ def test_faults_of_the_documentation_fail(copy: Path) -> None:
         r"'tenants\.md' contains a link 'quickstart\.md#no-such-heading'",
         r"tenancy_orm\.planted is public, but no page",
         r"CONTRIBUTING\.md contains a link 'no-such-page\.md'",
+        r"CONTRIBUTING\.md contains a link 'docs/quickstart\.md#no-such-heading'",
     ]
     # exactly these: with none of them, the build ends well
     assert len(warnings) == len(expected), done.stdout

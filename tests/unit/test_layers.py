@@ -45,7 +45,6 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tenancy_orm"}),  # the package's own __init__
     frozenset({"asgi", "tasks", "environment"}),
     frozenset({"integrations", "telemetry", "testing", "wsgi"}),
-    frozenset({"console"}),
     frozenset({"cli"}),
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor}
@@ -118,15 +117,15 @@ def room_of_target(target: str) -> str | None:
     return "tenancy_orm"
 
 
-def imports_of(file: Path, source: str) -> Iterator[Import]:
+def imports_of(file: Path, source: str, package: Path = PACKAGE) -> Iterator[Import]:
     """Every import in ``source``, wherever it stands: in functions, under TYPE_CHECKING, by import_module."""
-    package = ["tenancy_orm", *file.relative_to(PACKAGE).parent.parts]
+    around = ["tenancy_orm", *file.relative_to(package).parent.parts]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(file, node.lineno, alias.name)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
+            base = around[: len(around) - node.level + 1] if node.level else []
             module = [*base, *(node.module.split(".") if node.module else [])]
             for alias in node.names:
                 yield Import(file, node.lineno, ".".join([*module, alias.name]))
@@ -143,16 +142,32 @@ def forbidden(found: Import) -> bool:
     return target is not None and target != room and FLOOR_OF.get(target, len(FLOORS)) >= FLOOR_OF[room]
 
 
-def file_of_target(target: str) -> Path | None:
-    """The file that an import leads to, or None where that is another package or a room's own face."""
+def file_of_target(target: str, package: Path = PACKAGE) -> Path | None:
+    """The file that an import leads to, or None where that is another package.
+
+    A name that no module has is found in the room's face, its ``__init__.py``.
+    """
     parts = target.split(".")
     if parts[0] != "tenancy_orm":
         return None
-    for length in range(len(parts), 1, -1):
-        path = PACKAGE.joinpath(*parts[1:length]).with_suffix(".py")
-        if path.is_file():
-            return path
+    for length in range(len(parts), 0, -1):
+        path = package.joinpath(*parts[1:length])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file
     return None
+
+
+def files_imported(package: Path = PACKAGE) -> dict[Path, set[Path]]:
+    """The files of the package, the faces of its rooms among them, each with those that it imports from."""
+    return {
+        file: {
+            target
+            for found in imports_of(file, file.read_text("utf-8"), package)
+            if (target := file_of_target(found.target, package)) is not None and target != file
+        }
+        for file in sorted(package.rglob("*.py"))
+    }
 
 
 def circles(graph: Mapping[Path, set[Path]]) -> list[list[Path]]:
@@ -169,8 +184,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
 def test_every_room_has_a_floor() -> None:
-    """A new folder must first be given its place."""
-    assert {room_of(file) for file in SOURCES} <= FLOOR_OF.keys()
+    """A new folder must first be given its place, and one that is gone has none."""
+    assert {room_of(file) for file in SOURCES} == FLOOR_OF.keys()
 
 
 def test_the_drawing_of_the_rooms_is_right() -> None:
@@ -182,27 +197,29 @@ def test_the_drawing_of_the_rooms_is_right() -> None:
     assert drawn == [floor & present for floor in FLOORS if floor & present]
 
 
-def test_the_paths_of_the_page_exist() -> None:
-    """Each file and folder that the page on architecture says to open, in the package or beside it."""
+def paths_of_the_page() -> list[str]:
+    """Each file and folder that the page on architecture says to open."""
     page = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
     table = page.partition("| I look for ... | open ... |\n")[2].partition("\n\n")[0]
-    named = [path for path in re.findall(r"`([^`]+)`", table) if path.endswith(("/", ".py"))]
+    return [path for path in re.findall(r"`([^`]+)`", table) if path.endswith(("/", ".py"))]
+
+
+def test_the_paths_of_the_page_exist() -> None:
+    """In the package or beside it."""
+    named = paths_of_the_page()
     assert len(named) > 20
     assert [path for path in named if not any((top / path).exists() for top in (PACKAGE, PACKAGE.parent))] == []
 
 
+def test_the_page_says_where_to_look_for_each_room() -> None:
+    """By the room itself, or by a file in it."""
+    rooms = {room_of(file) for file in SOURCES} - {"tenancy_orm"}
+    assert rooms - {path.split("/")[0].removesuffix(".py") for path in paths_of_the_page()} == set()
+
+
 def test_no_two_files_import_each_other() -> None:
     """Not by way of others, for the type checker alone, or inside a function: a reader follows them all the same."""
-    graph = {
-        file: {
-            target
-            for found in imports_of(file, file.read_text("utf-8"))
-            if (target := file_of_target(found.target)) is not None and target != file
-        }
-        for file in SOURCES
-        if file.name != "__init__.py"
-    }
-    assert circles(graph) == []
+    assert circles(files_imported()) == []
 
 
 def test_a_circle_is_found() -> None:
@@ -211,6 +228,28 @@ def test_a_circle_is_found() -> None:
     assert circles({a: {b}, b: {c}, c: set()}) == []
     assert circles({a: {b}, b: {a}})
     assert circles({a: {b}, b: {c}, c: {a}})
+
+
+@pytest.mark.parametrize(
+    ("line", "circular"),
+    [
+        ("from . import Rows", True),
+        ("from ..room import Rows", True),
+        ("from tenancy_orm import Tenancy", True),
+        ("import tenancy_orm.room", True),
+        ("from . import other", False),
+        ("from .other import Rows", False),
+    ],
+)
+def test_a_circle_through_a_face_is_found(tmp_path: Path, line: str, circular: bool) -> None:
+    """What a face imports may not import from the face in turn, by any way to write it; its neighbours are fine."""
+    package = tmp_path / "tenancy_orm"
+    (package / "room").mkdir(parents=True)
+    (package / "__init__.py").write_text("from .room import Rows as Tenancy")
+    (package / "room" / "__init__.py").write_text("from .rows import Rows")
+    (package / "room" / "rows.py").write_text(line)
+    (package / "room" / "other.py").write_text("Rows = list")
+    assert bool(circles(files_imported(package))) == circular
 
 
 def test_imports_follow_the_rules() -> None:

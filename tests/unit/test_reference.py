@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -74,6 +75,21 @@ def test_every_error_and_every_event_is_public(base: type) -> None:
     found = {name_of(derived) for derived in descendants(base) if not derived.__name__.startswith("_")}
     assert len(found) > 20
     assert found - read() == set()
+
+
+def test_the_reference_begins_with_all_of_its_pages() -> None:
+    """Its first page says what each other one is for."""
+    reference = ROOT / "docs" / "reference"
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (reference / "index.md").read_text("utf-8")))
+    assert linked == {page.name for page in reference.glob("*.md")} - {"index.md"}
+
+
+def test_the_page_on_tenancy_has_each_of_its_members_in_a_group() -> None:
+    """Since the page lists them itself, the documentation's build would not miss a new one."""
+    page = (ROOT / "docs" / "reference" / "tenancy.md").read_text("utf-8")
+    listed = re.findall(r"^::: tenancy_orm\.Tenancy\.(\w+)$", page, re.MULTILINE)
+    members = [name for name in vars(tenancy_orm.Tenancy) if not name.startswith("_")]
+    assert sorted(listed) == sorted(members)
 
 
 # --- each rule, on a package of a few lines -------------------------------------------------------------------------
@@ -174,16 +190,30 @@ def test_what_users_reach_is_public_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_links_of_pages_outside_the_documentation_lead_somewhere(tmp_path: Path) -> None:
-    """A missing file is found in every such page; other sites, headings and code are no concern of this check."""
-    text = (
-        "[a](docs/a.md#x) [b](docs/b.md 'title') [c](https://c.example) [d](#d)\n`[e](e.md)`\n```text\n[f](f.md)\n```\n"
-    )
+    """A missing file or heading is found in every such page; other sites and code are no concern of this check."""
+    text = """
+        # A `code` [link](docs/a.md): it's *one*
+        [a](docs/a.md#x-1) [b](docs/b.md 'title') [c](https://c.example#c) [d](#d) [e](#a-code-link-its-one)
+        `[g](g.md)` [h](docs/a.md#y) [i](docs/a.md#in-code) [j](y.py#L1) [k](docs/a.md#x-1 'title')
+        ```text
+        [l](l.md)
+        ```
+        """
     write(
         tmp_path,
-        {"docs/a.md": "", "README.md": text, ".github/NOTE.md": "[g](g.md)", "examples/x/README.md": "[h](y.py)"},
+        {
+            "docs/a.md": "### X 1\n```sh\n# in code\n```\n<!-- python\n# y\n-->\n",
+            "README.md": text,
+            "y.py": "",
+            ".github/NOTE.md": "[g](g.md)",
+            "examples/x/README.md": "[h](y.py)",
+        },
     )
     assert list(hooks.broken_links(tmp_path)) == [
         (".github/NOTE.md", "g.md"),
         ("README.md", "docs/b.md"),
+        ("README.md", "#d"),
+        ("README.md", "docs/a.md#y"),
+        ("README.md", "docs/a.md#in-code"),
         ("examples/x/README.md", "y.py"),
     ]
