@@ -13,6 +13,7 @@ KINDS = ("unit", "integration")
 
 # Of no room, and why.
 OF_THE_REPOSITORY = {
+    "test_architecture_page.py": "docs/architecture.md, which describes all rooms",
     "test_distribution.py": "what a user gets who installs the package, but not the repository",
     "test_layers.py": "which room may import which",
     "test_matrix.py": "tests/matrix.py, which `make test-matrix` runs",
