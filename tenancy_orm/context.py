@@ -7,7 +7,6 @@ Only the edge of the package reads this variable; every function below ``tenancy
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,9 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from .errors import CrossTenantError, NoTenantError
-from .tenant import Tenant
+from .tenant import Tenant, parse_id
 
 T = TypeVar("T")
-
-# as ``uuid.UUID`` writes an id, or without hyphens; no slug and no domain looks like that
-_UUID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 _current: ContextVar[Tenant | None] = ContextVar("tenancy_orm.tenant", default=None)
 
@@ -99,7 +95,7 @@ def as_reference(ref: str | UUID | Tenant) -> UUID | str:
         return ref.id
     if isinstance(ref, UUID):
         return ref
-    return UUID(ref) if _UUID.fullmatch(ref) else ref
+    return parse_id(ref) or ref
 
 
 def refuse_other_tenant(ref: str | UUID | Tenant) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,6 +12,16 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 from .protocols import Admission
+
+_ID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+def parse_id(text: str) -> UUID | None:
+    """Return the id that a text is: as ``uuid.UUID`` writes one, or without hyphens. None where it is none.
+
+    ``UUID`` itself also reads braces, ``urn:uuid:`` and hyphens anywhere. No slug and no domain looks like an id.
+    """
+    return UUID(text) if _ID.fullmatch(text) else None
 
 
 class Status(StrEnum):

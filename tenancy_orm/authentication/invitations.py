@@ -26,7 +26,7 @@ from ..errors import (
 )
 from ..events import EventBus, InvitationRefused, MemberAdded, MemberChanged
 from ..registry.lifecycle import lock_tenant_for_share
-from ..tenant import Status, Tenant
+from ..tenant import Status, Tenant, parse_id
 from .invitation_rows import Invitation, invitation_from_row, invitation_snapshot
 from .invitation_text import InvitationSigner, InvitationText, Signed, parse_invitation
 from .member_rows import Member, check_roles, check_subject, find_member, put_member, snapshot
@@ -366,10 +366,10 @@ def _refuse_ended(row: Row[*tuple[Any, ...]], slug: str, status: Status) -> None
 
 
 def _check_id(invitation_id: UUID | str) -> UUID:
-    try:
-        return invitation_id if isinstance(invitation_id, UUID) else UUID(invitation_id)
-    except (ValueError, AttributeError, TypeError):
-        raise InvitationNotFoundError(str(invitation_id)[:64]) from None
+    found = parse_id(invitation_id) if isinstance(invitation_id, str) else invitation_id
+    if not isinstance(found, UUID):
+        raise InvitationNotFoundError(str(invitation_id)[:64])
+    return found
 
 
 def _check_lifetime(expires_in: timedelta | float | None, default: float) -> timedelta:

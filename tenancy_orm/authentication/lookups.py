@@ -13,14 +13,15 @@ from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy import ARRAY, SelectBase, Text, Uuid, any_, bindparam, cast, func, literal_column, select, union_all
+from sqlalchemy import ARRAY, SelectBase, Text, Uuid, any_, bindparam, cast, func, select, union_all
 from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..config import TenancyConfig
 from ..control.database import ControlDatabase
 from ..control.direct import ControlRow
-from ..control.models import api_keys, domains, former_slugs, tenants
+from ..control.lookup import named
+from ..control.models import api_keys, tenants
 from ..errors import ControlUnavailableError
 from ..events import DirectoryMissed, DirectoryUnavailable, EventBus
 from ..keys.networks import parse_networks
@@ -75,19 +76,7 @@ _TENANTS = _sql(
     union_all(
         # asyncpg knows the type text[], and would ask the server for uuid[], which takes 10 ms
         select(*TENANT_COLUMNS).where(tenants.c.id == any_(cast(bindparam("ids", type_=ARRAY(Text)), ARRAY(Uuid)))),
-        select(*TENANT_COLUMNS).where(
-            tenants.c.slug == any_(bindparam("names", type_=ARRAY(Text))),
-            tenants.c.status != literal_column("'purged'"),
-        ),
-        select(*TENANT_COLUMNS)
-        .join(former_slugs, former_slugs.c.tenant_id == tenants.c.id)
-        .where(
-            former_slugs.c.slug == any_(bindparam("names", type_=ARRAY(Text))),
-            former_slugs.c.redirects_until > func.now(),
-        ),
-        select(*TENANT_COLUMNS)
-        .join(domains, domains.c.tenant_id == tenants.c.id)
-        .where(domains.c.domain == any_(bindparam("names", type_=ARRAY(Text))), domains.c.verified_at.is_not(None)),
+        *named(any_(bindparam("names", type_=ARRAY(Text))), *TENANT_COLUMNS),
     ),
     "ids",
     "names",

@@ -10,11 +10,16 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from ..errors import ConfigurationError, InvalidMetadataError, InvalidSlugError
+from ..tenant import parse_id
 
-SLUG = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-_UUID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_SLUG = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _PATTERN = re.compile(r"[a-z0-9*?-]{1,200}")
 _METADATA_BYTES = 64 * 1024
+
+
+def is_slug(text: str) -> bool:
+    """Whether a tenant can have this slug. What reads as an id is none: it would be looked up as one."""
+    return _SLUG.fullmatch(text) is not None and parse_id(text) is None
 
 
 def check_slug(slug: str) -> str:
@@ -25,8 +30,7 @@ def check_slug(slug: str) -> str:
     Raises:
         InvalidSlugError: it is not valid.
     """
-    if not SLUG.fullmatch(slug) or _UUID.fullmatch(slug):
-        # a slug that reads as an id would be looked up as one
+    if not is_slug(slug):
         raise InvalidSlugError(
             f"slug {slug!r} must be 1 to 63 of a-z, 0-9 and inner hyphens, start with a letter, and not be a UUID",
             tenant=slug,
@@ -157,12 +161,12 @@ def check_aware(name: str, moment: datetime | None) -> datetime | None:
 
 
 __all__ = [
-    "SLUG",
     "check_aware",
     "check_lookup",
     "check_metadata",
     "check_pattern",
     "check_slug",
     "check_timezone",
+    "is_slug",
     "merged",
 ]

@@ -38,13 +38,13 @@ from ..secrets.keyring import Keyring, new_password
 from ..servers.placement import Placer
 from ..tenant import Status, Tenant, TenantRef
 from .fields import (
-    SLUG,
     check_aware,
     check_lookup,
     check_metadata,
     check_pattern,
     check_slug,
     check_timezone,
+    is_slug,
     merged,
 )
 from .lifecycle import TenantLifecycle
@@ -250,13 +250,13 @@ class TenantManager(TenantLifecycle):
         return await self._registry.find(tenant)
 
     async def get_by_slug(self, slug: str) -> Tenant:
-        """Return the tenant with this slug, or with a former slug that still redirects.
+        """Return the tenant with this slug, or with a former slug that still redirects; ``get`` takes any name.
 
         Raises:
             TenantNotFoundError: there is none.
             CrossTenantError: another tenant is bound.
         """
-        if not SLUG.fullmatch(slug):
+        if not is_slug(slug):
             raise TenantNotFoundError(slug[:64])
         return await self._registry.find(slug)
 

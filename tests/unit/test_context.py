@@ -13,10 +13,18 @@ from uuid import UUID
 
 import pytest
 
-from tenancy_orm.context import bind, current_tenant, current_tenant_or_none, refuse_other_tenant, set_current
+from tenancy_orm.context import (
+    as_reference,
+    bind,
+    current_tenant,
+    current_tenant_or_none,
+    refuse_other_tenant,
+    set_current,
+)
 from tenancy_orm.deadlines import current_deadline, reset_deadline, set_deadline
-from tenancy_orm.errors import AdmissionEndedError, CrossTenantError, NoTenantError
-from tenancy_orm.tenant import Placement, Status, Tenant
+from tenancy_orm.errors import AdmissionEndedError, CrossTenantError, InvalidSlugError, NoTenantError
+from tenancy_orm.tenant import Placement, Status, Tenant, parse_id
+from tenancy_orm.tenants.fields import check_slug, is_slug
 
 ACME = Tenant(
     id=UUID(int=1),
@@ -27,6 +35,34 @@ ACME = Tenant(
     metadata={"a": 1},
 )
 GLOBEX = Tenant(id=UUID(int=2), slug="globex", status=Status.ACTIVE, tier="free")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_id"),
+    [
+        ("00000000-0000-0000-0000-00000000000a", True),
+        ("00000000-0000-0000-0000-00000000000A", True),
+        ("0000000000000000000000000000000a", True),
+        ("{00000000-0000-0000-0000-00000000000a}", False),
+        ("urn:uuid:00000000-0000-0000-0000-00000000000a", False),
+        ("0000-0000000000000000000000000000-000a", False),
+        ("00000000-0000-0000-0000-00000000000a\n", False),
+        ("acme", False),
+        ("", False),
+    ],
+)
+def test_an_id_is_what_reads_as_one_in_every_part(text: str, is_id: bool) -> None:
+    """``uuid.UUID`` reads more; what it reads besides is a name here, and nobody's."""
+    assert parse_id(text) == (UUID(int=10) if is_id else None)
+    assert as_reference(text) == (UUID(int=10) if is_id else text)
+
+
+def test_no_slug_reads_as_an_id() -> None:
+    """It would be looked up as one."""
+    slug = "a" * 32
+    assert is_slug(slug[1:]) and not is_slug(slug)
+    with pytest.raises(InvalidSlugError):
+        check_slug(slug)
 
 
 def test_without_a_binding_there_is_no_tenant() -> None:

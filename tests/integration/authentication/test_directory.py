@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
@@ -12,6 +13,7 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url, text
 
+from tenancy_orm.control.lookup import find_tenant_id
 from tenancy_orm.errors import ControlUnavailableError, InvalidCredentialError, TenantNotFoundError
 from tenancy_orm.events import DirectoryMissed, DirectoryUnavailable
 from tenancy_orm.keys.format import generate_key
@@ -364,6 +366,51 @@ async def test_cold_tenants_are_looked_up_together(control_url: str) -> None:
         assert len(queries) <= 4
         assert sum(query.tenants for query in queries) == 300
         assert plane.directory._lookups._control.engine.sync_engine.pool.checkedin() <= 2  # type: ignore[attr-defined]
+
+
+async def test_the_directory_and_the_registry_agree_on_every_name(plane: ControlPlane) -> None:
+    """They look names up by two queries: one of many names at once, one of a single name."""
+    acme, _ = await plane.tenant("acme")
+    purged, _ = await plane.tenant("initech")
+    await plane.registry.rename(purged.id, "initech-corp", redirect_seconds=3_600.0)
+    globex, _ = await plane.tenant("globex")
+    async with plane.control.transaction() as connection:
+        for name, interval in (("acme-old", "1 hour"), ("acme-older", "-1 hour")):
+            query = f"INSERT INTO tenancy.former_slugs VALUES ('{name}', :id, now() + interval '{interval}')"
+            await connection.execute(text(query), {"id": acme.id})
+        for domain, owner, verified in (
+            ("a.test", acme, "now()"),
+            ("a.test", globex, "NULL"),
+            ("b.test", acme, "NULL"),
+            ("c.test", purged, "now()"),
+        ):
+            values = f"('{domain}', :id, 't', {verified})"
+            query = f"INSERT INTO tenancy.domains (domain, tenant_id, token, verified_at) VALUES {values}"
+            await connection.execute(text(query), {"id": owner.id})
+    await plane.registry.transition(purged.id, Status.DELETED, action="tenant.delete")
+    await plane.registry.begin_purge(purged.id)
+    await plane.registry.finish_purge(purged.id)
+    expected = {
+        **dict.fromkeys(("acme", "acme-old", "a.test", str(acme.id), acme.id.hex, acme.id.hex.upper()), acme.id),
+        "globex": globex.id,
+        **dict.fromkeys(("acme-older", "b.test", "c.test", "initech", "initech-corp", "nobody"), None),
+        **dict.fromkeys(("", "Acme", "acme.", "a.test.", "*", "acme\0", "x" * 300, f"{{{acme.id}}}"), None),
+        f"urn:uuid:{acme.id}": None,
+    }
+    found: dict[str, list[Any]] = {}
+    for name in expected:
+        found[name] = []
+        for look_up in (plane.directory.tenant, plane.registry.find, partial(find_id, plane)):
+            try:
+                found[name].append(getattr(answer := await look_up(name), "id", answer))
+            except TenantNotFoundError:
+                found[name].append(None)
+    assert found == {name: [answer] * 3 for name, answer in expected.items()}
+
+
+async def find_id(plane: ControlPlane, name: str) -> Any:
+    async with plane.control.connect() as connection:
+        return await find_tenant_id(connection, name)
 
 
 # --- invalidation ---------------------------------------------------------------------------------------------------

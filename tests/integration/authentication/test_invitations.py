@@ -169,7 +169,7 @@ async def test_an_invitation_is_withdrawn(plane: ControlPlane, acme: Tenant) -> 
     await plane.members.accept(secret, "bob")
     with pytest.raises(InvitationAcceptedError, match="accepted by 'bob'; remove that member"):
         await plane.members.withdraw(other.id)
-    for unknown in (uuid4(), str(uuid4()), "nonsense", "", None, 7):
+    for unknown in (uuid4(), str(uuid4()), "nonsense", "", None, 7, f"{{{made.id}}}"):
         with pytest.raises(InvitationNotFoundError):
             await plane.members.withdraw(unknown)  # type: ignore[arg-type]
 
