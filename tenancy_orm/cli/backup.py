@@ -8,17 +8,17 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
-from uuid import UUID
 
 import typer
 
 from ..backups import Backup, BackupReport, PruneReport, Verification, recover_control
 from ..errors import BackupNotFoundError
 from ..tenancy import Tenancy
-from ..tenant import Tenant
+from ..tenant import Tenant, parse_id
 from .output import Column, TenantBar, failures_listed, note, print_fields, print_json, print_table, progress_bar
 from .runtime import (
     EXIT_FAILED,
+    TENANT_NAMES,
     Json,
     Yes,
     confirm,
@@ -99,7 +99,7 @@ def run_backups(
 
 @app.command("list")
 def list_backups(
-    tenant: Annotated[str | None, typer.Argument(help="A slug or an id; control is the control database.")] = None,
+    tenant: Annotated[str | None, typer.Argument(help=f"{TENANT_NAMES}; control is the control database.")] = None,
     control: Control = False,
     pruned: Annotated[bool, typer.Option("--pruned", help="Those that were removed too.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
@@ -353,14 +353,6 @@ def backup_fields(backup: Backup) -> dict[str, Any]:
         "kept_until": backup.kept_until,
         "pruned_at": backup.pruned_at,
     }
-
-
-def parse_id(text: str) -> UUID | None:
-    """Return a backup's id, or None where the text is none."""
-    try:
-        return UUID(text)
-    except ValueError:
-        return None
 
 
 def _show_report(report: BackupReport, as_json: bool) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC
 from typing import Annotated, Any
-from uuid import UUID
 
 import typer
 
 from ..errors import ContentsRefusedError
 from ..restores import BackupSource, RestoreReport, RestoreSource
 from ..tenancy import Tenancy
+from ..tenant import parse_id
 from .output import note, print_fields, print_json
 from .runtime import Json, TenantArgument, Yes, confirm, fail, given_url, operator, run, run_stoppable
 
@@ -110,11 +110,9 @@ async def _source(
             bad = f"; something wrong was found in each of {len(found)}, name one by its id" if found else ""
             fail(f"tenant {tenant!r} has no good backup{bad}; make one with: tenancy backup run {tenant}")
         return BackupSource(tenancy.backups, good)
-    try:
-        number = UUID(backup)
-    except ValueError:
+    if (backup_id := parse_id(backup)) is None:
         fail(f"{backup!r} is no backup's id; list them with: tenancy backup list {tenant}")
-    return BackupSource(tenancy.backups, await tenancy.backups.get(number))
+    return BackupSource(tenancy.backups, await tenancy.backups.get(backup_id))
 
 
 def _ask(tenant: str, backup: str | None, to: str | None) -> str | None:

@@ -9,11 +9,11 @@ import typer
 from ..backups import DrillReport
 from ..tenancy import Tenancy
 from .output import print_fields, print_json
-from .runtime import EXIT_FAILED, Json, duration, operator, run_stoppable
+from .runtime import EXIT_FAILED, TENANT_NAMES, Json, duration, operator, run_stoppable
 
 
 def drill(
-    tenant: Annotated[str | None, typer.Argument(help="A slug or an id; a random tenant if not given.")] = None,
+    tenant: Annotated[str | None, typer.Argument(help=f"{TENANT_NAMES}; a random tenant if not given.")] = None,
     max_age: Annotated[
         str | None, typer.Option("--max-age", help="Fail if the newest backup is older, such as 26h.")
     ] = None,

@@ -13,7 +13,7 @@ from ..moves import MovePlan, MoveReport
 from ..operations import Operation
 from ..tenancy import Tenancy
 from .output import Column, TenantBar, console, note, print_json, print_table, progress_bar
-from .runtime import EXIT_FAILED, Json, Yes, confirm, fail, operator, run
+from .runtime import EXIT_FAILED, TENANT_NAMES, Json, Yes, confirm, fail, operator, run
 
 Offline = Annotated[
     bool, typer.Option("--offline", help="Copy it by a dump, in maintenance, instead of by logical replication.")
@@ -28,7 +28,7 @@ Concurrency = Annotated[
 
 
 def move(
-    tenant: Annotated[str | None, typer.Argument(help="A slug or an id.", show_default=False)] = None,
+    tenant: Annotated[str | None, typer.Argument(help=f"{TENANT_NAMES}.", show_default=False)] = None,
     to: Annotated[
         str | None, typer.Option("--to", help="The server; the one that placement chooses where it is not given.")
     ] = None,

@@ -14,7 +14,7 @@ from ..restores.manager import READ_ONLY
 from ..tenancy import Tenancy
 from .dev import run_psql
 from .output import Column, note, print_fields, print_json, print_table
-from .runtime import Json, Yes, confirm, fail, operator, run
+from .runtime import TENANT_NAMES, Json, Yes, confirm, fail, operator, run
 
 app = typer.Typer(
     name="operations", help="Restores, moves and other operations on single tenants.", no_args_is_help=True
@@ -25,7 +25,7 @@ Number = Annotated[int, typer.Argument(help="The operation's number.", metavar="
 
 @app.command("list")
 def list_operations(
-    tenant: Annotated[str | None, typer.Argument(help="A slug or an id.")] = None,
+    tenant: Annotated[str | None, typer.Argument(help=f"{TENANT_NAMES}.")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="Only this kind; repeatable.")] = None,
     state: Annotated[list[str] | None, typer.Option(help="Only in this state; repeatable.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="How many.")] = 20,

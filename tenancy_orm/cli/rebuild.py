@@ -13,6 +13,7 @@ import typer
 
 from ..errors import ConfigurationError
 from ..restores import FoundDatabase, RebuildReport
+from ..tenant import parse_id
 from .output import Column, note, print_json, print_table
 from .runtime import EXIT_FAILED, Json, exit_on_error, load_tenancy, operator
 
@@ -85,10 +86,8 @@ def _read(path: Path) -> tuple[dict[UUID, str], dict[UUID, str]]:
             raise ConfigurationError(f'{path}: {name} needs "SLUG", or {{ slug = "SLUG", tier = "TIER" }}')
         if not all(isinstance(text, str) for text in fields.values()):
             raise ConfigurationError(f"{path}: slug and tier of {name} are texts")
-        try:
-            tenant_id = UUID(name)
-        except ValueError as exc:
-            raise ConfigurationError(f"{path}: {name!r} is not the id of a tenant") from exc
+        if (tenant_id := parse_id(name)) is None:
+            raise ConfigurationError(f"{path}: {name!r} is not the id of a tenant")
         if tenant_id in slugs or tenant_id in tiers:
             raise ConfigurationError(f"{path} names {tenant_id} twice")
         if "slug" in fields:

@@ -37,7 +37,8 @@ def _remember(value: bool) -> bool:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", callback=_remember)]
-TenantArgument = Annotated[str, typer.Argument(help="A slug or an id.")]
+TENANT_NAMES = "A slug, a former slug that still redirects, a verified domain, or an id"
+TenantArgument = Annotated[str, typer.Argument(help=f"{TENANT_NAMES}.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 ExpiresIn = Annotated[str | None, typer.Option("--expires-in", help="For how long, such as 30m, 12h or 7d.")]

@@ -15,7 +15,7 @@ from ..tenant import Status, Tenant
 from .output import note
 from .runtime import confirm, fail
 
-Named = Annotated[list[str] | None, typer.Argument(metavar="TENANT", help="Slugs or ids.")]
+Named = Annotated[list[str] | None, typer.Argument(metavar="TENANT", help="Slugs, former slugs, domains, or ids.")]
 Also = Annotated[list[str] | None, typer.Option("--tenant", "-t", help="This tenant; repeatable.")]
 Tiers = Annotated[list[str] | None, typer.Option("--tier", help="The tenants of this tier; repeatable.")]
 Statuses = Annotated[

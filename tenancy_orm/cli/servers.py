@@ -27,7 +27,19 @@ from ..tenancy import Tenancy
 from .output import console, errors, print_fields, print_json, print_table
 from .pgbouncer import pgbouncer
 from .preparation import settle_server
-from .runtime import Json, Yes, confirm, exit_on_error, fail, given_url, load_tenancy, operator, run, variable
+from .runtime import (
+    TENANT_NAMES,
+    Json,
+    Yes,
+    confirm,
+    exit_on_error,
+    fail,
+    given_url,
+    load_tenancy,
+    operator,
+    run,
+    variable,
+)
 
 T = TypeVar("T")
 
@@ -305,7 +317,7 @@ def remove(
 
 @app.command()
 def explain(
-    tenant: Annotated[str | None, typer.Argument(help="A slug or an id; a new tenant if not given.")] = None,
+    tenant: Annotated[str | None, typer.Argument(help=f"{TENANT_NAMES}; a new tenant if not given.")] = None,
     tier: Annotated[
         str | None, typer.Option(help="The tier; the tenant's own, or the default tier, if not given.")
     ] = None,

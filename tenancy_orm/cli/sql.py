@@ -31,7 +31,8 @@ def sql(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="STATEMENT TENANT", help="One SQL statement, without --file; then slugs or ids of tenants."
+            metavar="STATEMENT TENANT",
+            help="One SQL statement, without --file; then tenants, by slug, former slug, verified domain or id.",
         ),
     ] = None,
     file: Annotated[

@@ -58,6 +58,8 @@ async def test_backups_are_made_listed_verified_kept_extracted_and_pruned(cli: C
     assert accepted.status == 0, accepted.err
     assert (accepted.json["id"], len(accepted.json["passed_over"])) == (control["id"], 1)
     shutil.rmtree(copied.with_name("ffffffff-ffff-7fff-bfff-ffffffffffff"))
+    for no_id in (f"{{{acme['id']}}}", f"urn:uuid:{acme['id']}"):
+        assert "is not the id of a backup" in (await cli("backup", "keep", no_id, "--for", "90d")).err
     kept = await cli("backup", "keep", acme["id"], "--for", "90d", "--json")
     assert kept.json["kept_until"] is not None
     archive = tmp_path / "store" / acme["path"] / "dump.tar.age"
