@@ -26,9 +26,9 @@ from ..backups.keys import BackupKey
 from ..backups.stores import Stores
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
-from ..context import as_reference, refuse_while_bound
+from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
-from ..errors import ErasureError, OperationStateError, TenancyError, TenantNotFoundError
+from ..errors import ErasureError, OperationStateError, TenancyError
 from ..jobs.claims import Claimant
 from ..operations import Operation, Operations
 from ..postgres.errors import describe
@@ -43,6 +43,7 @@ logger = logging.getLogger("tenancy_orm.exports")
 
 _AT_ONCE = 100  # tenants of one run
 _FORGOTTEN = 100  # databases that a certificate names
+_LISTED = 10  # tenants that an error names
 
 _REACHED = "its databases on the servers that exist"
 _ERASED = (
@@ -90,7 +91,6 @@ _READERS = text(
     "SELECT b.id, r.value->>'host' AS host, (r.value->>'until')::timestamptz > clock_timestamp() AS is_reading "
     "FROM tenancy.backups b CROSS JOIN LATERAL jsonb_each(b.readers) r WHERE b.tenant_id = :id ORDER BY b.id, 2"
 )
-_NAMED = text("SELECT id FROM tenancy.tenants WHERE slug = :slug AND status = 'purged' ORDER BY updated_at DESC")
 _UPDATED = text("SELECT updated_at FROM tenancy.tenants WHERE id = :id")
 
 
@@ -141,12 +141,12 @@ class ErasureManager:
         It is issued once: a later call returns the same one.
 
         Args:
-            tenant: The tenant, by id, or by the slug that it had.
+            tenant: The tenant, by id, or by the slug that it had; or one that exists, by any of its names.
             actor: Who does this.
 
         Raises:
-            ErasureError: it has not been purged; another process does this now; or several purged tenants had that
-                slug.
+            ErasureError: it has not been purged; another process does this now; or several tenants have or had
+                that slug.
             BackupError: a store of its backups cannot be reached; try again.
             TenantNotFoundError: no such tenant.
             CrossTenantError: a tenant is bound, as for all methods.
@@ -159,10 +159,10 @@ class ErasureManager:
         return known or await self._complete(found, actor)
 
     async def certificate(self, tenant: TenantRef) -> ErasureCertificate:
-        """Return the certificate of a tenant that was erased.
+        """Return the certificate of a tenant that was erased; it is named as in ``complete``.
 
         Raises:
-            ErasureError: there is none yet; or several purged tenants had that slug.
+            ErasureError: there is none yet; or several tenants have or had that slug.
             TenantNotFoundError: no such tenant.
         """
         refuse_while_bound("reading certificates of erasure")
@@ -378,20 +378,12 @@ class ErasureManager:
         return _certificate(done[0].detail) if done else None
 
     async def _find(self, tenant: TenantRef) -> Tenant:
-        named = as_reference(tenant)
-        if isinstance(named, UUID):
-            return await self._registry.get(named)
-        async with self._control.connect() as connection:
-            purged = list((await connection.execute(_NAMED, {"slug": named})).scalars())
-        if len(purged) > 1:
-            listed = ", ".join(map(str, purged[:10]))
-            raise ErasureError(f"several purged tenants had the slug {named!r}; name one by its id: {listed}")
-        if purged:
-            return await self._registry.get(purged[0])
-        found = await self._registry.find(named)
-        if found.slug != named:
-            raise TenantNotFoundError(named)  # a domain, or a former slug
-        return found
+        found = await self._registry.find_with_purged(tenant)
+        if len(found) > 1:
+            # a certificate of one would pass for that of another
+            listed = ", ".join(f"{one.id} ({one.status})" for one in found[:_LISTED])
+            raise ErasureError(f"several tenants have or had the slug {str(tenant)!r}; name one by its id: {listed}")
+        return found[0]
 
 
 def _certificate(detail: Mapping[str, Any]) -> ErasureCertificate:

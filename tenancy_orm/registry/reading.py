@@ -102,6 +102,27 @@ class Reading(TenantTable):
         refuse_other_tenant(found)
         return found
 
+    async def find_with_purged(self, ref: str | UUID | Tenant) -> list[Tenant]:
+        """Return the tenant that ``ref`` names, and every purged one with it as its last slug; at least one.
+
+        A slug is free once its tenant is purged: several tenants may have had it, and another may have it now.
+
+        Raises:
+            TenantNotFoundError: there is none.
+            CrossTenantError: another tenant is bound, or one is and another has had this slug.
+        """
+        refuse_other_tenant(ref)
+        named = as_reference(ref)
+        condition = tenants.c.id == named if isinstance(named, UUID) else has_name(check_name(named), purged=True)
+        async with self._control.connect() as connection:
+            rows = await connection.execute(select(*TENANT_COLUMNS).where(condition).order_by(tenants.c.id))
+            found = [tenant_from_row(row) for row in rows]
+        if not found:
+            raise TenantNotFoundError(named)
+        for tenant in found:
+            refuse_other_tenant(tenant)
+        return found
+
     async def page(
         self, which: TenantFilter = EVERY_TENANT, *, limit: int = 100, after: UUID | None = None
     ) -> TenantPage:

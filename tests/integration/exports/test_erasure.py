@@ -22,6 +22,7 @@ from tenancy_orm.errors import (
     BackupNotFoundError,
     CrossTenantError,
     ErasureError,
+    TenantNotFoundError,
 )
 from tenancy_orm.exports import ErasureCertificate, erasure
 from tenancy_orm.operations import Operations
@@ -141,6 +142,56 @@ async def test_a_certificate_says_what_was_erased_and_what_remains(
     async with tenancy.scope((await tenancy.tenants.create("globex")).tenant):
         with pytest.raises(CrossTenantError):
             await tenancy.erasures.certificate(tenant_id)
+
+
+async def test_a_slug_of_several_tenants_leads_to_the_certificate_of_none(tenancy: Tenancy) -> None:
+    """The certificate of the first would say to whoever asks by the slug that the second was erased."""
+    first = (await tenancy.tenants.create("acme")).tenant
+    await purge(tenancy)
+    certified = await tenancy.erasures.complete("acme")
+    assert certified == await tenancy.erasures.certificate("acme")
+    second = (await tenancy.tenants.create("acme")).tenant
+    for _ in range(2):
+        for ask in (tenancy.erasures.certificate, tenancy.erasures.complete):
+            with pytest.raises(ErasureError, match="several tenants have or had the slug 'acme'") as caught:
+                await ask("acme")
+            assert f"{first.id} (purged), {second.id} (active)" in str(caught.value)
+        assert await tenancy.erasures.certificate(str(first.id)) == certified
+        with pytest.raises(ErasureError, match="no certificate"):
+            await tenancy.erasures.certificate(second)
+        # the slug still names the second, while it redirects to it
+        if (await tenancy.tenants.get(second)).slug == "acme":
+            await tenancy.tenants.rename("acme", "acme-corp")
+    await purge(tenancy, "acme-corp")
+    assert (await tenancy.erasures.complete("acme-corp")).tenant_id == second.id
+    # a purged tenant has no former slugs: the first is the only one with this as its last slug
+    assert await tenancy.erasures.certificate("acme") == certified
+    third = (await tenancy.tenants.create("acme")).tenant
+    await purge(tenancy)
+    with pytest.raises(ErasureError, match=f"{third.id} \\(purged\\)"):
+        await tenancy.erasures.certificate("acme")
+
+
+async def test_an_existing_tenant_is_found_by_all_of_its_names(tenancy: Tenancy) -> None:
+    """As in every other part; it is then refused for what it is, and not said not to exist."""
+    tenant = (await tenancy.tenants.create("acme")).tenant
+    await tenancy.tenants.rename("acme", "acme-corp")
+    async with tenancy.internals.control.transaction() as connection:
+        await connection.execute(
+            text(
+                "INSERT INTO tenancy.domains (domain, tenant_id, token, verified_at) "
+                "VALUES ('acme.example', :id, 't', now()), ('claimed.example', :id, 't', NULL)"
+            ),
+            {"id": tenant.id},
+        )
+    for name in ("acme-corp", "acme", "acme.example", tenant.id, tenant):
+        with pytest.raises(ErasureError, match="no certificate of 'acme-corp' yet"):
+            await tenancy.erasures.certificate(name)
+        with pytest.raises(ErasureError, match="'acme-corp' has not been purged"):
+            await tenancy.erasures.complete(name)
+    for unknown in ("claimed.example", "nobody", "", "acme\0"):
+        with pytest.raises(TenantNotFoundError):
+            await tenancy.erasures.certificate(unknown)
 
 
 async def test_housekeeping_certifies_what_it_purges_and_repeats_what_failed(
