@@ -47,7 +47,7 @@ from .migrations.execution import printing_sql
 from .migrations.failures import FleetCommandError, describe
 from .migrations.plan import Plan
 from .migrations.scripts import Environment, capture_options, is_reading, load
-from .migrations.selection import NO_TENANTS
+from .migrations.selection import NO_TENANTS, Selection
 from .runs import FleetMigrator
 from .runs.migrator import DEFAULT_CONCURRENCY
 from .runs.recorded import RunOptions
@@ -272,11 +272,12 @@ class _Command:
 
     async def _only_tenant(self) -> Tenant:
         """The tenant of ``-x tenant=...``, which the printed statements are for."""
-        slug, *more = self.arguments.tenants or ()
+        name, *more = self.arguments.tenants or ()
         if more:
             raise CommandError("--sql prints the statements of one database; give one -x tenant=... or none")
         async with Tenancy(self._config()) as tenancy:
-            return await tenancy.tenants.get_by_slug(slug)
+            (tenant,) = await Selection(tenancy.internals.registry).choose([name])
+            return tenant
 
     async def _answer(self) -> None:
         async with Tenancy(self._config()) as tenancy:

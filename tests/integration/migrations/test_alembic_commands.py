@@ -169,6 +169,16 @@ async def test_the_tenant_is_none_where_there_is_none(alembic: Alembic, fleet: F
     printed = await alembic("-x", "tenant=acme", "upgrade", "0001:0002", "--sql")
     assert "SELECT 'acme';" in printed
     assert "Running upgrade 0001 -> 0002" in printed
+    acme = await fleet.registry.find("acme")
+    async with fleet.tenancy.internals.control.transaction() as connection:
+        await connection.exec_driver_sql(
+            "INSERT INTO tenancy.domains (domain, tenant_id, token, verified_at) "
+            f"VALUES ('acme.test', '{acme.id}', 't', now())"
+        )
+    for name in ("acme.test", str(acme.id)):
+        # as without --sql
+        assert (await alembic("-x", f"tenant={name}", "current")).startswith("acme: ")
+        assert "SELECT 'acme';" in await alembic("-x", f"tenant={name}", "upgrade", "0001:0002", "--sql")
     refused = await alembic("-x", "tenant=acme", "-x", "tenant=globex", "upgrade", "0002", "--sql", ok=False)
     assert "--sql prints the statements of one database" in refused
     assert "tenant 'nobody' does not exist" in await alembic(
