@@ -146,7 +146,12 @@ class TenantInTurn:
         refuse_while_bound(what)
 
     def bind_next(self, tenant: Tenant) -> Tenant:
-        """Bind the next tenant, in place of the one before it."""
+        """Bind the next tenant, once the binding of the one before it has ended.
+
+        Raises:
+            CrossTenantError: a tenant is bound.
+        """
+        refuse_while_bound(self._what)
         set_current(tenant)
         self._bound = tenant
         return tenant

@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .backups import BackupManager
 from .cancellation import run_to_completion
 from .config import TenancyConfig
+from .context import refuse_while_bound
 from .deadlines import clock
 from .errors import ConfigurationError, ControlUnavailableError, JobLostError
 from .events import EventBus, JobDone, JobFailed, JobLost, JobTakenOver
@@ -115,7 +116,9 @@ class Worker:
 
         Raises:
             ControlUnavailableError: with ``once``, the control database does not answer.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("running a worker")
         left = set(self._registered)
         try:
             while not self._stopping.is_set():

@@ -89,7 +89,9 @@ class BackupManager:
 
         Raises:
             ConfigurationError: ``backup.store`` is not set.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("using a store of backups")
         return self._stores.current
 
     # --- making -----------------------------------------------------------------------------------------------------

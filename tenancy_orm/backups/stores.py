@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import BackupConfig
+from ..context import refuse_while_bound
 from ..errors import BackupError, BackupNotFoundError, ConfigurationError, MissingExtraError
 
 CHUNK_BYTES = 1024 * 1024
@@ -30,6 +31,7 @@ _SMALL_BYTES = 16 * 1024**2
 MANIFEST_BYTES = 128 * 1024**2
 """How large a manifest may be: it has a line for each table and each large object."""
 
+_USING = "using a store of backups"
 _PATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 
 
@@ -43,7 +45,7 @@ class StoredObject:
 
 
 class Store(ABC):
-    """A place for backups.
+    """A place for backups: of all tenants, so that nothing in it can be used while a tenant is bound.
 
     Attributes:
         url: Where it is, without credentials.
@@ -184,6 +186,7 @@ class DirectoryStore(Store):
 
     def write(self, path: str, chunks: Iterable[bytes], *, size: int | None = None) -> None:
         """Write a file beside its place, and move it there once it is on the disk."""
+        refuse_while_bound(_USING)
         target = self._path(path)
         with self._failures(path):
             self._directory.parent.mkdir(parents=True, exist_ok=True)
@@ -213,12 +216,14 @@ class DirectoryStore(Store):
 
     def read(self, path: str) -> Iterator[bytes]:
         """Read a file."""
+        refuse_while_bound(_USING)
         with self._failures(path), self._path(path).open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
 
     def find(self, prefix: str) -> Iterator[StoredObject]:
         """Return the files below a directory."""
+        refuse_while_bound(_USING)
         root = self._path(prefix) if prefix else self._directory
         for directory, _, names in os.walk(root, onerror=partial(self._fail, prefix)):
             for name in names:
@@ -236,6 +241,7 @@ class DirectoryStore(Store):
 
     def remove(self, path: str) -> None:
         """Delete a file, and the directories that are empty then."""
+        refuse_while_bound(_USING)
         file = self._path(path)
         with self._failures(path):
             file.unlink(missing_ok=True)
@@ -289,6 +295,7 @@ class ObjectStore(Store):
 
     def write(self, path: str, chunks: Iterable[bytes], *, size: int | None = None) -> None:
         """Write an object, in parts where it is large."""
+        refuse_while_bound(_USING)
         part = max(_PART_BYTES, (size or 0) // 5_000)
         given = _Remembering(chunks)
         try:
@@ -301,12 +308,14 @@ class ObjectStore(Store):
 
     def read(self, path: str) -> Iterator[bytes]:
         """Read an object."""
+        refuse_while_bound(_USING)
         with self._failures(path):
             for chunk in self._obstore.get(self._store, path).stream(min_chunk_size=CHUNK_BYTES):
                 yield bytes(chunk)
 
     def find(self, prefix: str) -> Iterator[StoredObject]:
         """Return the objects below a prefix."""
+        refuse_while_bound(_USING)
         with self._failures(prefix):
             for chunk in self._obstore.list(self._store, prefix or None):
                 for meta in chunk:
@@ -314,6 +323,7 @@ class ObjectStore(Store):
 
     def remove(self, path: str) -> None:
         """Delete an object."""
+        refuse_while_bound(_USING)
         try:
             with self._failures(path):
                 self._obstore.delete(self._store, path)

@@ -22,6 +22,7 @@ from types import MappingProxyType
 
 import asyncpg
 
+from ..context import refuse_while_bound
 from ..control.names import Names
 from ..errors import ProvisioningError
 from ..postgres import connections, login
@@ -66,7 +67,9 @@ class CopyLogin:
 
         Raises:
             asyncpg.PostgresError, asyncpg.InterfaceError, OSError: the server refuses, or does not answer.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("logging in to a tenant's whole database")
         return await login.connect(
             self.dsn,
             purpose=purpose,

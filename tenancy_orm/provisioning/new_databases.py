@@ -148,7 +148,9 @@ class NewDatabase:
 
         Raises:
             TimeoutError: its sessions did not end in time.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("making a tenant's database")
         await end_login(self._connection, self._blockers, self.login.role)
 
     async def hand_over(self, tenant: Tenant, role: str, *, policy: ContentsPolicy) -> None:

@@ -55,6 +55,7 @@ class Reader:
 
         Raises:
             asyncpg.PostgresError, asyncpg.InterfaceError, OSError: the server refuses, or does not answer.
+            CrossTenantError: a tenant is bound.
         """
         return await self.login.connect(timeout=timeout, settings=settings, purpose=purpose)
 
@@ -63,7 +64,9 @@ class Reader:
 
         Raises:
             ProvisioningError: the administrator may not do that.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("reading a tenant's whole database")
         await see_all_rows(self._connection, self.login.role)
 
 

@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
-from ..context import TenantInTurn, refuse_while_bound
+from ..context import TenantInTurn, refuse_other_tenant, refuse_while_bound
 from ..control.database import ControlDatabase
 from ..control.models import tenants
 from ..errors import ConfigurationError
@@ -223,8 +223,13 @@ class DueTenants(TenantInTurn):
         return self.bind_next(self._current[0])
 
     async def done(self) -> None:
-        """Record the tenant that was returned last as sent: before a ``break``, which asks for no further one."""
+        """Record the tenant that was returned last as sent: before a ``break``, which asks for no further one.
+
+        Raises:
+            CrossTenantError: another tenant is bound.
+        """
         tenant, due_at = self._returned()
+        refuse_other_tenant(tenant)
         values = {"name": self._question.name, "tenant": tenant.id, "due_at": due_at}
         async with self._control.transaction() as connection:
             await connection.execute(SENT, values)

@@ -13,6 +13,7 @@ from uuid import UUID
 from ...backups.dump import lockable_tables, read_tables
 from ...backups.sources import TENANT_SCOPE, facts_of
 from ...cancellation import run_to_completion
+from ...context import refuse_while_bound
 from ...errors import ProvisioningError, RecoveryError
 from ...postgres import connections, login
 from ...postgres.connections import Connection
@@ -92,7 +93,9 @@ class PointInTime:
 
         Raises:
             RecoveryTargetError, RecoveryError, MarkerMismatchError, ConfigurationError: as ``RecoveryManager.open``.
+            CrossTenantError: a tenant is bound.
         """
+        refuse_while_bound("recovering a whole server")
         async with self._provider.recover(self._request) as recovered:
             yield await self._dump(recovered)
 
