@@ -18,15 +18,13 @@ from ..errors import AdoptionError, TenantNotFoundError
 from ..jobs.claims import Claimant
 from ..migrations.services import FleetServices
 from ..operations import Operation, Operations
+from ..operations.progress import StepProgress
 from ..postgres.connections import POLL_SECONDS
 from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.filled_creation import Filling
 from ..provisioning.new_databases import ContentsPolicy, NewDatabase
 from ..tenant import Status, Tenant
 from ..tenants.manager import CreatedTenant, TenantManager
-
-Tell = Callable[[str], None]
-"""Receives a line about what is done now."""
 
 KEY_SHOWN = "and its API key was shown then; tenancy keys issue makes another"
 """What there is to say of a tenant that is complete already."""
@@ -39,12 +37,12 @@ class Steps:
     """The steps of one adoption: each is recorded before it begins.
 
     Attributes:
-        tell: Receives each step.
+        progress: Receives each step.
         tenant: The tenant that is being created; set before the work begins.
         operation: The record; set before the work begins.
     """
 
-    tell: Tell
+    progress: StepProgress
     _operations: Operations
     claimant: Claimant = field(default_factory=Claimant)
     tenant: Tenant | None = None
@@ -56,7 +54,7 @@ class Steps:
         Raises:
             JobLostError: another process has the operation by now.
         """
-        self.tell(step)
+        self.progress(step)
         if self.operation is not None:
             self.operation = await self._operations.advance(self.operation, self.claimant, step, detail=detail)
 
@@ -93,7 +91,7 @@ class AdoptionFrame:
         detail: Mapping[str, Any],
         extensions: Sequence[InstalledExtension] = (),
         values: Mapping[str, Any],
-        tell: Tell,
+        progress: StepProgress,
         actor: Actor,
     ) -> tuple[CreatedTenant, Operation]:
         """Create a tenant, and let ``work`` fill its database. It is all or nothing.
@@ -106,13 +104,13 @@ class AdoptionFrame:
             detail: For the record: what is adopted, and no secrets.
             extensions: The extensions that the database needs, beside the configured ones.
             values: Further arguments of ``TenantManager.create``.
-            tell: Receives each step.
+            progress: Receives each step.
             actor: Who does this, for the audit log.
 
         Raises:
             TenancyError: as ``TenantManager.create``, or what ``work`` raises; nothing remains.
         """
-        steps = Steps(tell, self._operations)
+        steps = Steps(progress, self._operations)
 
         async def fill(new: NewDatabase) -> None:
             number = self._services.names.parse(new.name)
@@ -189,4 +187,4 @@ class AdoptionFrame:
             await asyncio.sleep(POLL_SECONDS)
 
 
-__all__ = ["KEY_SHOWN", "AdoptionFrame", "Steps", "Tell", "Work"]
+__all__ = ["KEY_SHOWN", "AdoptionFrame", "Steps", "Work"]

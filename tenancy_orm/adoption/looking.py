@@ -22,6 +22,7 @@ from ..migrations.database import ConnectionAdapter, DatabaseMigration, Target
 from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.services import FleetServices
+from ..operations.progress import StepProgress
 from ..postgres import connections as plain_connections
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
@@ -35,7 +36,6 @@ from ..provisioning.new_databases import SAFE_PATH
 from ..tenant import Tenant
 from .comparison import comparable, differences
 from .contents import Contents, SourceTable, read_contents
-from .frame import Tell
 from .renaming import move_schema, remaining
 from .source import OpenSource
 from .transfer import Transfer
@@ -98,14 +98,14 @@ class Looking:
         self._ignored = Ignored(services.config.migration.drift_ignore)
         self._references = References(services, connections, environment, self._ignored)
 
-    async def look(self, opened: OpenSource, server: str, tell: Tell) -> Look:
+    async def look(self, opened: OpenSource, server: str, progress: StepProgress) -> Look:
         """Look at a source. Nothing is changed; short-lived databases are made on the server.
 
         Raises:
             AdoptionError: it cannot become a tenant, whatever differences are accepted.
             MigrationError: the migrations do not have its revision, or one of them fails.
         """
-        tell("look at the source")
+        progress("look at the source")
         version = await self._server_version(opened, server)
         # in a thread: it looks at many directories, and starts the programs
         programs = await asyncio.to_thread(find_programs, version, self._services.config.provisioning.client_programs)
@@ -113,7 +113,7 @@ class Looking:
         contents = await self.contents(opened)
         self.check_extensions(opened, contents)
         lost = await self._lost_properties(opened, server)
-        tell("compare its schema")
+        progress("compare its schema")
         expected = await self._references.read(server, heads)
         schema = _schema_of(expected, self._environment) if opened.source.schema is not None else "public"
         left_out, found, named = await self._found(opened, contents, programs, version, server, heads, stamp, schema)

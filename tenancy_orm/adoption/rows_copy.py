@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 import asyncpg
 
 from ..errors import AdoptionError
+from ..operations.progress import StepProgress
 from ..postgres.connections import Connection, transaction
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from .contents import Contents
-from .frame import Tell
 from .selection import PLAIN_TEXTS, Selection, Transferred
 from .source import OpenSource
 from .verification import SEQUENCES, set_sequence, verify
@@ -69,14 +69,14 @@ class RowsCopy:
         self._pairs = pairs
         self._expected = expected
 
-    async def run(self, target: Connection, tell: Tell) -> list[str]:
+    async def run(self, target: Connection, progress: StepProgress) -> list[str]:
         """Copy everything in one transaction of the target, and return what is worth knowing.
 
         Foreign keys are taken off and made again at the end, which checks all rows: so circles are no hindrance.
 
         Args:
             target: As the login that owns the tables.
-            tell: Receives each table.
+            progress: Receives each table.
 
         Raises:
             AdoptionError: the rows do not fit there, or refer to rows that are not there.
@@ -92,10 +92,10 @@ class RowsCopy:
                 for pair in self._pairs:
                     notes += await self._empty(target, pair)
                 for pair in self._pairs:
-                    tell(f"copy {pair.reached.relation.label}")
+                    progress(f"copy {pair.reached.relation.label}")
                     await self._copy(target, pair)
                 await target.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            tell("verify")
+            progress("verify")
             await self._compare(target)
             # references are validated, and sequences set
             notes += await verify(target, _NOTHING, lambda table: table.schema)

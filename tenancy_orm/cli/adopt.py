@@ -144,8 +144,8 @@ def _adopt_database(
     options: dict[str, Any],
 ) -> None:
     """Make a tenant of a database or of a schema of it."""
-    tell = None if as_json else lambda text: note(f"{slug}: {text}")
-    arguments = {**options, "in_place": in_place, "tell": tell}
+    progress = None if as_json else lambda text: note(f"{slug}: {text}")
+    arguments = {**options, "in_place": in_place, "progress": progress}
 
     async def command(tenancy: Tenancy) -> AdoptionReport | AdoptionDifferencesError:
         if dry_run:

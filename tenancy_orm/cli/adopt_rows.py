@@ -44,7 +44,7 @@ def adopt_rows(
     said = exit_on_error(
         lambda: RowsMapping.parse({}, where=where) if mapping is None else RowsMapping.read(mapping, where=where)
     )
-    arguments = {"mapping": said, **options, "tell": None if as_json else lambda text: note(f"{slug}: {text}")}
+    arguments = {"mapping": said, **options, "progress": None if as_json else lambda text: note(f"{slug}: {text}")}
 
     async def command(tenancy: Tenancy) -> RowsReport:
         if dry_run:
@@ -80,8 +80,8 @@ def adopt_fleet(plan: Path, source: str | None, *, concurrency: int | None, dry_
                     print(f"{outcome.slug} {outcome.api_key}", flush=True)
 
             if dry_run:
-                return await tenancy.adoption.fleet.check(said, done=done)
-            return await tenancy.adoption.fleet.adopt(said, done=done, actor=operator())
+                return await tenancy.adoption.fleet.check(said, progress=done)
+            return await tenancy.adoption.fleet.adopt(said, progress=done, actor=operator())
 
     report = run_stoppable(command, stopped=_FLEET_INTERRUPTED)
     if as_json:

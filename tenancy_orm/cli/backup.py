@@ -81,14 +81,14 @@ def run_backups(
         with progress_bar(shown=not as_json) as shown:
             bar = TenantBar(shown, "backed up")
 
-            def tell(tenant: Tenant, outcome: Backup | str) -> None:
+            def show(tenant: Tenant, outcome: Backup | str) -> None:
                 bar.done(tenant)
 
             if selection is None:
-                return await tenancy.backups.run_due(progress=tell, actor=operator())
+                return await tenancy.backups.run_due(progress=show, actor=operator())
             chosen = await selection.find(tenancy)
             bar.total(len(chosen))
-            return await tenancy.backups.run(chosen, kept_until=until, progress=tell, actor=operator())
+            return await tenancy.backups.run(chosen, kept_until=until, progress=show, actor=operator())
 
     with failures_listed():
         report = run_stoppable(command)

@@ -87,7 +87,7 @@ def wal(
 ) -> None:
     """Receive a server's WAL as it is written, until SIGINT or SIGTERM. Run it as a service, one for each server."""
 
-    def tell(event: WalEvent) -> None:
+    def show(event: WalEvent) -> None:
         if event.kind == "received":
             return  # several a minute
         if as_json:
@@ -106,7 +106,7 @@ def wal(
             # once: a second cancellation would interrupt the end of the program that receives
             asyncio.get_running_loop().add_signal_handler(number, lambda: main.cancelling() or main.cancel())
         try:
-            await tenancy.recovery.receive_wal(server, tell=tell)
+            await tenancy.recovery.receive_wal(server, progress=show)
         except asyncio.CancelledError:
             main.uncancel()
 

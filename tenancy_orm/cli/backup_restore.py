@@ -9,6 +9,7 @@ from uuid import UUID
 import typer
 
 from ..errors import ContentsRefusedError
+from ..operations.progress import StepProgress
 from ..restores import BackupSource, RestoreReport, RestoreSource
 from ..tenancy import Tenancy
 from .output import note, print_fields, print_json
@@ -70,11 +71,11 @@ def restore(
                 source,
                 server=server,
                 accept=accept_differences,
-                tell=_tell(as_json),
+                progress=_progress(as_json),
                 actor=operator(),
             )
         return await tenancy.restores.restore(
-            tenant, source, inspect=inspect, accept=accept_differences, tell=_tell(as_json), actor=operator()
+            tenant, source, inspect=inspect, accept=accept_differences, progress=_progress(as_json), actor=operator()
         )
 
     _print(run_stoppable(_listing_findings(command)), as_json)
@@ -86,7 +87,7 @@ def undo_restore(tenant: TenantArgument, yes: Yes = False, as_json: Json = False
         fail("nothing was changed")
 
     async def command(tenancy: Tenancy) -> RestoreReport:
-        return await tenancy.restores.undo(tenant, tell=_tell(as_json), actor=operator())
+        return await tenancy.restores.undo(tenant, progress=_progress(as_json), actor=operator())
 
     _print(run_stoppable(command), as_json)
 
@@ -155,8 +156,8 @@ def _listing_findings(command: Any) -> Any:
     return listing
 
 
-def _tell(as_json: bool) -> Any:
-    return (lambda what: None) if as_json else (lambda what: note(f"{what} ..."))
+def _progress(as_json: bool) -> StepProgress | None:
+    return None if as_json else lambda step: note(f"{step} ...")
 
 
 def _print(report: RestoreReport, as_json: bool) -> None:

@@ -55,7 +55,7 @@ def clone(
             metadata=given,
             server=server,
             accept=accept_differences,
-            tell=(lambda what: None) if as_json else (lambda what: note(f"{what} ...")),
+            progress=None if as_json else lambda step: note(f"{step} ..."),
             actor=operator(),
         )
 

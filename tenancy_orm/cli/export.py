@@ -49,7 +49,7 @@ def export(
                 row_format=wanted,
                 exclude=exclude or (),
                 resume=resume,
-                on_progress=show,
+                progress=show,
                 actor=operator(),
             )
 

@@ -64,9 +64,9 @@ def move(
             return await tenancy.moves.rollback(tenant, actor=operator())
         if confirmed:
             return await tenancy.moves.confirm(tenant, actor=operator())
-        tell = None if as_json else note
+        progress = None if as_json else note
         return await tenancy.moves.move(
-            tenant, to=to, offline=offline, way_back=not no_way_back, tell=tell, actor=operator()
+            tenant, to=to, offline=offline, way_back=not no_way_back, progress=progress, actor=operator()
         )
 
     if confirmed and not yes and not confirm(f"drop the former database of {tenant}? There is no way back then."):

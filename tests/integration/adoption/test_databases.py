@@ -63,7 +63,7 @@ async def test_a_copy_of_a_database_becomes_a_tenant(fleet: Fleet, postgres: Pos
         settings, locale = looked.notes
         assert settings.startswith("settings of the source's database do not come along: TimeZone; give them")
         assert locale.startswith("texts are sorted and compared by the locale ")
-        report = await fleet.tenancy.adoption.adopt("acme", source.url, tier="pro", tell=seen.append)
+        report = await fleet.tenancy.adoption.adopt("acme", source.url, tier="pro", progress=seen.append)
         assert {table.source: table.rows for table in report.tables} == {
             "public.alembic_version": 1,
             "public.authors": 3,

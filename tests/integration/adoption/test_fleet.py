@@ -38,7 +38,7 @@ async def source(postgres: Postgres) -> AsyncIterator[ForeignDatabase]:
 async def test_a_dry_run_finds_rows_that_nobody_or_two_tenants_have(fleet: Fleet, source: ForeignDatabase) -> None:
     check = fleet.tenancy.adoption.fleet.check
     seen: list[FleetOutcome] = []
-    report = await check(AdoptionPlan.parse({**QUERY, "mapping": MAPPING}, source=source.url), done=seen.append)
+    report = await check(AdoptionPlan.parse({**QUERY, "mapping": MAPPING}, source=source.url), progress=seen.append)
     assert [(one.slug, one.state, one.rows) for one in report.tenants] == [
         ("acme", "checked", 21),
         ("globex", "checked", 15),

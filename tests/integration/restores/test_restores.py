@@ -71,7 +71,7 @@ async def test_a_restore_brings_back_what_was_dumped_and_an_undo_what_was_replac
     before, present = await fleet.registry.find("acme"), await databases(fleet)
     restores = fleet.tenancy.restores
     told: list[str] = []
-    report = await restores.restore("acme", DumpSource(archive, before.id), tell=told.append)
+    report = await restores.restore("acme", DumpSource(archive, before.id), progress=told.append)
     assert (report.state, report.differences, report.left_out) == ("done", (), ())
     assert told == ["restoring", "running missing revisions", "swapping"]
     assert await notes(fleet, "acme") == 100
