@@ -129,9 +129,9 @@ class AdoptionPlan:
         assert self.defaults is not None  # noqa: S101 - a query has them
         found = replace(self.defaults, slug=slug)
         if found.where is not None:
-            return _settled(replace(found, where=found.where.replace(_KEY, quote_literal(key))))
+            return _applied(replace(found, where=found.where.replace(_KEY, quote_literal(key))))
         assert found.schema is not None  # noqa: S101 - of a query's tenants, one of both is said
-        return _settled(replace(found, schema=found.schema.replace(_KEY, key)))
+        return _applied(replace(found, schema=found.schema.replace(_KEY, key)))
 
     def with_keys(self, found: list[tuple[str, str]]) -> tuple[PlannedTenant, ...]:
         """Return all tenants, with those of the query.
@@ -168,7 +168,7 @@ def _tenant(values: Mapping[str, Any], common: Mapping[str, Any], resolve: Calla
         said["accept_differences"] = _flag(values, "accept_differences", place)
     _refuse_unfit(said, place)
     url = _text(values, "from", place)
-    return _settled(_made({**common, **said, "slug": slug, **({} if url is None else {"source": resolve(url)})}))
+    return _applied(_made({**common, **said, "slug": slug, **({} if url is None else {"source": resolve(url)})}))
 
 
 def _refuse_unfit(said: Mapping[str, Any], place: str) -> None:
@@ -191,7 +191,7 @@ def _made(values: Mapping[str, Any]) -> PlannedTenant:
     return PlannedTenant(**values)
 
 
-def _settled(one: PlannedTenant) -> PlannedTenant:
+def _applied(one: PlannedTenant) -> PlannedTenant:
     """Leave out what the plan says for tenants of another kind, and put the schema in its places."""
     if one.where is not None:  # rows have their mapping
         return replace(one, with_shared=(), without=(), accept_differences=False)

@@ -29,7 +29,7 @@ from ..tenants.manager import CreatedTenant, TenantManager
 KEY_SHOWN = "and its API key was shown then; tenancy keys issue makes another"
 """What there is to say of a tenant that is complete already."""
 
-_SETTLE_SECONDS = 10.0  # for which the connections of a process that has died are waited for
+_WAIT_SECONDS = 10.0  # for which the connections of a process that has died are waited for
 
 
 @dataclass(slots=True)
@@ -130,7 +130,7 @@ class AdoptionFrame:
         assert steps.operation is not None  # noqa: S101 - nothing is created without it
         return created, await self._operations.get(steps.operation.id)
 
-    async def settle_former(self, slug: str, source: str, *, actor: Actor) -> tuple[Tenant, Operation] | None:
+    async def clean_up_former(self, slug: str, source: str, *, actor: Actor) -> tuple[Tenant, Operation] | None:
         """Remove what a process that died has left of a creation of this slug.
 
         Args:
@@ -152,8 +152,8 @@ class AdoptionFrame:
         found = await self._operations.list(tenant_id=tenant.id, kinds=("adopt",), limit=1)
         operation = found[0] if found else None
         if tenant.status is Status.PROVISIONING:
-            await self.settle(tenant, operation, actor=actor)
-            return await self.settle_former(slug, source, actor=actor)
+            await self.clean_up(tenant, operation, actor=actor)
+            return await self.clean_up_former(slug, source, actor=actor)
         if operation is not None and operation.is_abandoned and operation.detail.get("in_place"):
             # killed between the tenant's activation and the end of the record
             claimant = Claimant()
@@ -168,7 +168,7 @@ class AdoptionFrame:
             return None  # TenantExistsError follows; a deleted tenant has to be purged first
         return tenant, operation
 
-    async def settle(self, tenant: Tenant, operation: Operation | None, *, actor: Actor) -> None:
+    async def clean_up(self, tenant: Tenant, operation: Operation | None, *, actor: Actor) -> None:
         """Finish or remove a creation that nobody does any more; a database in place is brought back to how it was.
 
         Raises:
@@ -176,11 +176,11 @@ class AdoptionFrame:
             ProvisioningError: what is left could not be removed.
         """
         provisioner = self._services.provisioner
-        settle = partial(provisioner.settle_creation, tenant, actor=actor)
+        clean_up = partial(provisioner.settle_creation, tenant, actor=actor)
         if operation is not None and operation.detail.get("in_place"):
-            settle = partial(provisioner.undo_takeover, tenant, operation.detail.get("undo", {}), actor=actor)
-        deadline = asyncio.get_running_loop().time() + _SETTLE_SECONDS
-        while not await settle():
+            clean_up = partial(provisioner.undo_takeover, tenant, operation.detail.get("undo", {}), actor=actor)
+        deadline = asyncio.get_running_loop().time() + _WAIT_SECONDS
+        while not await clean_up():
             # its connection may be on its way to end
             if asyncio.get_running_loop().time() > deadline:
                 raise AdoptionError(f"tenant {tenant.slug!r} is being created now, by another process or a reconcile")

@@ -284,7 +284,7 @@ class Looking:
                 login = database.login
                 left_out = await self._transfer(opened, contents, programs, version, login).run(with_rows=False)
                 stamped = heads if stamp else frozenset[str]()
-                await self.settle(login, server, opened, contents, schema, stamped, tenant=None)
+                await self.finish(login, server, opened, contents, schema, stamped, tenant=None)
                 connection = await self.connect(login)
                 try:
                     found = await self.read(connection, heads, owner=login.role)
@@ -323,7 +323,7 @@ class Looking:
         """Bring a source into an empty database, rows and all."""
         await self._transfer(opened, look.contents, look.programs, look.server_version, login).run(with_rows=True)
 
-    async def settle(
+    async def finish(
         self,
         login: CopyLogin,
         server: str,

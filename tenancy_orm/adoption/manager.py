@@ -173,7 +173,7 @@ class AdoptionManager:
         refuse_while_bound("adopting a database")
         started, progress = time.monotonic(), progress or silent
         described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
-        if (former := await self._frame.settle_former(slug, str(described), actor=actor)) is not None:
+        if (former := await self._frame.clean_up_former(slug, str(described), actor=actor)) is not None:
             return await self._finished(former_report(*former, started), progress, actor)
         looking, plain, environment = await self._looking()
         values = {"tier": tier, "region": region, "metadata": metadata, "key_name": key_name, "scopes": scopes}
@@ -243,7 +243,7 @@ class AdoptionManager:
             raise OperationStateError(
                 f"operation {operation} has made tenant {tenant.slug!r}, which is {tenant.status.value}: delete that"
             )
-        await self._frame.settle(tenant, found, actor=actor)
+        await self._frame.clean_up(tenant, found, actor=actor)
 
     async def _copy(
         self,
@@ -378,7 +378,7 @@ async def _fill(looking: Looking, opened: OpenSource, look: Look, new: NewDataba
     await steps.begin("copy")
     await looking.bring(opened, look, new.login)
     stamp = look.heads if look.stamp else frozenset[str]()
-    await looking.settle(new.login, look.server, opened, look.contents, look.schema, stamp, tenant=steps.tenant)
+    await looking.finish(new.login, look.server, opened, look.contents, look.schema, stamp, tenant=steps.tenant)
     await steps.begin("verify")
     former = opened.source.schema
     connection = await looking.connect(new.login)

@@ -112,7 +112,7 @@ class RowsWork:
     async def former(self, slug: str, described: Source, said: RowsMapping, *, actor: Actor) -> RowsReport | None:
         """Remove what a process that died has left; return the report where the tenant is complete already."""
         started = time.monotonic()
-        found = await self._frame.settle_former(slug, _source_text(described, said), actor=actor)
+        found = await self._frame.clean_up_former(slug, _source_text(described, said), actor=actor)
         return None if found is None else _recorded(*found, described, said, started)
 
     async def choose(self, slug: str, server: str | None, region: str | None, tier: str | None) -> str:

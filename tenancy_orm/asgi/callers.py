@@ -252,7 +252,7 @@ class Callers:
                         "add_middleware, add it after"
                     ) from None
                 if found is not None:
-                    return _settled(_checked(found, authenticator), scope)
+                    return _with_sender(_checked(found, authenticator), scope)
         return None
 
     def _warn_of_unknown(self, credential: Credential) -> None:
@@ -374,7 +374,7 @@ def _has_bearer(headers: Headers) -> bool:
     return headers.get(b"authorization", b"")[:7].lower() == b"bearer "
 
 
-def _settled(credential: Credential, scope: Scope) -> Credential:
+def _with_sender(credential: Credential, scope: Scope) -> Credential:
     """Return a credential that says whether the browser has sent it: where its authenticator does not, a token may."""
     if credential.sent_by_browser is not None:
         return credential

@@ -500,13 +500,13 @@ async def in_thread(work: Callable[[], T], stop: Callable[[], None]) -> T:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             stop()
-            await run_to_completion(_settled(future))
+            await run_to_completion(_wait_until_ended(future))
             raise
     finally:
         with_thread.shutdown(wait=False)
 
 
-async def _settled(future: asyncio.Future[Any]) -> None:
+async def _wait_until_ended(future: asyncio.Future[Any]) -> None:
     future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it is known
     if not (await asyncio.wait([future], timeout=_STOP_SECONDS))[0]:
         logger.error(

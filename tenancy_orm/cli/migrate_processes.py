@@ -85,15 +85,15 @@ async def helped(tenancy: Tenancy, processes: int | None, x: Sequence[str] = ())
     unsubscribe = (bus.subscribe(MigrationRunStarted, started), bus.subscribe(MigrationRunEnded, ended))
     try:
         yield
-        await _settle(helpers)
+        await _wait_for(helpers)
     finally:
         for one in unsubscribe:
             one()
         is_over.set()
-        await run_to_completion(_settle(helpers))
+        await run_to_completion(_wait_for(helpers))
 
 
-async def _settle(helpers: Sequence[asyncio.Task[None]]) -> None:
+async def _wait_for(helpers: Sequence[asyncio.Task[None]]) -> None:
     if helpers:
         await asyncio.wait(helpers)
 

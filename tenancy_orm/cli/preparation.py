@@ -47,7 +47,7 @@ def leave_public(directory: Path) -> bool:
     )
 
 
-def settle(
+def prepare(
     files: Sequence[str],
     *,
     changes: Sequence[str],
@@ -103,7 +103,7 @@ def settle(
     return described
 
 
-def settle_server(
+def prepare_server(
     config: TenancyConfig,
     name: str,
     addresses: ServerAddresses,
@@ -268,4 +268,4 @@ def _line(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-__all__ = ["LEAVE_PUBLIC", "leave_public", "settle", "settle_server"]
+__all__ = ["LEAVE_PUBLIC", "leave_public", "prepare", "prepare_server"]

@@ -301,7 +301,7 @@ class Switch:
         """Return the tenant as its row is; a switch has ended by then, even one with a commit in doubt."""
         if paused.switched is not None:
             return paused.switched
-        return await self._services.registry.get_settled(before.id)
+        return await self._services.registry.get_after_pending_commits(before.id)
 
     async def _open(self, paused: Paused, current: Tenant, place: Placement) -> None:
         former = paused.tenant.placement

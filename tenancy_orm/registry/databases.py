@@ -76,7 +76,7 @@ class Databases(TenantTable):
             if found is None:
                 await connection.execute(insert(tenant_databases).values(**_columns(beside)))
 
-    async def get_settled(self, tenant_id: UUID) -> Tenant:
+    async def get_after_pending_commits(self, tenant_id: UUID) -> Tenant:
         """Return the tenant once nobody is changing its row.
 
         Where the answer to a COMMIT was lost, the transaction may go on: it is waited for, as a plain read would not.

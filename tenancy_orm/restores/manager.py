@@ -362,7 +362,7 @@ class RestoreManager:
         async with self._provisioner.readers.open(replace(tenant, placement=place), seconds=seconds) as login:
             yield login
 
-    async def settle(self, *, actor: Actor = SYSTEM) -> UpkeepReport:
+    async def tidy(self, *, actor: Actor = SYSTEM) -> UpkeepReport:
         """End the restores that no process does any more, and drop replaced databases that are kept no longer.
 
         Purged tenants get a tombstone beside their backups, so that none of them is restored any more, even if the
@@ -373,8 +373,8 @@ class RestoreManager:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
-        refuse_while_bound("settling restores")
-        return await self._upkeep.settle(actor=actor)
+        refuse_while_bound("tidying restores")
+        return await self._upkeep.tidy(actor=actor)
 
 
 __all__ = ["READ_ONLY", "RestoreManager"]

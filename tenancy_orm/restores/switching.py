@@ -189,7 +189,7 @@ class Switching:
         """Go back after a failure, unless the tenant uses the new database already: then return it."""
         try:
             # a commit in doubt has ended by then
-            current = await self._registry.get_settled(operation.tenant_id)
+            current = await self._registry.get_after_pending_commits(operation.tenant_id)
             if current.placement is not None and current.placement.database == database:
                 return current
             await self.go_back(operation, database)

@@ -30,7 +30,7 @@ _MOST_PATIENCE = 30.0
 _LOST: Final = "tenancy_orm_server"
 """The attribute of a driver's error in which the name of the server is, and not the server: errors are pickled."""
 
-_SETTLE_SECONDS = 1.0
+_CLOSE_SECONDS = 1.0
 """How often idle connections are closed for a change of the primary, at most."""
 
 
@@ -203,7 +203,7 @@ class Outage:
 
     def _primary_changed(self, peer: tuple[str, int]) -> None:
         now = time.monotonic()
-        if self._closed or now - self._changed_at < _SETTLE_SECONDS:
+        if self._closed or now - self._changed_at < _CLOSE_SECONDS:
             return
         self._changed_at = now
         logger.warning("server %s takes no writes at %s:%d: idle connections are closed", self._server.name, *peer)

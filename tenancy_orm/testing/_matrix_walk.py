@@ -65,8 +65,8 @@ class Walk:
         for side in (self._other, self._owner):
             await side.rows.plant()
             await self._learner.learn(side)
-        self._owner.owned.settle(self._other.owned)
-        self._other.owned.settle(self._owner.owned)
+        self._owner.owned.assign(self._other.owned)
+        self._other.owned.assign(self._owner.owned)
         for route in sorted(self._routes, key=risk):
             await self._attack(route)
         for route in self._routes:

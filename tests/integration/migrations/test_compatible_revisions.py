@@ -292,15 +292,15 @@ async def test_the_notice_of_a_killed_migration_ends_by_what_the_database_says(
             [run] = await new.fleet.migrations.runs(state="running")
             await new.fleet.migrations.cancel(run.id)
         else:
-            report = (await new.tenancy.run_housekeeping()).chores["settle_notices"]
-            assert (report.settled, report.errors) == (("changed", "expired", "untouched"), ())
+            report = (await new.tenancy.run_housekeeping()).chores["clear_notices"]
+            assert (report.cleared, report.errors) == (("changed", "expired", "untouched"), ())
         assert [await old.fleet.recorded(slug) for slug in old.fleet.tenants] == ["0002", "0003", "0003", "0002"]
         assert await old.tenancy.fetch_value("SELECT 1", tenant="untouched") == 1
         for slug in ("changed", "expired", "running"):
             with pytest.raises(TenantRevisionError):
                 await old.tenancy.fetch_value("SELECT 1", tenant=slug)
-    assert await new.fleet.migrations.settle_notices() == NoticeReport(settled=("running",))
-    assert await new.fleet.migrations.settle_notices() == NoticeReport()
+    assert await new.fleet.migrations.clear_notices() == NoticeReport(cleared=("running",))
+    assert await new.fleet.migrations.clear_notices() == NoticeReport()
 
 
 async def test_it_is_known_how_many_tenants_are_outside(old: Release, new: Release, caplog: Any) -> None:

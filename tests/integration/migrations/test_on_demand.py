@@ -123,7 +123,7 @@ async def test_a_failed_upgrade_is_recorded_and_left_alone_by_every_process(
 
         async def again() -> None:
             await control(one, "UPDATE tenancy.tenant_upgrades SET next_at = now()")
-            one.tenancy._lifetime.parts.first_use._settled.clear()
+            one.tenancy._lifetime.parts.first_use._left.clear()
             one.tenancy.internals.directory.invalidate()
 
         await again()

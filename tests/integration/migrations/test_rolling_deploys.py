@@ -185,7 +185,7 @@ async def test_what_changes_during_an_upgrade_counts(old: Release, new: Release)
     async def stopped(tenant: Tenant) -> None:
         begun.set()
         await go_on.wait()
-        new.tenancy._lifetime.parts.first_use._settle(tenant.id, 60.0)  # as after a failure
+        new.tenancy._lifetime.parts.first_use._leave(tenant.id, 60.0)  # as after a failure
 
     new.tenancy._lifetime.parts.first_use._upgrade = stopped  # type: ignore[method-assign]
     requests = [asyncio.create_task(new.get(key)) for key in keys]
