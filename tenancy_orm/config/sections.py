@@ -449,7 +449,7 @@ class MigrationConfig(Section, frozen=True):
     ``alembic -x``. As text: separated by commas."""
     notice: SecondsOrZero = 0.25
     """How long a migration waits before it changes the schema of a tenant with open connections, in seconds: so that
-    every process has heard of it by then."""
+    every process knows of it by then."""
     code_version: str | None = None
     """The version of the application that runs are recorded with. Where None, the commit that ``GITHUB_SHA``,
     ``CI_COMMIT_SHA``, ``GIT_COMMIT``, ``BUILD_SOURCEVERSION`` or ``SOURCE_VERSION`` names."""

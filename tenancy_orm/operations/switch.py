@@ -1,8 +1,8 @@
 """``Switch``: exchanges a tenant's database for another one, while its sessions wait.
 
 PostgreSQL holds the barrier, not the processes: all roles but administrators lose CONNECT on the old database and their
-sessions there end, before the last row is copied. A process that has heard of nothing is refused, looks the tenant up,
-and waits like the others.
+sessions there end, before the last row is copied. A process that has received no notification is refused, looks the
+tenant up, and waits like the others.
 
 The row of the tenant is the truth. Where the process dies, ``align`` lets the role connect to the database that the row
 names; whoever resumes the operation closes the other one.

@@ -207,7 +207,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
             self.check_use()
 
     async def add_listener(self, channel: str, callback: Any) -> None:
-        """Hear notifications, as in asyncpg.
+        """Receive notifications, as in asyncpg.
 
         Raises:
             PoolerError: a pooler is in between, which would let nothing through. Nothing was sent.

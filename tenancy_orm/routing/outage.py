@@ -76,7 +76,7 @@ class Outage:
         self._drop_idle = drop_idle
         self._spawn = spawn
         self._in_loop = in_loop
-        self._heard = -1
+        self._answered = -1
         self._timer: asyncio.TimerHandle | None = None
         self._awake = False  # whether the timer runs with the shortest delay
         self._delay = self._breaker.config.timeout
@@ -136,7 +136,7 @@ class Outage:
         if budget.open - budget.idle - budget.closing <= 0:
             self._awake = False  # nothing is waited for; the next checkout wakes it
             return
-        silent, self._heard = self.answers == self._heard, self.answers
+        silent, self._answered = self.answers == self._answered, self.answers
         if silent:
             breaker.suspect()
         if breaker.is_open and config.end_after and time.monotonic() - breaker.opened_at >= config.end_after:

@@ -38,7 +38,7 @@ ANSWER_SECONDS: Final = 2.0
 """A replica that has not answered for this long is not read from."""
 
 AGAIN_SECONDS: Final = 0.25
-"""How long a read waits at most to hear whether a replica has what it must see."""
+"""How long a read waits at most to learn whether a replica has what it must see."""
 
 _SAMPLES = 512  # positions of the primary that are kept; older ones are thinned out
 

@@ -43,7 +43,7 @@ async def let_go(plane: Tenancy) -> None:
 async def test_an_interrupted_move_has_its_former_database_follow_from_where_it_was(
     plane: Tenancy, pair: Pair, monkeypatch: pytest.MonkeyPatch, disabled: bool
 ) -> None:
-    """A subscription that is made again begins where the slot is, which has not heard yet of what was applied."""
+    """A subscription that is made again begins where the slot is, which has not received yet what was applied."""
     acme = (await plane.tenants.create("acme")).tenant
     assert acme.placement is not None
     former = acme.placement.database

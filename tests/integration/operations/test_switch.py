@@ -142,7 +142,7 @@ async def test_sessions_wait_for_a_bounded_time_and_long_transactions_are_ended(
 
 
 @pytest.mark.parametrize("protected", [False, True], ids=["without the barrier", "with the barrier"])
-async def test_a_process_that_hears_nothing_cannot_write_to_the_former_database(
+async def test_a_process_that_receives_nothing_cannot_write_to_the_former_database(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch, protected: bool
 ) -> None:
     """Without the barrier in PostgreSQL, what it writes after the last row was copied is lost."""

@@ -386,13 +386,13 @@ async def test_clone_gives_each_test_a_database_and_both_modes_mix(suite: Suite)
             async with tenancy.session(tenant.slug) as session, tenancy.session(tenant.slug) as other:
                 pids = {await one.scalar(text("SELECT pg_backend_pid()")) for one in (session, other)}
                 assert len(pids) == 2
-                heard = asyncio.Queue()
+                received = asyncio.Queue()
                 raw = await (await session.connection()).get_raw_connection()
-                await raw.driver_connection.add_listener("news", lambda *given: heard.put_nowait(given[-1]))
+                await raw.driver_connection.add_listener("news", lambda *given: received.put_nowait(given[-1]))
                 await session.commit()
                 await other.execute(text("NOTIFY news, 'x'"))
                 await other.commit()
-                assert await heard.get() == "x"
+                assert await received.get() == "x"
                 await session.invalidate()
 
         def test_rolled_back(tenant_client):

@@ -209,7 +209,7 @@ async def test_a_block_lasts_from_before_it_was_asked_for(monkeypatch: pytest.Mo
     assert not share.try_consume()
 
 
-async def test_a_change_that_is_heard_of_while_a_block_is_on_its_way_reaches_it() -> None:
+async def test_a_change_that_is_received_while_a_block_is_on_its_way_reaches_it() -> None:
     """The block was granted by the limit as it was: it is returned before more is used."""
     database = Database()
     share = LeasedQuota(database, UUID(int=1), "calls", 10)
