@@ -365,10 +365,10 @@ def _judge(table: FleetTable, leave: bool, problems: list[str], notes: list[str]
     if table.way != "owned":
         return
     if (missing := table.total - table.claimed) < 0:
-        problems.append(f"{-missing} rows of {table.source} would come along more than once")
+        problems.append(f"{-missing} rows of {table.source} would be copied more than once")
     elif missing:
         of_nobody = f" ({table.nobodys} have no customer)" if table.nobodys else ""
-        said = f"{missing} of {table.total} rows of {table.source} are no tenant's of the plan{of_nobody}"
+        said = f"{missing} of {table.total} rows of {table.source} belong to no tenant of the plan{of_nobody}"
         if leave and missing <= table.nobodys:
             notes.append(said)
         else:

@@ -146,7 +146,7 @@ class AdoptionPlan:
 
 def _defaults(common: Mapping[str, Any], keyed: Mapping[str, str]) -> PlannedTenant:
     if len(keyed) > 1:
-        raise ConfigurationError("the tenants of a query are rows or schemas: say where or schema")
+        raise ConfigurationError("the tenants of a query are rows or schemas: set where or schema")
     if not any(_KEY in text for text in keyed.values()):
         raise ConfigurationError(
             f'a query needs the condition of its keys: where = "tenant_id = {_KEY}"; or where they are schemas: '
@@ -174,7 +174,7 @@ def _tenant(values: Mapping[str, Any], common: Mapping[str, Any], resolve: Calla
 def _refuse_unfit(said: Mapping[str, Any], place: str) -> None:
     """Refuse what a tenant says itself, and cannot have."""
     if "where" in said and "schema" in said:
-        raise ConfigurationError(f"{place} is rows or a schema: say where or schema")
+        raise ConfigurationError(f"{place} is rows or a schema: set where or schema")
     if "where" in said:
         if unfit := [name for name in _NOT_OF_ROWS if name in said]:
             raise ConfigurationError(f"{place} is rows, and {unfit[0]} is for schemas and databases: leave it out")
@@ -226,7 +226,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: frozenset[str], place: str
 def _text(values: Mapping[str, Any], name: str, place: str) -> str | None:
     found = values.get(name)
     if found is not None and (not isinstance(found, str) or not found.strip()):
-        raise ConfigurationError(f"{name} of {place} is a text, not {found!r}")
+        raise ConfigurationError(f"{name} of {place} must be a string, not {found!r}")
     return found
 
 

@@ -117,7 +117,7 @@ class Looking:
         expected = await self._references.read(server, heads)
         schema = _schema_of(expected, self._environment) if opened.source.schema is not None else "public"
         left_out, found, named = await self._found(opened, contents, programs, version, server, heads, stamp, schema)
-        unused = [f"extension {name} does not come along: nothing in the source uses it" for name in contents.unused]
+        unused = [f"extension {name} is not copied: nothing in the source uses it" for name in contents.unused]
         return Look(
             server=server,
             server_version=version,
@@ -182,7 +182,7 @@ class Looking:
         notes = []
         if source.settings:
             notes.append(
-                f"settings of the source's database do not come along: {', '.join(sorted(source.settings))}; give them "
+                f"settings of the source's database are not copied: {', '.join(sorted(source.settings))}; give them "
                 "to the tenant's by ALTER DATABASE ... SET"
             )
         if made is not None and made.locale != source.locale:
@@ -214,7 +214,7 @@ class Looking:
         if found is None or not found:
             if wanted is None:
                 raise AdoptionError(
-                    f"{opened.source} has no version table of Alembic that says its revision; say it: --at REVISION "
+                    f"{opened.source} has no version table of Alembic with its revision; name it: --at REVISION "
                     '(at="base" for none)'
                 )
             return wanted, bool(wanted)

@@ -133,7 +133,7 @@ class RowsCopy:
             await target.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} {key['definition']}")
         except asyncpg.ForeignKeyViolationError as exc:
             raise AdoptionError(
-                f"rows of table {table} refer to rows that do not come along, by foreign key {name}: {exc.detail}"
+                f"rows of table {table} refer to rows that are not copied, by foreign key {name}: {exc.detail}"
             ) from exc
         if key["comment"] is not None:
             comment = await target.fetchval("SELECT pg_catalog.quote_literal($1::text)", key["comment"])
@@ -204,8 +204,9 @@ class RowsCopy:
             state = await self._opened.connection.fetchrow(f"SELECT last_value, is_called FROM {name}")  # noqa: S608
             assert state is not None  # noqa: S101 - a sequence has one row
             refusal = await set_sequence(target, name, *state)
-            what = f"goes on where the source's is, at {state['last_value']}"
-            notes.append(f"sequence {name} {what if refusal is None else f'is not where the source has it: {refusal}'}")
+            what = f"continues at the source's value, {state['last_value']}"
+            failed = f"cannot be set to the source's value: {refusal}"
+            notes.append(f"sequence {name} {what if refusal is None else failed}")
         return notes
 
     async def _compare(self, target: Connection) -> None:

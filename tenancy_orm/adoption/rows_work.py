@@ -249,16 +249,18 @@ async def _look_at(
     for reached, one in zip(reach, tables, strict=True):
         if one.nobodys:
             what = f"have no {said.column}" if reached.relation.has(said.column) else "refer to no row"
-            notes.append(f"{one.nobodys} rows of {one.source} {what}" + (", and are nobody's" if one.target else ""))
+            notes.append(
+                f"{one.nobodys} rows of {one.source} {what}" + (", and belong to nobody" if one.target else "")
+            )
     if not any(one.rows for one in tables if not one.shared):
-        notes.append(f"no row of the source is this customer's: is the condition right? {said.where}")
+        notes.append(f"no row of the source belongs to this customer: is the condition right? {said.where}")
     filled = {one.target for one in tables}
     notes += [
         f"table {one.label} of the tenant's database gets no rows of the source"
         for one in building.relations
         if one.label not in filled and one.name != building.version_table
     ]
-    notes += [f"{row['what']} {row['name']} does not come along" for row in await opened.connection.fetch(_OTHERS)]
+    notes += [f"{row['what']} {row['name']} is not copied" for row in await opened.connection.fetch(_OTHERS)]
     return RowsLook(reach, selection, tuple(pairs), tuple(tables), tuple(problems), tuple(notes))
 
 

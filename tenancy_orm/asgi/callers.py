@@ -262,8 +262,8 @@ class Callers:
         self._warned_of_unknown = True
         assert credential.tenants is not None  # noqa: S101 - the caller asks
         logger.warning(
-            "a %s allows the tenant %r, and none has this slug or id, so it is refused as no-tenant; where it is an id "
-            "of the identity provider's, give tenants_claim a function that finds the tenant by it",
+            "a %s allows the tenant %r, but there is no tenant with this slug or id, so it is refused as no-tenant; "
+            "where it is an id of the identity provider's, give tenants_claim a function that finds the tenant by it",
             credential.kind,
             str(credential.tenants[0])[:64],
         )
@@ -351,7 +351,7 @@ def _authenticators(
         known = isinstance(one, ApiKeyAuthenticator) or callable(getattr(one, "authenticate", None))
         if not known or isinstance(one, type):
             why = "give an instance of the class" if isinstance(one, type) else "it has no method authenticate"
-            raise ConfigurationError(f"{one!r} is no authenticator: {why}")
+            raise ConfigurationError(f"{one!r} is not an authenticator: {why}")
     issuers = {one.issuer for one in found if isinstance(one, TextAuthenticator) and not one.subject_prefix} - {""}
     if len(issuers) > 1:
         raise ConfigurationError(
@@ -404,8 +404,8 @@ def _checked(credential: Credential, authenticator: Authenticator) -> Credential
         )
     if credential.roles:
         raise ConfigurationError(
-            f"{type(authenticator).__name__} must return a credential without roles: members have roles, and what it "
-            "says itself are scopes"
+            f"{type(authenticator).__name__} must return a credential without roles; set scopes, not roles: "
+            "roles come from memberships"
         )
     return credential
 

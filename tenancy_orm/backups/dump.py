@@ -432,7 +432,7 @@ def _level(compression: str, version: int) -> str:
     if version >= _COMPRESSION_NAMES_VERSION:
         return compression
     if method != "gzip":
-        raise BackupError(f"backup.compression is {compression}, and pg_dump of version {version} knows gzip alone")
+        raise BackupError(f"backup.compression is {compression}, and pg_dump of version {version} supports only gzip")
     return level or "6"
 
 

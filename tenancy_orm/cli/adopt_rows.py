@@ -23,7 +23,7 @@ from .output import (
 )
 from .runtime import EXIT_FAILED, exit_on_error, fail, given_url, operator, run_stoppable
 
-INTERRUPTED = "stopped: what was made of it is removed; the source is as it was"
+INTERRUPTED = "stopped: what was made was removed; the source is unchanged"
 """What is said where the adoption of one tenant was stopped."""
 
 _FLEET_INTERRUPTED = "stopped: run the same command again, and the tenants that are complete are skipped"
@@ -95,7 +95,7 @@ def adopt_fleet(plan: Path, source: str | None, *, concurrency: int | None, dry_
 def refuse_unfit(given: dict[str, Any], what: str) -> None:
     """Refuse options that do not go with ``what``."""
     if unfit := [name for name, value in given.items() if value]:
-        fail(f"{unfit[0]} does not go with {what}", kind="ConfigurationError")
+        fail(f"{unfit[0]} cannot be combined with {what}", kind="ConfigurationError")
 
 
 def _show(report: RowsReport) -> None:

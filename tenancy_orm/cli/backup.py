@@ -69,9 +69,9 @@ def run_backups(
     """Back tenants up, or the control database. Exit status 1 if one failed."""
     until = None if (kept := duration(keep)) is None else datetime.now(UTC) + kept
     if control and (tenants or tier or status or everyone):
-        fail("--control is for the control database alone: name no tenants", kind="ConfigurationError")
+        fail("--control cannot be combined with tenants", kind="ConfigurationError")
     if due and (control or tenants or tier or status or everyone or keep):
-        fail("--due is for whatever is due: give it alone", kind="ConfigurationError")
+        fail("--due cannot be combined with tenants, --control or --keep", kind="ConfigurationError")
     selection = None if control or due else Selection.of(tenants, tier, status, everyone)
 
     async def command(tenancy: Tenancy) -> BackupReport:

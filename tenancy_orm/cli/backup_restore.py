@@ -45,7 +45,7 @@ def restore(
     ] = False,
     accept_differences: Annotated[
         bool,
-        typer.Option("--accept-differences", help="Let functions, triggers and views through that no revision makes."),
+        typer.Option("--accept-differences", help="Accept functions, triggers and views that no revision makes."),
     ] = False,
     yes: Yes = False,
     as_json: Json = False,
@@ -55,9 +55,9 @@ def restore(
     if given != 1:
         fail("give a backup, or --to, or --recovered-server", kind="ConfigurationError")
     if as_slug is not None and inspect:
-        fail("--as and --inspect exclude each other: another tenant is looked at by its own login")
+        fail("--as and --inspect cannot be combined: look at the other tenant by its own login")
     if server is not None and as_slug is None:
-        fail("--server goes with --as: a restore of the tenant itself stays on its server")
+        fail("--server needs --as: a restore of the tenant itself stays on its server")
     if as_slug is None and not inspect and not yes:
         backup = _ask(tenant, backup, to)
 
@@ -108,13 +108,13 @@ async def _source(
         found = await tenancy.backups.list(tenant, states=("done",))
         good = next((one for one in found if one.is_good), None)
         if good is None:
-            bad = f"; something wrong was found in each of {len(found)}, name one by its id" if found else ""
+            bad = f"; each of the {len(found)} was found to be bad; name one by its id" if found else ""
             fail(f"tenant {tenant!r} has no good backup{bad}; make one with: tenancy backup run {tenant}")
         return BackupSource(tenancy.backups, good)
     try:
         number = UUID(backup)
     except ValueError:
-        fail(f"{backup!r} is no backup's id; list them with: tenancy backup list {tenant}")
+        fail(f"{backup!r} is not the id of a backup; list them with: tenancy backup list {tenant}")
     return BackupSource(tenancy.backups, await tenancy.backups.get(number))
 
 
@@ -129,7 +129,7 @@ def _ask(tenant: str, backup: str | None, to: str | None) -> str | None:
         source = run(lookup)  # ends before the question, so that Ctrl-C ends the command there
         chosen = _chosen(source, to)
         backup = str(source.backup.id) if isinstance(source, BackupSource) else backup
-    kept = "What it has now is kept beside, and undo-restore swaps back."
+    kept = "Its present database is kept, and undo-restore swaps back."
     if not confirm(f"Replace the database of tenant {tenant!r} by {chosen}? {kept}"):
         fail("nothing was changed")
     return backup

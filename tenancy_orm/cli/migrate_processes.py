@@ -128,7 +128,7 @@ async def _help(task: bytes, is_over: asyncio.Event) -> None:
         process.kill()
         status = await process.wait()
     if status and not is_over.is_set():
-        note(f"a process that took part in the run has ended with status {status}; the others go on")
+        note(f"a process that took part in the run has ended with status {status}; the others continue")
 
 
 __all__ = ["MANY", "MOST", "Processes", "helped", "wanted"]

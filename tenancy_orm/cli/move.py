@@ -168,8 +168,8 @@ def _show_notes(detail: Mapping[str, Any]) -> None:
         note(f"copied {how}: {objects} large objects, {tables} unlogged tables")
     if inexact := detail.get("found_by_equal_values"):
         note(
-            f"no key: {', '.join(inexact)}; where rows were equal but not the same, as 1.0 and 1.00 are, the row that "
-            "was updated or deleted during the move may be another one there"
+            f"no key: {', '.join(inexact)}; where rows are equal but not identical, such as 1.0 and 1.00, the move "
+            "may have updated or deleted another one of them in the new database"
         )
 
 

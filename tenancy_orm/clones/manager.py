@@ -172,7 +172,7 @@ class CloneManager:
         refuse_while_bound("cloning a tenant")
         started = time.monotonic()
         if not timedelta(0) < ttl <= LONGEST:
-            raise ConfigurationError(f"a clone is kept for more than no time, and at most {LONGEST.days} days")
+            raise ConfigurationError(f"a clone must be kept for more than 0 seconds and at most {LONGEST.days} days")
         parsed = None if rules is None else AnonymisationRules.of(rules)
         found = await self._registry.find(tenant)
         self._check(found)

@@ -266,7 +266,7 @@ async def _check_unique(table: Table, into: Connection) -> None:
         if await into.fetchval(f"SELECT EXISTS ({query})"):
             named = [f"{table.label}.{name}" for name in index.columns if name in changed]
             raise AnonymisationError(
-                f"{', '.join(named)}: the rule makes values equal that {index.name} wants to differ", columns=named
+                f"{', '.join(named)}: the rule makes values equal that {index.name} requires to differ", columns=named
             )
 
 

@@ -88,7 +88,7 @@ _SHORTEST_PEPPER = 32
 _NOT_OF_A_SESSION = {
     "client_encoding": "the driver decides it",
     "statement_timeout": "use sessions.statement_timeout",
-    **dict.fromkeys(("database", "options", "replication", "user"), "it is no setting of a session"),
+    **dict.fromkeys(("database", "options", "replication", "user"), "it is not a setting of a session"),
 }
 
 

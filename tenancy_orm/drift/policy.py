@@ -224,7 +224,7 @@ class RevisionPolicy:
         if not row["exists"]:
             return frozenset()
         if not row["is_plain"]:
-            raise ContentsRefusedError(None, (f"the version table {name} is no plain table",), may_accept=False)
+            raise ContentsRefusedError(None, (f"the version table {name} is not a plain table",), may_accept=False)
         heads = frozenset(
             one[0]
             for one in await connection.fetch(f"SELECT version_num::text FROM ONLY {name}")  # noqa: S608 - quoted

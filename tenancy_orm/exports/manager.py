@@ -237,9 +237,7 @@ class ExportManager:
                 excluded=excluded,
             )
             if plan.unmatched:
-                logger.warning(
-                    "tenant %s has nothing that a rule leaves out: %s", tenant.slug, ", ".join(plan.unmatched)
-                )
+                logger.warning("tenant %s: these rules leave nothing out: %s", tenant.slug, ", ".join(plan.unmatched))
             yield plan
         finally:
             await begun.__aexit__(None, None, None)
@@ -299,7 +297,7 @@ class ExportManager:
 
 def _check_format(row_format: str) -> None:
     if row_format not in _FORMATS:
-        raise ConfigurationError(f"{row_format!r} is no format of an export; there are {', '.join(_FORMATS)}")
+        raise ConfigurationError(f"{row_format!r} is not a format of an export; there are {', '.join(_FORMATS)}")
 
 
 def _summary(report: ExportReport) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _WORDS = {
     "copying": "copying the database",
     "replicating": "catching up with what was written since",
     "switching": "pausing the tenant, and switching",
-    "switched": "having the former database follow",
+    "switched": "letting the former database follow",
     "rolling_back": "catching up, and switching back",
     "confirming": "dropping the former database",
 }
@@ -196,7 +196,7 @@ async def begin(
         found = await registry.get(tenant.id)
         record = MoveRecord(services, claimant, operation, found, actor=actor, progress=progress)
         if (record.old.server, record.old.database) != _place_of(found):
-            raise OperationStateError(f"tenant {found.slug!r} has another database by now; try again")
+            raise OperationStateError(f"tenant {found.slug!r} was moved or restored in the meantime; try again")
         await registry.record_database(
             TenantDatabase(
                 server=new.server,

@@ -260,7 +260,7 @@ async def carry_out(operations: Operations, operation: Operation, work: Coroutin
         raise
     except SERVER_FAILURES as exc:
         now = await operations.get(operation.id)
-        remedy = "" if now.state != "running" else f"; go on with it: tenancy operations resume {now.id}"
+        remedy = "" if now.state != "running" else f"; continue with: tenancy operations resume {now.id}"
         raise OperationError(
             f"move {now.id} of tenant {now.slug!r} failed at step {now.step!r} ({describe(exc)}){remedy}"
         ) from exc

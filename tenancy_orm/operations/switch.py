@@ -197,7 +197,7 @@ class Switch:
                     f"tenant {tenant.slug!r} is {current.status.value}, and has no database to exchange"
                 )
             if (current.placement.server, current.placement.database) != (place.server, place.database):
-                raise OperationError(f"tenant {tenant.slug!r} has another database by now; look it up again")
+                raise OperationError(f"tenant {tenant.slug!r} was moved or restored in the meantime; look it up again")
             await refuse_replaced(connection, place.database)
             paused = Paused(services, current, connection)
             try:

@@ -37,8 +37,8 @@ LISTEN_NEEDS_A_SESSION = (
 
 _PARAMETER = "tenancy.direct"
 _DROPPED = (
-    "a parameter of the login is not that of the session (a proxy that is no pooler must pass startup parameters on; "
-    "Neon's does with options=neon_proxy_params_compat:true in the URL of the direct endpoint)"
+    "a parameter of the login is not that of the session (a proxy that is not a pooler must pass startup parameters "
+    "on; Neon's does with options=neon_proxy_params_compat:true in the URL of the direct endpoint)"
 )
 _PROOF = "SELECT WHERE pg_catalog.current_setting('{parameter}', true) OPERATOR(pg_catalog.=) '{token}'"
 

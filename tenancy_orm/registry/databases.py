@@ -180,7 +180,9 @@ class Databases(TenantTable):
             found, _ = await self._lock_unless_purged(connection, listed.id)
             now = found.placement
             if now is None or former is None or (now.server, now.database) != (former.server, former.database):
-                raise PlacementError(f"tenant {found.slug!r} has another database by now; look it up again", {})
+                raise PlacementError(
+                    f"tenant {found.slug!r} was moved or restored in the meantime; look it up again", {}
+                )
             row = await self._find(connection, to.server, to.database)
             if row is None or row.tenant_id != listed.id or row.state == "dropping":
                 raise PlacementError(f"database {to.database!r} is not one that tenant {found.slug!r} can use", {})

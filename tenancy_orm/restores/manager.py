@@ -117,8 +117,8 @@ class RestoreManager:
         check_swappable(found)
         if source.tenant_id is not None and source.tenant_id != found.id:
             raise OperationError(
-                f"this is a backup of another tenant ({source.tenant_id}) than {found.slug!r}, and never restored into "
-                "it; make a tenant of it with --as (as_slug in Python)"
+                f"this is a backup of another tenant ({source.tenant_id}) than {found.slug!r}, and cannot be restored "
+                "into it; make a tenant of it with --as (as_slug in Python)"
             )
         await self._tombstones.refuse(found.id, found.slug)
         place = placement_of(found)
@@ -236,7 +236,7 @@ class RestoreManager:
     async def _origin(self, source: RestoreSource) -> Tenant:
         """The tenant that a source is of: a purged one's contents are never restored, under no name."""
         if source.tenant_id is None:
-            raise OperationError("this source does not say which tenant it is of, so no other tenant is made of it")
+            raise OperationError("this source names no tenant, so no other tenant can be made of it")
         origin = await self._registry.get(source.tenant_id)
         if origin.status is Status.PURGED or origin.placement is None:
             raise TenantNotFoundError(origin.slug)

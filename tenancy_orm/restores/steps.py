@@ -299,7 +299,7 @@ async def claim(services: RestoreServices, number: int, *, progress: StepProgres
     """
     operation, claimant = await services.operations.get(number), Claimant()
     if operation.kind != "restore":
-        raise OperationStateError(f"operation {number} is no restore: it is a {operation.kind}")
+        raise OperationStateError(f"operation {number} is not a restore: it is a {operation.kind}")
     return Restore(services, claimant, await services.operations.claim(number, claimant), progress=progress)
 
 

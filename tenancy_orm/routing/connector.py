@@ -359,7 +359,7 @@ class Connector:
         return ServerUnavailableError(
             server=self.server.name,
             tenant=tenant,
-            reason="this process could not renew its part of the connections, which others may have by now",
+            reason="this process could not renew its share of the connections, which others may have taken",
             retry_after=1.0,
         )
 

@@ -206,7 +206,7 @@ class Outage:
         if self._closed or now - self._changed_at < _CLOSE_SECONDS:
             return
         self._changed_at = now
-        logger.warning("server %s takes no writes at %s:%d: idle connections are closed", self._server.name, *peer)
+        logger.warning("server %s is read-only at %s:%d: idle connections are closed", self._server.name, *peer)
         self._drop_idle()
         self._events.emit(PrimaryChanged(server=self._server.name))
 

@@ -58,7 +58,7 @@ class BackgroundUpgrades:
         try:
             return await self._migrations.resume(run.id, concurrency=self._settings.background_concurrency, actor=actor)
         except RunMismatchError as exc:
-            logger.info("run %d was begun by other code, and is cancelled: %s", run.id, exc)
+            logger.info("run %d was started by other code, and is cancelled: %s", run.id, exc)
             await self._migrations.cancel(run.id, hold=False, actor=actor)
             return None
 

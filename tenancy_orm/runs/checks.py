@@ -85,8 +85,8 @@ def require_checks(waves: Waves) -> None:
                 raise ConfigurationError(f"wave {wave.name!r}: a command is empty")
             if shutil.which(arguments[0]) is None:
                 raise ConfigurationError(
-                    f"wave {wave.name!r}: command {command!r}: {arguments[0]!r} is no program that can be executed "
-                    "here; every machine of the run needs it, in its working directory or on its PATH"
+                    f"wave {wave.name!r}: command {command!r}: {arguments[0]!r} is not a program that can be "
+                    "executed here; every machine of the run needs it, in its working directory or on its PATH"
                 )
         for path in map(str, wave.functions):
             try:

@@ -169,7 +169,7 @@ class FirstUse:
     async def _failed(self, tenant: Tenant, error: str, sqlstate: str | None) -> None:
         pause = await self.attempts.fail(tenant.id, error, sqlstate)
         logger.warning(
-            "tenant %s could not be upgraded before its use, and is left as it is for %.0f s: %s",
+            "tenant %s could not be upgraded before its use, and is not tried again for %.0f s: %s",
             tenant.slug,
             pause,
             error,

@@ -302,7 +302,9 @@ def _zone(name: str, schedule: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
     except (ValueError, OSError, LookupError):  # malformed; a directory's; unknown
-        logger.warning("schedule %r: %r is no time zone; tenants with it are taken to be in UTC", schedule, name[:100])
+        logger.warning(
+            "schedule %r: %r is not a time zone; tenants with it are taken to be in UTC", schedule, name[:100]
+        )
         return ZoneInfo("UTC")
 
 

@@ -71,7 +71,7 @@ class Options:
             if path and not (module and attribute):
                 raise ConfigurationError(f'{name} = {path!r} is not of the form "module:attribute", as "app:app"')
         if self.mode not in MODES:
-            raise ConfigurationError(f'tenancy_mode = {self.mode!r} is no mode: write "rollback" or "clone"')
+            raise ConfigurationError(f'tenancy_mode = {self.mode!r} is not a mode: write "rollback" or "clone"')
         try:
             TestServer(self.dsn, self.directory)
         except ConfigurationError as exc:

@@ -123,7 +123,9 @@ class RecoveryManager:
         except OperationStateError as exc:
             # a recovery reads one of them; what is taken is good
             logger.warning(
-                "no base backup of server %s was deleted, which the next one makes up for: %s", taken.server, exc
+                "old base backups of server %s could not be deleted; the next base backup tries again: %s",
+                taken.server,
+                exc,
             )
             pruned = []
         async with self._control.transaction() as connection:

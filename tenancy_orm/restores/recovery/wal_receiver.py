@@ -166,7 +166,7 @@ class WalReceiver:
                 # what was received last is on a timeline that this server has left before that
                 await asyncio.to_thread(self._begin_directory)
                 self._gap(
-                    "the server goes on from an earlier place than what was received: it was recovered or promoted"
+                    "the server continues from an earlier position than was received: it was recovered or promoted"
                 )
         finally:
             reading.cancel()
@@ -186,7 +186,10 @@ class WalReceiver:
         if row is None:
             await connection.execute("SELECT pg_catalog.pg_create_physical_replication_slot($1, true)", self._slot)
         if any(any(path.iterdir()) for path in found):
-            replaced, lost = "the server is another cluster now", "the server did not keep what was not received"
+            replaced, lost = (
+                "the server is another cluster now",
+                "the server did not keep the WAL that was not received yet",
+            )
             self._gap(replaced if is_replaced else lost)
         return await asyncio.to_thread(self._begin_directory)
 

@@ -126,7 +126,7 @@ async def test_a_tombstone_counts_if_it_is_signed(fleet: Fleet, tmp_path: Path) 
     before = await databases(fleet)
     for name, data in forged.items():
         path.write_bytes(data)
-        with pytest.raises(BackupDamagedError, match="is no tombstone that this installation has signed") as caught:
+        with pytest.raises(BackupDamagedError, match="is not a tombstone that this installation has signed") as caught:
             await tenancy.restores.restore("acme", source)
         assert str(acme.id) in str(caught.value) and "delete the object" in str(caught.value), name
     path.unlink()

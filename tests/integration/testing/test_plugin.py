@@ -657,7 +657,7 @@ async def test_what_hinders_all_tests_is_said_in_short(suite: Suite) -> None:
     for setting, said in {
         "tenancy_app=shop": "tenancy_app = 'shop' is not of the form \"module:attribute\"",
         "tenancy_object=:tenancy": "tenancy_object = ':tenancy' is not of the form",
-        "tenancy_mode=clne": 'tenancy_mode = \'clne\' is no mode: write "rollback" or "clone"',
+        "tenancy_mode=clne": 'tenancy_mode = \'clne\' is not a mode: write "rollback" or "clone"',
     }.items():
         outcome = await suite.run("-o", setting)
         assert outcome.status == 4 and outcome.text.strip().startswith(f"ERROR: {said}"), outcome.text
