@@ -42,8 +42,8 @@ from tenancy_orm.provisioning.scratch import ScratchDatabases
 from tenancy_orm.provisioning.temporary_logins import TemporaryLogins
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.quotas import holds
+from tenancy_orm.quotas.blocks import BlockManager
 from tenancy_orm.quotas.holds import HoldManager
-from tenancy_orm.quotas.leases import BlockManager
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.restores import DumpSource
