@@ -35,7 +35,7 @@ from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .migrations import AlembicSchema, FleetServices, MetadataSchema
 from .moves import MoveManager
-from .opening import check_servers, prepare_servers, settle_tiers, upgrade_control
+from .opening import check_servers, ensure_tiers, prepare_servers, upgrade_control
 from .operations import OperationManager, Operations
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
@@ -211,7 +211,7 @@ class Assembly:
         self._build_parts()
         await check_servers(self.config, self.control, self.servers, self.leases)
         self.tiers = TierRegistry(self.control, self.audit)
-        weights = await settle_tiers(self.tiers, self.config, initialise=initialise)
+        weights = await ensure_tiers(self.tiers, self.config, initialise=initialise)
         # unbound: whoever opens it may be bound to a tenant of another one
         Context().run(self.router.reweigh, weights)
         if initialise:

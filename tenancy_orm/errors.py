@@ -1413,7 +1413,7 @@ class JobLostError(TenancyError):
 
     def __init__(self) -> None:
         """Use the standard message."""
-        super().__init__("the claim could not be renewed in time; another process goes on with it")
+        super().__init__("the claim could not be renewed in time; another process continues it")
 
 
 class ReadOnlyError(TenancyError):

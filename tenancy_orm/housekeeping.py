@@ -113,12 +113,12 @@ class Housekeeping:
         await run.do("expire_clones", self.clones.expire(actor=actor))
         await self._end_due(run)
         # before reconcile, which would report the logins of what was killed
-        await run.do("settle_restores", self.restores.settle(actor=actor))
+        await run.do("tidy_restores", self.restores.tidy(actor=actor))
         await run.do("reconcile", self.provisioner.reconcile(thorough=False))
         # after reconcile, which finishes purges that were interrupted
         await run.do("complete_erasures", self.erasures.run(actor=actor))
         # before others are upgraded: what was killed may have moved them
-        await run.do("settle_notices", self.catch_up.migrations.settle_notices())
+        await run.do("clear_notices", self.catch_up.migrations.clear_notices())
         # after reconcile, which may have completed creations of older code
         await run.do("catch_up", self.catch_up.run(actor=actor))
         # after reconcile, which lets tenants connect again that a killed switch has left closed

@@ -181,15 +181,15 @@ class Lifetime:
         """
         with self._claiming:
             parked = Parked(self._home, self.assembly, self._entered, self._opening)
-            self._settle(Parked(None, None, 0, asyncio.Lock()))
+            self._put_in(Parked(None, None, 0, asyncio.Lock()))
         return parked
 
     def resume(self, parked: Parked) -> None:
         """Put back what ``park`` has taken out, in place of what is open."""
         with self._claiming:
-            self._settle(parked)
+            self._put_in(parked)
 
-    def _settle(self, parked: Parked) -> None:
+    def _put_in(self, parked: Parked) -> None:
         self.assembly, self._entered, self._opening = parked.assembly, parked.entered, parked.opening
         self._home = self._events.home = self._rates.home = parked.home
         self._claims = 0

@@ -35,7 +35,7 @@ class HomeLoop:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.thread = 0
         with suppress(RuntimeError):  # made outside of any
-            self._settle(asyncio.get_running_loop())
+            self._belong_to(asyncio.get_running_loop())
 
     def check(self) -> None:
         """Return where the loop runs and this is its thread: that is, where the running loop is this one.
@@ -47,7 +47,7 @@ class HomeLoop:
         """
         loop = self.loop
         if loop is None:
-            self._settle_here()
+            self._belong_here()
         elif get_ident() != self.thread or not loop.is_running():
             raise WrongEventLoopError(forked=self.thread == _FORKED)
 
@@ -70,13 +70,13 @@ class HomeLoop:
         """Whether the loop is closed: what belongs to it is of no use any more."""
         return self.loop is not None and self.loop.is_closed()
 
-    def _settle_here(self) -> None:
+    def _belong_here(self) -> None:
         try:
-            self._settle(asyncio.get_running_loop())
+            self._belong_to(asyncio.get_running_loop())
         except RuntimeError:
             raise WrongEventLoopError from None
 
-    def _settle(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _belong_to(self, loop: asyncio.AbstractEventLoop) -> None:
         self.thread = get_ident()
         self.loop = loop
 

@@ -97,7 +97,7 @@ async def prepare_servers(servers: Servers, provisioner: Provisioner, *, is_new:
         raise failed[0]
 
 
-async def settle_tiers(tiers: TierRegistry, config: TenancyConfig, *, initialise: bool) -> Mapping[str, float]:
+async def ensure_tiers(tiers: TierRegistry, config: TenancyConfig, *, initialise: bool) -> Mapping[str, float]:
     """Put the configured tiers in force where that was asked for, or where there are none yet."""
     in_force = {} if initialise else await tiers.in_force()
     if not in_force:
@@ -111,4 +111,4 @@ async def settle_tiers(tiers: TierRegistry, config: TenancyConfig, *, initialise
     return weights
 
 
-__all__ = ["check_servers", "prepare_servers", "settle_tiers", "upgrade_control"]
+__all__ = ["check_servers", "ensure_tiers", "prepare_servers", "upgrade_control"]

@@ -89,7 +89,7 @@ def checked_path(path: str, *, directory: bool = False) -> str:
             (``%2e%2e%2f``), or it has a backslash or a control character.
     """
     if not isinstance(path, str):
-        raise InvalidNameError(repr(path), "is no text")
+        raise InvalidNameError(repr(path), "is not a string")
     if directory:
         path = path.removesuffix("/")
         if not path:

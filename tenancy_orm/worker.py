@@ -251,7 +251,7 @@ class Worker:
         """Write a job's end; where the control database does not answer, its claim runs out instead."""
         try:
             if not await writing:
-                logger.error("%s: another process has it by now, so that its end is not recorded", claimed.name)
+                logger.error("%s: another process has it now, so its end is not recorded", claimed.name)
         except _AWAY as exc:
             logger.error("%s: its end cannot be recorded: %s", claimed.name, describe(exc))
 

@@ -54,7 +54,7 @@ def _left_out(entry: str) -> Difference:
         parent=None,
         name=name,
         change="extra",
-        text=f"{kind.lower()} {name} does not come along",
+        text=f"{kind.lower()} {name} is not copied",
     )
 
 

@@ -172,7 +172,7 @@ async def read_contents(opened: OpenSource) -> Contents:
     used = {row["name"] for row in await connection.fetch(_USED_EXTENSIONS)}
     installed = await read_extensions(connection)
     if source.schema is not None and await connection.fetchval(_LARGE_OBJECTS):
-        notes.append("the large objects of the source's database are no schema's, and do not come along")
+        notes.append("the large objects of the source's database belong to no schema, and are not copied")
     return Contents(
         tables=tuple(tables),
         extensions=tuple(one for one in installed if one.name in used),
@@ -191,7 +191,7 @@ async def _check_schema(opened: OpenSource) -> list[str]:
     kinds = {row["name"]: row["kind"] for row in await connection.fetch(_SHARED, list(source.shared))}
     for name in source.shared:
         if kinds.get(name) not in ("r", "p", "v", "S"):
-            raise AdoptionError(f"{source.dsn} has no table {name!r} to bring along")
+            raise AdoptionError(f"{source.dsn} has no table {name!r} to copy")
     notes: list[str] = []
     lost: dict[str, list[str]] = {}
     missing: dict[str, list[str]] = {}
@@ -201,7 +201,7 @@ async def _check_schema(opened: OpenSource) -> list[str]:
         elif row["is_beside"]:
             missing.setdefault(row["partition"], []).append(f"partitioned table {row['of']}")
         else:  # another tenant's, in its schema
-            notes.append(f"partition {row['partition']} of table {row['of']} does not come along")
+            notes.append(f"partition {row['partition']} of table {row['of']} is not copied")
     if lost:
         raise AdoptionError(
             f"tables of schema {source.schema!r} have partitions outside of it, and their rows would be lost: "
@@ -219,11 +219,11 @@ async def _check_schema(opened: OpenSource) -> list[str]:
     if not problems:
         return notes
     options = " ".join(f"--with-shared {name}" for name in missing)
-    remedies = [f"bring shared tables along: {options}"] if missing else []
+    remedies = [f"copy the shared tables too: {options}"] if missing else []
     if others:
-        remedies.append(f"only tables, views and sequences can come along: move the others into {source.schema!r}")
+        remedies.append(f"only tables, views and sequences can be copied: move the others into {source.schema!r}")
     raise AdoptionError(
-        f"schema {source.schema!r} needs what is outside of it: {'; '.join(problems)}; {', and '.join(remedies)}"
+        f"schema {source.schema!r} depends on objects outside of it: {'; '.join(problems)}; {', and '.join(remedies)}"
     )
 
 

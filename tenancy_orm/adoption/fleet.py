@@ -16,6 +16,7 @@ from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from ..errors import AdoptionError, TenancyError
 from ..migrations.services import FleetServices
+from ..operations.progress import silent
 from ..postgres.errors import describe, without_detail
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
@@ -29,8 +30,8 @@ from .source import Source, open_source
 logger = logging.getLogger("tenancy_orm.adoption")
 
 State = Literal["adopted", "skipped", "checked", "failed"]
-Done = Callable[["FleetOutcome"], None]
-"""Receives each tenant once it is done."""
+FleetProgress = Callable[["FleetOutcome"], None]
+"""Called with each tenant once it is done."""
 
 AdoptDatabase = Callable[..., Awaitable[AdoptionReport]]
 """``AdoptionManager.check`` or ``adopt``."""
@@ -119,7 +120,7 @@ class FleetAdoption:
         self._rows = rows
         self._services = services
 
-    async def check(self, plan: AdoptionPlan, *, done: Done | None = None) -> FleetReport:
+    async def check(self, plan: AdoptionPlan, *, progress: FleetProgress | None = None) -> FleetReport:
         """Look at every tenant of a plan, and compare the sum of their rows with the source's. Nothing is changed.
 
         The rows of one source are counted in one snapshot. A row of a table that is neither shared nor excluded has
@@ -127,7 +128,7 @@ class FleetAdoption:
 
         Args:
             plan: The plan.
-            done: Called with each tenant.
+            progress: Called with each tenant once it is done.
 
         Raises:
             AdoptionError: the query fails, or a source cannot be read.
@@ -140,8 +141,8 @@ class FleetAdoption:
 
         def keep(outcome: FleetOutcome) -> None:
             outcomes[outcome.slug] = outcome
-            if done is not None:
-                done(outcome)
+            if progress is not None:
+                progress(outcome)
 
         said: defaultdict[str, list[str]] = defaultdict(list)
         sources: defaultdict[str, list[PlannedTenant]] = defaultdict(list)
@@ -168,7 +169,9 @@ class FleetAdoption:
             notes=tuple(notes),
         )
 
-    async def adopt(self, plan: AdoptionPlan, *, done: Done | None = None, actor: Actor = SYSTEM) -> FleetReport:
+    async def adopt(
+        self, plan: AdoptionPlan, *, progress: FleetProgress | None = None, actor: Actor = SYSTEM
+    ) -> FleetReport:
         """Make the tenants of a plan, ``plan.concurrency`` at once; a failure of one leaves the others alone.
 
         Call it again after a failure, or if the process dies: tenants that are complete are skipped, and the others
@@ -176,7 +179,7 @@ class FleetAdoption:
 
         Args:
             plan: The plan.
-            done: Called with each tenant.
+            progress: Called with each tenant once it is done.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -190,8 +193,8 @@ class FleetAdoption:
         async def make(one: PlannedTenant) -> FleetOutcome:
             async with slots:
                 outcome = await self._guarded(one, lambda: self._adopt(plan, one, buildings, actor))
-            if done is not None:
-                done(outcome)
+            if progress is not None:
+                progress(outcome)
             return outcome
 
         async with asyncio.TaskGroup() as group:
@@ -252,7 +255,7 @@ class FleetAdoption:
         return _outcome(report, "failed" if problems else "checked", "; ".join(problems[:5]) or None)
 
     async def _check_rows(
-        self, plan: AdoptionPlan, source: str, members: Sequence[PlannedTenant], keep: Done
+        self, plan: AdoptionPlan, source: str, members: Sequence[PlannedTenant], keep: FleetProgress
     ) -> list[RowsReport]:
         reports: list[RowsReport] = []
         totals: dict[int, tuple[int, int]] = {}
@@ -265,7 +268,7 @@ class FleetAdoption:
                 said = read_mapping(plan.mapping, one.where)
                 server = await self._rows.choose(one.slug, one.server, one.region, one.tier)
                 building = await buildings.get(server, one.at)
-                found = await self._rows.look(opened, said, building, _silent, totals)
+                found = await self._rows.look(opened, said, building, silent, totals)
                 report = report_of(one.slug, opened, said, building, server, found, started)
                 reports.append(report)
                 failed = "; ".join(report.problems[:5]) or None
@@ -299,7 +302,7 @@ class FleetAdoption:
         building = await buildings.get(server, one.at)
         values = {"tier": one.tier, "region": one.region}
         made = await self._rows.create(
-            one.slug, described, said, building, server, values=values, tell=_silent, actor=actor
+            one.slug, described, said, building, server, values=values, progress=silent, actor=actor
         )
         return _outcome(made, "adopted")
 
@@ -315,7 +318,7 @@ class _Buildings:
     async def get(self, server: str, at: str | None) -> Building:
         async with self._lock:
             if (server, at) not in self._made:
-                self._made[server, at] = await self._rows.build(server, at, _silent)
+                self._made[server, at] = await self._rows.build(server, at, silent)
             return self._made[server, at]
 
 
@@ -362,18 +365,14 @@ def _judge(table: FleetTable, leave: bool, problems: list[str], notes: list[str]
     if table.way != "owned":
         return
     if (missing := table.total - table.claimed) < 0:
-        problems.append(f"{-missing} rows of {table.source} would come along more than once")
+        problems.append(f"{-missing} rows of {table.source} would be copied more than once")
     elif missing:
         of_nobody = f" ({table.nobodys} have no customer)" if table.nobodys else ""
-        said = f"{missing} of {table.total} rows of {table.source} are no tenant's of the plan{of_nobody}"
+        said = f"{missing} of {table.total} rows of {table.source} belong to no tenant of the plan{of_nobody}"
         if leave and missing <= table.nobodys:
             notes.append(said)
         else:
             problems.append(said)
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 __all__ = ["FleetAdoption", "FleetOutcome", "FleetReport", "FleetTable"]

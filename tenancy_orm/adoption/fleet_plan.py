@@ -129,9 +129,9 @@ class AdoptionPlan:
         assert self.defaults is not None  # noqa: S101 - a query has them
         found = replace(self.defaults, slug=slug)
         if found.where is not None:
-            return _settled(replace(found, where=found.where.replace(_KEY, quote_literal(key))))
+            return _applied(replace(found, where=found.where.replace(_KEY, quote_literal(key))))
         assert found.schema is not None  # noqa: S101 - of a query's tenants, one of both is said
-        return _settled(replace(found, schema=found.schema.replace(_KEY, key)))
+        return _applied(replace(found, schema=found.schema.replace(_KEY, key)))
 
     def with_keys(self, found: list[tuple[str, str]]) -> tuple[PlannedTenant, ...]:
         """Return all tenants, with those of the query.
@@ -146,7 +146,7 @@ class AdoptionPlan:
 
 def _defaults(common: Mapping[str, Any], keyed: Mapping[str, str]) -> PlannedTenant:
     if len(keyed) > 1:
-        raise ConfigurationError("the tenants of a query are rows or schemas: say where or schema")
+        raise ConfigurationError("the tenants of a query are rows or schemas: set where or schema")
     if not any(_KEY in text for text in keyed.values()):
         raise ConfigurationError(
             f'a query needs the condition of its keys: where = "tenant_id = {_KEY}"; or where they are schemas: '
@@ -168,13 +168,13 @@ def _tenant(values: Mapping[str, Any], common: Mapping[str, Any], resolve: Calla
         said["accept_differences"] = _flag(values, "accept_differences", place)
     _refuse_unfit(said, place)
     url = _text(values, "from", place)
-    return _settled(_made({**common, **said, "slug": slug, **({} if url is None else {"source": resolve(url)})}))
+    return _applied(_made({**common, **said, "slug": slug, **({} if url is None else {"source": resolve(url)})}))
 
 
 def _refuse_unfit(said: Mapping[str, Any], place: str) -> None:
     """Refuse what a tenant says itself, and cannot have."""
     if "where" in said and "schema" in said:
-        raise ConfigurationError(f"{place} is rows or a schema: say where or schema")
+        raise ConfigurationError(f"{place} is rows or a schema: set where or schema")
     if "where" in said:
         if unfit := [name for name in _NOT_OF_ROWS if name in said]:
             raise ConfigurationError(f"{place} is rows, and {unfit[0]} is for schemas and databases: leave it out")
@@ -191,7 +191,7 @@ def _made(values: Mapping[str, Any]) -> PlannedTenant:
     return PlannedTenant(**values)
 
 
-def _settled(one: PlannedTenant) -> PlannedTenant:
+def _applied(one: PlannedTenant) -> PlannedTenant:
     """Leave out what the plan says for tenants of another kind, and put the schema in its places."""
     if one.where is not None:  # rows have their mapping
         return replace(one, with_shared=(), without=(), accept_differences=False)
@@ -226,7 +226,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: frozenset[str], place: str
 def _text(values: Mapping[str, Any], name: str, place: str) -> str | None:
     found = values.get(name)
     if found is not None and (not isinstance(found, str) or not found.strip()):
-        raise ConfigurationError(f"{name} of {place} is a text, not {found!r}")
+        raise ConfigurationError(f"{name} of {place} must be a string, not {found!r}")
     return found
 
 

@@ -18,6 +18,7 @@ from ..errors import AdoptionError, TenantNotFoundError
 from ..jobs.claims import Claimant
 from ..migrations.services import FleetServices
 from ..operations import Operation, Operations
+from ..operations.progress import StepProgress
 from ..postgres.connections import POLL_SECONDS
 from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.filled_creation import Filling
@@ -25,13 +26,10 @@ from ..provisioning.new_databases import ContentsPolicy, NewDatabase
 from ..tenant import Status, Tenant
 from ..tenants.manager import CreatedTenant, TenantManager
 
-Tell = Callable[[str], None]
-"""Receives a line about what is done now."""
-
 KEY_SHOWN = "and its API key was shown then; tenancy keys issue makes another"
 """What there is to say of a tenant that is complete already."""
 
-_SETTLE_SECONDS = 10.0  # for which the connections of a process that has died are waited for
+_WAIT_SECONDS = 10.0  # for which the connections of a process that has died are waited for
 
 
 @dataclass(slots=True)
@@ -39,12 +37,12 @@ class Steps:
     """The steps of one adoption: each is recorded before it begins.
 
     Attributes:
-        tell: Receives each step.
+        progress: Receives each step.
         tenant: The tenant that is being created; set before the work begins.
         operation: The record; set before the work begins.
     """
 
-    tell: Tell
+    progress: StepProgress
     _operations: Operations
     claimant: Claimant = field(default_factory=Claimant)
     tenant: Tenant | None = None
@@ -56,7 +54,7 @@ class Steps:
         Raises:
             JobLostError: another process has the operation by now.
         """
-        self.tell(step)
+        self.progress(step)
         if self.operation is not None:
             self.operation = await self._operations.advance(self.operation, self.claimant, step, detail=detail)
 
@@ -93,7 +91,7 @@ class AdoptionFrame:
         detail: Mapping[str, Any],
         extensions: Sequence[InstalledExtension] = (),
         values: Mapping[str, Any],
-        tell: Tell,
+        progress: StepProgress,
         actor: Actor,
     ) -> tuple[CreatedTenant, Operation]:
         """Create a tenant, and let ``work`` fill its database. It is all or nothing.
@@ -106,13 +104,13 @@ class AdoptionFrame:
             detail: For the record: what is adopted, and no secrets.
             extensions: The extensions that the database needs, beside the configured ones.
             values: Further arguments of ``TenantManager.create``.
-            tell: Receives each step.
+            progress: Receives each step.
             actor: Who does this, for the audit log.
 
         Raises:
             TenancyError: as ``TenantManager.create``, or what ``work`` raises; nothing remains.
         """
-        steps = Steps(tell, self._operations)
+        steps = Steps(progress, self._operations)
 
         async def fill(new: NewDatabase) -> None:
             number = self._services.names.parse(new.name)
@@ -132,7 +130,7 @@ class AdoptionFrame:
         assert steps.operation is not None  # noqa: S101 - nothing is created without it
         return created, await self._operations.get(steps.operation.id)
 
-    async def settle_former(self, slug: str, source: str, *, actor: Actor) -> tuple[Tenant, Operation] | None:
+    async def clean_up_former(self, slug: str, source: str, *, actor: Actor) -> tuple[Tenant, Operation] | None:
         """Remove what a process that died has left of a creation of this slug.
 
         Args:
@@ -154,8 +152,8 @@ class AdoptionFrame:
         found = await self._operations.list(tenant_id=tenant.id, kinds=("adopt",), limit=1)
         operation = found[0] if found else None
         if tenant.status is Status.PROVISIONING:
-            await self.settle(tenant, operation, actor=actor)
-            return await self.settle_former(slug, source, actor=actor)
+            await self.clean_up(tenant, operation, actor=actor)
+            return await self.clean_up_former(slug, source, actor=actor)
         if operation is not None and operation.is_abandoned and operation.detail.get("in_place"):
             # killed between the tenant's activation and the end of the record
             claimant = Claimant()
@@ -170,7 +168,7 @@ class AdoptionFrame:
             return None  # TenantExistsError follows; a deleted tenant has to be purged first
         return tenant, operation
 
-    async def settle(self, tenant: Tenant, operation: Operation | None, *, actor: Actor) -> None:
+    async def clean_up(self, tenant: Tenant, operation: Operation | None, *, actor: Actor) -> None:
         """Finish or remove a creation that nobody does any more; a database in place is brought back to how it was.
 
         Raises:
@@ -178,15 +176,15 @@ class AdoptionFrame:
             ProvisioningError: what is left could not be removed.
         """
         provisioner = self._services.provisioner
-        settle = partial(provisioner.settle_creation, tenant, actor=actor)
+        clean_up = partial(provisioner.settle_creation, tenant, actor=actor)
         if operation is not None and operation.detail.get("in_place"):
-            settle = partial(provisioner.undo_takeover, tenant, operation.detail.get("undo", {}), actor=actor)
-        deadline = asyncio.get_running_loop().time() + _SETTLE_SECONDS
-        while not await settle():
+            clean_up = partial(provisioner.undo_takeover, tenant, operation.detail.get("undo", {}), actor=actor)
+        deadline = asyncio.get_running_loop().time() + _WAIT_SECONDS
+        while not await clean_up():
             # its connection may be on its way to end
             if asyncio.get_running_loop().time() > deadline:
                 raise AdoptionError(f"tenant {tenant.slug!r} is being created now, by another process or a reconcile")
             await asyncio.sleep(POLL_SECONDS)
 
 
-__all__ = ["KEY_SHOWN", "AdoptionFrame", "Steps", "Tell", "Work"]
+__all__ = ["KEY_SHOWN", "AdoptionFrame", "Steps", "Work"]

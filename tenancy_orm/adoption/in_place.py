@@ -23,6 +23,7 @@ from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.services import FleetServices
 from ..operations import Operation, Operations
+from ..operations.progress import StepProgress
 from ..postgres import connections as plain_connections
 from ..postgres.connections import Connection
 from ..postgres.errors import describe
@@ -33,7 +34,6 @@ from ..tenant import Tenant
 from ..tenants.manager import CreatedTenant, TenantManager
 from .comparison import comparable, differences
 from .contents import Contents
-from .frame import Tell
 from .looking import Looking
 from .source import OpenSource
 
@@ -94,7 +94,7 @@ class InPlace:
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
-    async def look(self, opened: OpenSource, tell: Tell) -> InPlaceLook:
+    async def look(self, opened: OpenSource, progress: StepProgress) -> InPlaceLook:
         """Look at a database. Nothing is changed.
 
         Raises:
@@ -109,13 +109,13 @@ class InPlace:
                 f"{opened.source} has the encoding {opened.encoding}, and tenants' databases have UTF8: adopt a copy, "
                 "which converts it"
             )
-        tell("look at the source")
+        progress("look at the source")
         server = await self._find_server(opened)
         self._refuse_shared(opened, server)
         heads, stamp = await self._looking.heads(opened)
         contents = await self._looking.contents(opened)
         self._looking.check_extensions(opened, contents)
-        tell("compare its schema")
+        progress("compare its schema")
         expected = await self._expected(server, heads)
         found = await read(opened.connection, owner=self._services.names.owner, ignored=self._ignored)
         facts = await self._services.provisioner.look_at_takeover(
@@ -160,7 +160,9 @@ class InPlace:
     def _refuse_shared(self, opened: OpenSource, server: str) -> None:
         shared = {*_SHARED_DATABASES, self._services.servers[server].dsn.database}
         if opened.database in shared:
-            raise AdoptionError(f"{opened.source} is a database that server {server!r} shares: it is nobody's own")
+            raise AdoptionError(
+                f"{opened.source} is a database that server {server!r} uses itself, so it cannot become a tenant's"
+            )
         if (opened.marker or "").startswith(("tenancy:", "tenancy-")):
             raise AdoptionError(f"{opened.source} is the database of a tenant, or a template: it has its marker")
 
@@ -175,7 +177,7 @@ class InPlace:
         *,
         detail: Mapping[str, Any],
         values: Mapping[str, Any],
-        tell: Tell,
+        progress: StepProgress,
         actor: Actor,
     ) -> tuple[CreatedTenant, Operation]:
         """Take a database over, or bring it back to how it was.
@@ -191,7 +193,7 @@ class InPlace:
             )
 
         async def record(state: Mapping[str, Any]) -> None:
-            tell("take over")
+            progress("take over")
             await operations.advance(begun[0], claimant, "take over", detail={"undo": state})
 
         async def prepare(database: str) -> None:

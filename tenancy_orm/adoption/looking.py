@@ -22,6 +22,7 @@ from ..migrations.database import ConnectionAdapter, DatabaseMigration, Target
 from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.services import FleetServices
+from ..operations.progress import StepProgress
 from ..postgres import connections as plain_connections
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
@@ -35,7 +36,6 @@ from ..provisioning.new_databases import SAFE_PATH
 from ..tenant import Tenant
 from .comparison import comparable, differences
 from .contents import Contents, SourceTable, read_contents
-from .frame import Tell
 from .renaming import move_schema, remaining
 from .source import OpenSource
 from .transfer import Transfer
@@ -98,14 +98,14 @@ class Looking:
         self._ignored = Ignored(services.config.migration.drift_ignore)
         self._references = References(services, connections, environment, self._ignored)
 
-    async def look(self, opened: OpenSource, server: str, tell: Tell) -> Look:
+    async def look(self, opened: OpenSource, server: str, progress: StepProgress) -> Look:
         """Look at a source. Nothing is changed; short-lived databases are made on the server.
 
         Raises:
             AdoptionError: it cannot become a tenant, whatever differences are accepted.
             MigrationError: the migrations do not have its revision, or one of them fails.
         """
-        tell("look at the source")
+        progress("look at the source")
         version = await self._server_version(opened, server)
         # in a thread: it looks at many directories, and starts the programs
         programs = await asyncio.to_thread(find_programs, version, self._services.config.provisioning.client_programs)
@@ -113,11 +113,11 @@ class Looking:
         contents = await self.contents(opened)
         self.check_extensions(opened, contents)
         lost = await self._lost_properties(opened, server)
-        tell("compare its schema")
+        progress("compare its schema")
         expected = await self._references.read(server, heads)
         schema = _schema_of(expected, self._environment) if opened.source.schema is not None else "public"
         left_out, found, named = await self._found(opened, contents, programs, version, server, heads, stamp, schema)
-        unused = [f"extension {name} does not come along: nothing in the source uses it" for name in contents.unused]
+        unused = [f"extension {name} is not copied: nothing in the source uses it" for name in contents.unused]
         return Look(
             server=server,
             server_version=version,
@@ -182,7 +182,7 @@ class Looking:
         notes = []
         if source.settings:
             notes.append(
-                f"settings of the source's database do not come along: {', '.join(sorted(source.settings))}; give them "
+                f"settings of the source's database are not copied: {', '.join(sorted(source.settings))}; give them "
                 "to the tenant's by ALTER DATABASE ... SET"
             )
         if made is not None and made.locale != source.locale:
@@ -214,7 +214,7 @@ class Looking:
         if found is None or not found:
             if wanted is None:
                 raise AdoptionError(
-                    f"{opened.source} has no version table of Alembic that says its revision; say it: --at REVISION "
+                    f"{opened.source} has no version table of Alembic with its revision; name it: --at REVISION "
                     '(at="base" for none)'
                 )
             return wanted, bool(wanted)
@@ -284,7 +284,7 @@ class Looking:
                 login = database.login
                 left_out = await self._transfer(opened, contents, programs, version, login).run(with_rows=False)
                 stamped = heads if stamp else frozenset[str]()
-                await self.settle(login, server, opened, contents, schema, stamped, tenant=None)
+                await self.finish(login, server, opened, contents, schema, stamped, tenant=None)
                 connection = await self.connect(login)
                 try:
                     found = await self.read(connection, heads, owner=login.role)
@@ -323,7 +323,7 @@ class Looking:
         """Bring a source into an empty database, rows and all."""
         await self._transfer(opened, look.contents, look.programs, look.server_version, login).run(with_rows=True)
 
-    async def settle(
+    async def finish(
         self,
         login: CopyLogin,
         server: str,

@@ -18,6 +18,7 @@ from ..migrations.connections import Connections
 from ..migrations.plan import format_revision
 from ..migrations.scripts import Environment
 from ..operations import Operation, Operations
+from ..operations.progress import StepProgress, silent
 from ..postgres import connections
 from ..provisioning.new_databases import NewDatabase
 from ..runs import FleetMigrator
@@ -25,7 +26,7 @@ from ..servers.placement import Placer
 from ..tenant import Status
 from ..tenants.manager import TenantManager
 from .fleet import FleetAdoption
-from .frame import AdoptionFrame, Steps, Tell
+from .frame import AdoptionFrame, Steps
 from .in_place import InPlace, InPlaceLook
 from .looking import Look, Looking, extensions_of, place_of
 from .refusals import open_adoptable
@@ -34,10 +35,6 @@ from .rows import RowsAdoption
 from .rows_work import RowsWork
 from .source import OpenSource, Source
 from .verification import verify
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 class AdoptionManager:
@@ -82,7 +79,7 @@ class AdoptionManager:
         server: str | None = None,
         region: str | None = None,
         tier: str | None = None,
-        tell: Tell | None = None,
+        progress: StepProgress | None = None,
     ) -> AdoptionReport:
         """Look at what would become a tenant, compare it with its revision, and count its rows. Nothing is changed.
 
@@ -97,7 +94,7 @@ class AdoptionManager:
             server: The server to place it on; chosen as for a new tenant where None.
             region: Where its data has to stay.
             tier: The tenant's tier.
-            tell: Called with a line about what is done now.
+            progress: Called with each step that begins, in words.
 
         Raises:
             AdoptionError: the source cannot be read, or cannot become a tenant whatever is accepted.
@@ -112,10 +109,10 @@ class AdoptionManager:
         looking, plain, environment = await self._looking()
         async with open_adoptable(self._services, described) as opened:
             if in_place:
-                place = await InPlace(self._services, plain, environment, looking).look(opened, tell or _silent)
+                place = await InPlace(self._services, plain, environment, looking).look(opened, progress or silent)
                 return in_place_report(slug, opened, place, started)
             chosen = await self._choose(slug, server, region, tier)
-            look = await looking.look(opened, chosen, tell or _silent)
+            look = await looking.look(opened, chosen, progress or silent)
             return copy_report(slug, opened, look, started)
 
     async def adopt(
@@ -136,7 +133,7 @@ class AdoptionManager:
         metadata: Mapping[str, Any] | None = None,
         key_name: str = "default",
         scopes: Sequence[str] = (),
-        tell: Tell | None = None,
+        progress: StepProgress | None = None,
         actor: Actor = SYSTEM,
     ) -> AdoptionReport:
         """Make a tenant of an existing database or schema: of a copy, or of a whole database in place.
@@ -165,7 +162,7 @@ class AdoptionManager:
             metadata: A JSON object, kept with the tenant.
             key_name: The name of its first API key.
             scopes: The key's scopes.
-            tell: Called with a line about what is done now.
+            progress: Called with each step that begins, in words.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -174,10 +171,10 @@ class AdoptionManager:
             TenancyError: as ``TenantManager.create``, and ``check``.
         """
         refuse_while_bound("adopting a database")
-        started, tell = time.monotonic(), tell or _silent
+        started, progress = time.monotonic(), progress or silent
         described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
-        if (former := await self._frame.settle_former(slug, str(described), actor=actor)) is not None:
-            return await self._finished(former_report(*former, started), tell, actor)
+        if (former := await self._frame.clean_up_former(slug, str(described), actor=actor)) is not None:
+            return await self._finished(former_report(*former, started), progress, actor)
         looking, plain, environment = await self._looking()
         values = {"tier": tier, "region": region, "metadata": metadata, "key_name": key_name, "scopes": scopes}
         if in_place:
@@ -185,7 +182,7 @@ class AdoptionManager:
                 raise ConfigurationError("a database in place stays on its server: leave the server out")
             place = InPlace(self._services, plain, environment, looking)
             return await self._take(
-                slug, described, place, accept_differences, revoke, values=values, tell=tell, actor=actor
+                slug, described, place, accept_differences, revoke, values=values, progress=progress, actor=actor
             )
         chosen = await self._choose(slug, server, region, tier)
         policy = RevisionPolicy(self._services, plain, environment)
@@ -197,7 +194,7 @@ class AdoptionManager:
             accept_differences,
             server=chosen,
             values=values,
-            tell=tell,
+            progress=progress,
             actor=actor,
             started=started,
         )
@@ -246,7 +243,7 @@ class AdoptionManager:
             raise OperationStateError(
                 f"operation {operation} has made tenant {tenant.slug!r}, which is {tenant.status.value}: delete that"
             )
-        await self._frame.settle(tenant, found, actor=actor)
+        await self._frame.clean_up(tenant, found, actor=actor)
 
     async def _copy(
         self,
@@ -258,13 +255,13 @@ class AdoptionManager:
         *,
         server: str,
         values: Mapping[str, Any],
-        tell: Tell,
+        progress: StepProgress,
         actor: Actor,
         started: float,
     ) -> AdoptionReport:
         """Make a tenant of a copy."""
         async with open_adoptable(self._services, described) as opened:
-            look = await looking.look(opened, server, tell)
+            look = await looking.look(opened, server, progress)
             _refuse(slug, opened, look, accepted)
             notes: list[str] = []
 
@@ -279,7 +276,7 @@ class AdoptionManager:
                 detail=record_of(copy_report(slug, opened, look, started)),
                 extensions=extensions_of(look.contents),
                 values=values,
-                tell=tell,
+                progress=progress,
                 actor=actor,
             )
             report = copy_report(slug, opened, look, started)
@@ -302,13 +299,13 @@ class AdoptionManager:
         revoke: bool,
         *,
         values: Mapping[str, Any],
-        tell: Tell,
+        progress: StepProgress,
         actor: Actor,
     ) -> AdoptionReport:
         """Take a database over, and run the missing revisions."""
         started = time.monotonic()
         async with open_adoptable(self._services, described) as opened:
-            look = await place.look(opened, tell)
+            look = await place.look(opened, progress)
             _refuse(slug, opened, look, accepted)
             if look.foreign_rights and not revoke:
                 raise AdoptionError(
@@ -323,15 +320,15 @@ class AdoptionManager:
             self._operations,
             detail=record_of(report),
             values=values,
-            tell=tell,
+            progress=progress,
             actor=actor,
         )
         detail = {name: value for name, value in operation.detail.items() if name != "undo"}
         await self._services.registry.record(created.tenant.id, "tenant.adopt", detail=detail, actor=actor)
         report = replace(report, tenant=created.tenant, api_key=created.api_key, operation=operation.id)
-        return replace(await self._finished(report, tell, actor), seconds=time.monotonic() - started)
+        return replace(await self._finished(report, progress, actor), seconds=time.monotonic() - started)
 
-    async def _finished(self, report: AdoptionReport, tell: Tell, actor: Actor) -> AdoptionReport:
+    async def _finished(self, report: AdoptionReport, progress: StepProgress, actor: Actor) -> AdoptionReport:
         """Run the revisions that a database in place lacks; the tenant is active, whatever becomes of them."""
         looking, _, environment = await self._looking()
         tenant = report.tenant
@@ -341,7 +338,7 @@ class AdoptionManager:
         if (end := looking.end(heads)) == heads:
             return report
         pending = format_revision(end)
-        tell("upgrade")
+        progress("upgrade")
         try:
             done = await self._migrations.upgrade("heads", tenants=[tenant.id], actor=actor)
             errors = [str(one.error) for one in done.failures]
@@ -381,7 +378,7 @@ async def _fill(looking: Looking, opened: OpenSource, look: Look, new: NewDataba
     await steps.begin("copy")
     await looking.bring(opened, look, new.login)
     stamp = look.heads if look.stamp else frozenset[str]()
-    await looking.settle(new.login, look.server, opened, look.contents, look.schema, stamp, tenant=steps.tenant)
+    await looking.finish(new.login, look.server, opened, look.contents, look.schema, stamp, tenant=steps.tenant)
     await steps.begin("verify")
     former = opened.source.schema
     connection = await looking.connect(new.login)

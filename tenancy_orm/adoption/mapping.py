@@ -144,7 +144,7 @@ def _table(name: str, values: Mapping[str, Any]) -> TableMapping:
         raise ConfigurationError(f"two columns of {place} become one")
     drop = frozenset(_names(values, "drop", place))
     if both := sorted(drop & columns.keys()):
-        raise ConfigurationError(f"column {both[0]!r} of {place} is dropped and renamed: say one of them")
+        raise ConfigurationError(f"column {both[0]!r} of {place} is dropped and renamed: keep one of the two")
     rename = _text(values, "rename", place)
     return TableMapping(
         where=_text(values, "where", place),
@@ -159,9 +159,9 @@ def _table(name: str, values: Mapping[str, Any]) -> TableMapping:
 
 def _refuse_twice(shared: frozenset[str], exclude: frozenset[str], tables: Mapping[str, TableMapping]) -> None:
     if both := sorted(shared & exclude):
-        raise ConfigurationError(f"table {both[0]!r} of the mapping is shared and excluded: say one of them")
+        raise ConfigurationError(f"table {both[0]!r} of the mapping is shared and excluded: keep one of the two")
     if both := sorted(exclude & tables.keys()):
-        raise ConfigurationError(f"table {both[0]!r} of the mapping is excluded and described: say one of them")
+        raise ConfigurationError(f"table {both[0]!r} of the mapping is excluded and described: keep one of the two")
     if both := sorted(name for name in shared & tables.keys() if tables[name].where or tables[name].via):
         raise ConfigurationError(f"table {both[0]!r} of the mapping is shared, and so has neither where nor via")
 
@@ -174,7 +174,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], place: str)
 def _text(values: Mapping[str, Any], name: str, place: str) -> str | None:
     found = values.get(name)
     if found is not None and (not isinstance(found, str) or not found.strip()):
-        raise ConfigurationError(f"{name} of {place} is a text, not {found!r}")
+        raise ConfigurationError(f"{name} of {place} must be a string, not {found!r}")
     return found
 
 

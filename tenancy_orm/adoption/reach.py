@@ -93,7 +93,7 @@ class Reach:
                 raise AdoptionError(f"the mapping names column {missing[0]!r} of table {name!r}, which is not there")
             references = {column for key in known[name].keys for column in key.columns}
             if missing := sorted(set(said.via) - references):
-                raise AdoptionError(f"column {missing[0]!r} of table {name!r} is no foreign key: via names one")
+                raise AdoptionError(f"column {missing[0]!r} of table {name!r} is not a foreign key: via must name one")
 
     def _direct(self, relation: Relation) -> Reached | None:
         mapping, said = self.mapping, self.mapping.of(relation.label)

@@ -8,10 +8,10 @@ from typing import Any
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
-from .frame import Tell
+from ..operations.progress import StepProgress, silent
 from .refusals import open_adoptable
 from .rows_report import RowsReport
-from .rows_work import GivenMapping, RowsWork, read_mapping, report_of, silent
+from .rows_work import GivenMapping, RowsWork, read_mapping, report_of
 from .source import Source
 
 
@@ -40,7 +40,7 @@ class RowsAdoption:
         server: str | None = None,
         region: str | None = None,
         tier: str | None = None,
-        tell: Tell | None = None,
+        progress: StepProgress | None = None,
     ) -> RowsReport:
         """Look at how each table is reached, and count its rows. Nothing is changed.
 
@@ -53,7 +53,7 @@ class RowsAdoption:
             server: The server to place it on; chosen as for a new tenant where None.
             region: Where its data has to stay.
             tier: The tenant's tier.
-            tell: Called with a line about what is done now.
+            progress: Called with each step that begins, in words.
 
         Raises:
             AdoptionError: the source cannot be read, or the mapping does not fit it.
@@ -62,12 +62,12 @@ class RowsAdoption:
             PlacementError: no server takes the tenant.
         """
         refuse_while_bound("adopting rows")
-        started, tell = time.monotonic(), tell or silent
+        started, progress = time.monotonic(), progress or silent
         described, said = Source.parse(url), read_mapping(mapping, where)
         chosen = await self._work.choose(slug, server, region, tier)
-        building = await self._work.build(chosen, at, tell)
+        building = await self._work.build(chosen, at, progress)
         async with open_adoptable(self._services, described) as opened:
-            look = await self._work.look(opened, said, building, tell)
+            look = await self._work.look(opened, said, building, progress)
             return report_of(slug, opened, said, building, chosen, look, started)
 
     async def adopt(
@@ -84,7 +84,7 @@ class RowsAdoption:
         metadata: Mapping[str, Any] | None = None,
         key_name: str = "default",
         scopes: Sequence[str] = (),
-        tell: Tell | None = None,
+        progress: StepProgress | None = None,
         actor: Actor = SYSTEM,
     ) -> RowsReport:
         """Make a tenant of the rows of one customer.
@@ -106,7 +106,7 @@ class RowsAdoption:
             metadata: A JSON object, kept with the tenant.
             key_name: The name of its first API key.
             scopes: The key's scopes.
-            tell: Called with a line about what is done now.
+            progress: Called with each step that begins, in words.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -117,12 +117,14 @@ class RowsAdoption:
         refuse_while_bound("adopting rows")
         described, said = Source.parse(url), read_mapping(mapping, where)
         values = {"tier": tier, "region": region, "metadata": metadata, "key_name": key_name, "scopes": scopes}
-        tell = tell or silent
+        progress = progress or silent
         if (former := await self._work.former(slug, described, said, actor=actor)) is not None:
             return former
         chosen = await self._work.choose(slug, server, region, tier)
-        building = await self._work.build(chosen, at, tell)
-        return await self._work.create(slug, described, said, building, chosen, values=values, tell=tell, actor=actor)
+        building = await self._work.build(chosen, at, progress)
+        return await self._work.create(
+            slug, described, said, building, chosen, values=values, progress=progress, actor=actor
+        )
 
 
 __all__ = ["RowsAdoption"]

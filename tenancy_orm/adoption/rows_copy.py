@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 import asyncpg
 
 from ..errors import AdoptionError
+from ..operations.progress import StepProgress
 from ..postgres.connections import Connection, transaction
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from .contents import Contents
-from .frame import Tell
 from .selection import PLAIN_TEXTS, Selection, Transferred
 from .source import OpenSource
 from .verification import SEQUENCES, set_sequence, verify
@@ -69,14 +69,14 @@ class RowsCopy:
         self._pairs = pairs
         self._expected = expected
 
-    async def run(self, target: Connection, tell: Tell) -> list[str]:
+    async def run(self, target: Connection, progress: StepProgress) -> list[str]:
         """Copy everything in one transaction of the target, and return what is worth knowing.
 
         Foreign keys are taken off and made again at the end, which checks all rows: so circles are no hindrance.
 
         Args:
             target: As the login that owns the tables.
-            tell: Receives each table.
+            progress: Receives each table.
 
         Raises:
             AdoptionError: the rows do not fit there, or refer to rows that are not there.
@@ -92,10 +92,10 @@ class RowsCopy:
                 for pair in self._pairs:
                     notes += await self._empty(target, pair)
                 for pair in self._pairs:
-                    tell(f"copy {pair.reached.relation.label}")
+                    progress(f"copy {pair.reached.relation.label}")
                     await self._copy(target, pair)
                 await target.execute("SET CONSTRAINTS ALL IMMEDIATE")
-            tell("verify")
+            progress("verify")
             await self._compare(target)
             # references are validated, and sequences set
             notes += await verify(target, _NOTHING, lambda table: table.schema)
@@ -133,7 +133,7 @@ class RowsCopy:
             await target.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} {key['definition']}")
         except asyncpg.ForeignKeyViolationError as exc:
             raise AdoptionError(
-                f"rows of table {table} refer to rows that do not come along, by foreign key {name}: {exc.detail}"
+                f"rows of table {table} refer to rows that are not copied, by foreign key {name}: {exc.detail}"
             ) from exc
         if key["comment"] is not None:
             comment = await target.fetchval("SELECT pg_catalog.quote_literal($1::text)", key["comment"])
@@ -204,8 +204,9 @@ class RowsCopy:
             state = await self._opened.connection.fetchrow(f"SELECT last_value, is_called FROM {name}")  # noqa: S608
             assert state is not None  # noqa: S101 - a sequence has one row
             refusal = await set_sequence(target, name, *state)
-            what = f"goes on where the source's is, at {state['last_value']}"
-            notes.append(f"sequence {name} {what if refusal is None else f'is not where the source has it: {refusal}'}")
+            what = f"continues at the source's value, {state['last_value']}"
+            failed = f"cannot be set to the source's value: {refusal}"
+            notes.append(f"sequence {name} {what if refusal is None else failed}")
         return notes
 
     async def _compare(self, target: Connection) -> None:

@@ -18,6 +18,7 @@ from ..migrations.connections import Connections
 from ..migrations.plan import Plan, format_revision
 from ..migrations.scripts import Environment
 from ..operations import Operation
+from ..operations.progress import StepProgress
 from ..postgres import connections
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
@@ -28,7 +29,7 @@ from ..provisioning.tenant_rights import RECORD_SCHEMA
 from ..runs import FleetMigrator
 from ..servers.placement import Placer
 from ..tenant import Tenant
-from .frame import KEY_SHOWN, AdoptionFrame, Steps, Tell
+from .frame import KEY_SHOWN, AdoptionFrame, Steps
 from .looking import Looking
 from .mapping import RowsMapping
 from .reach import Reach
@@ -111,7 +112,7 @@ class RowsWork:
     async def former(self, slug: str, described: Source, said: RowsMapping, *, actor: Actor) -> RowsReport | None:
         """Remove what a process that died has left; return the report where the tenant is complete already."""
         started = time.monotonic()
-        found = await self._frame.settle_former(slug, _source_text(described, said), actor=actor)
+        found = await self._frame.clean_up_former(slug, _source_text(described, said), actor=actor)
         return None if found is None else _recorded(*found, described, said, started)
 
     async def choose(self, slug: str, server: str | None, region: str | None, tier: str | None) -> str:
@@ -119,7 +120,7 @@ class RowsWork:
         request = PlacementRequest(tier=tier or self.services.config.default_tier, region=region, slug=slug)
         return await self._placer.choose(request, server=server)
 
-    async def build(self, server: str, at: str | None, tell: Tell) -> Building:
+    async def build(self, server: str, at: str | None, progress: StepProgress) -> Building:
         """Run the revisions in a short-lived database, and read the tables that they make."""
         if self.services.config.migrations is None:
             raise ConfigurationError("rows are copied into the tables that migrations make: configure migrations")
@@ -132,7 +133,7 @@ class RowsWork:
         end = Plan.of(environment, "upgrade", "heads").path_from(reached).end
         plain = Connections(self.services)
         looking = Looking(self.services, plain, environment)
-        tell("make the tables")
+        progress("make the tables")
         seconds = self.services.config.adoption.timeout
         extensions = [InstalledExtension(name) for name in self.services.config.extensions]
         scratch = self.services.provisioner.scratch_databases
@@ -157,7 +158,7 @@ class RowsWork:
         opened: OpenSource,
         said: RowsMapping,
         building: Building,
-        tell: Tell,
+        progress: StepProgress,
         totals: dict[int, tuple[int, int]] | None = None,
     ) -> RowsLook:
         """Look at one customer's rows; ``totals`` is shared by the customers of one snapshot.
@@ -169,7 +170,7 @@ class RowsWork:
         try:
             # in a savepoint: the snapshot of a fleet goes on after what PostgreSQL refuses for one customer
             async with asyncio.timeout(seconds), opened.connection.transaction():
-                return await _look_at(opened, said, building, tell, totals)
+                return await _look_at(opened, said, building, progress, totals)
         except TimeoutError as exc:
             raise AdoptionError(
                 f"the rows of {opened.source} where {said.where} cannot be counted and checked within {seconds:g} s; "
@@ -185,13 +186,13 @@ class RowsWork:
         server: str,
         *,
         values: Mapping[str, Any],
-        tell: Tell,
+        progress: StepProgress,
         actor: Actor,
     ) -> RowsReport:
         """Create one tenant; see ``RowsAdoption.adopt``."""
         started = time.monotonic()
         async with open_adoptable(self.services, described) as opened:
-            look = await self.look(opened, said, building, tell)
+            look = await self.look(opened, said, building, progress)
             report = report_of(slug, opened, said, building, server, look, started)
             if report.problems:
                 raise AdoptionError(
@@ -209,7 +210,7 @@ class RowsWork:
                 policy=RevisionPolicy(self.services, building.plain, building.environment),
                 detail=_detail(report, described, said),
                 values=values,
-                tell=tell,
+                progress=progress,
                 actor=actor,
             )
         await self.services.registry.record(created.tenant.id, "tenant.adopt", detail=operation.detail, actor=actor)
@@ -224,9 +225,13 @@ class RowsWork:
 
 
 async def _look_at(
-    opened: OpenSource, said: RowsMapping, building: Building, tell: Tell, totals: dict[int, tuple[int, int]] | None
+    opened: OpenSource,
+    said: RowsMapping,
+    building: Building,
+    progress: StepProgress,
+    totals: dict[int, tuple[int, int]] | None,
 ) -> RowsLook:
-    tell("count rows")
+    progress("count rows")
     found = await read_relations(opened.connection, left_out=(CHECKPOINTS_SCHEMA, RECORD_SCHEMA))
     # the revision is that of the tables here
     relations = [one for one in found if one.name not in ("alembic_version", building.version_table)]
@@ -239,21 +244,23 @@ async def _look_at(
     selection = Selection(opened, reach, pairs, totals)
     await selection.check_conditions()
     tables = await selection.count()
-    tell("check references")
+    progress("check references")
     problems += await selection.problems(tables)
     for reached, one in zip(reach, tables, strict=True):
         if one.nobodys:
             what = f"have no {said.column}" if reached.relation.has(said.column) else "refer to no row"
-            notes.append(f"{one.nobodys} rows of {one.source} {what}" + (", and are nobody's" if one.target else ""))
+            notes.append(
+                f"{one.nobodys} rows of {one.source} {what}" + (", and belong to nobody" if one.target else "")
+            )
     if not any(one.rows for one in tables if not one.shared):
-        notes.append(f"no row of the source is this customer's: is the condition right? {said.where}")
+        notes.append(f"no row of the source belongs to this customer: is the condition right? {said.where}")
     filled = {one.target for one in tables}
     notes += [
         f"table {one.label} of the tenant's database gets no rows of the source"
         for one in building.relations
         if one.label not in filled and one.name != building.version_table
     ]
-    notes += [f"{row['what']} {row['name']} does not come along" for row in await opened.connection.fetch(_OTHERS)]
+    notes += [f"{row['what']} {row['name']} is not copied" for row in await opened.connection.fetch(_OTHERS)]
     return RowsLook(reach, selection, tuple(pairs), tuple(tables), tuple(problems), tuple(notes))
 
 
@@ -271,7 +278,7 @@ async def _copy(
             raise AdoptionError(f"the rows do not fit: {'; '.join(problems)}")
         await steps.begin("copy")
         expected = {one.source: one.rows for one in look.tables}
-        notes = await RowsCopy(opened, look.selection, pairs, expected).run(connection, steps.tell)
+        notes = await RowsCopy(opened, look.selection, pairs, expected).run(connection, steps.progress)
     finally:
         await run_to_completion(connections.close(connection))
     if building.pending is not None:
@@ -293,10 +300,6 @@ def read_mapping(mapping: GivenMapping, where: str | None) -> RowsMapping:
         case Path():
             return RowsMapping.read(mapping, where=where)
     return RowsMapping.parse(mapping or {}, where=where)
-
-
-def silent(text: str) -> None:
-    """Tell nobody."""
 
 
 def _source_text(described: Source, said: RowsMapping) -> str:
@@ -361,4 +364,4 @@ def _recorded(tenant: Tenant, operation: Operation, described: Source, said: Row
     )
 
 
-__all__ = ["Building", "GivenMapping", "RowsLook", "RowsWork", "read_mapping", "report_of", "silent"]
+__all__ = ["Building", "GivenMapping", "RowsLook", "RowsWork", "read_mapping", "report_of"]

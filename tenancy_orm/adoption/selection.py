@@ -77,7 +77,7 @@ def _columns(
             continue
         if name not in places:
             if column.name == mapping.column and reached.way is Way.COLUMN:
-                notes.append(f"column {relation.label}.{name} does not come along: it is the same for every row")
+                notes.append(f"column {relation.label}.{name} is not copied: it is the same for every row")
             else:
                 problems.append(f"column {relation.label}.{column.name} has no place in {target.label}: drop or rename")
         elif name in found:
@@ -135,7 +135,7 @@ class Selection:
                     await self._opened.connection.prepare(f"SELECT 1 FROM {rows} WHERE {form}")  # noqa: S608 - checked
                 except asyncpg.PostgresError as exc:
                     raise AdoptionError(
-                        f"{condition!r} is no condition for table {reached.relation.label}: {reason_of(exc)}"
+                        f"{condition!r} is not a condition for table {reached.relation.label}: {reason_of(exc)}"
                     ) from exc
 
     async def count(self) -> list[TableRows]:
@@ -220,11 +220,11 @@ class Selection:
                 if one is not None:
                     values.setdefault(one, relation.label)
                 elif self._reach.mapping.of(relation.label).strays != "follow":
-                    found.append(f"rows of {relation.label} would come along that have no {column}")
+                    found.append(f"rows of {relation.label} would be copied that have no {column}")
         self.customer = next(iter(values), None)
         if len(values) > 1:
             listed = ", ".join(f"{value} (in {table})" for value, table in list(values.items())[: _SAMPLES + 1])
-            found.insert(0, f"rows of more than one customer would come along, by {column}: {listed}")
+            found.insert(0, f"rows of more than one customer would be copied, by {column}: {listed}")
         return found + await self._shared_customers(values)
 
     async def _shared_customers(self, own: Container[str]) -> list[str]:
@@ -259,7 +259,7 @@ class Selection:
             condition += f" AND NOT {self._reach.refers(key, alias)}"
             what = f"rows of {target.relation.label} that do not belong to this customer"
         else:
-            what = f"table {target.relation.label}, which does not come along"
+            what = f"table {target.relation.label}, which is not copied"
         said = await self._sample(reached.relation, alias, condition)
         return said and f"{said} belong to this customer, and refer by {', '.join(key.columns)} to {what}"
 
@@ -273,10 +273,10 @@ class Selection:
             outside = f"({self._reach.belongs(reached, alias)}) IS NOT TRUE AND {self._reach.refers(key, alias)}"
             text = await self._sample(reached.relation, alias, f"{reached.relation.rows(alias)} WHERE {outside}")
             if text:
-                whose, remedy = "are reached by no other way", 'give the table a where, or say strays = "leave"'
+                whose, remedy = "are reached by no other way", 'give the table a where, or set strays = "leave"'
                 if reached.way is Way.COLUMN:
                     choices = '"leave"' if said == "follow" else '"leave" or "follow"'
-                    whose, remedy = "are not this customer's", f"correct them, or say strays = {choices}"
+                    whose, remedy = "do not belong to this customer", f"correct them, or set strays = {choices}"
                 found.append(
                     f"{text} {whose}, and refer by {', '.join(key.columns)} to its rows of "
                     f"{self._reach.tables[key.target].relation.label}: {remedy}"

@@ -89,7 +89,7 @@ class Source:
         except ConfigurationError as exc:
             raise ConfigurationError(f"the source's URL {exc}") from exc
         if shared and schema is None:
-            raise ConfigurationError("shared tables come along with a schema: name it, or leave the tables out")
+            raise ConfigurationError("shared tables are copied with a schema: name it, or leave the tables out")
         if schema is not None and (schema.startswith("pg_") or schema == "information_schema"):
             raise ConfigurationError(f"{schema!r} is a schema of PostgreSQL itself")
         for name in (*shared, *without):
@@ -178,7 +178,9 @@ async def open_source(source: Source, *, timeout: float) -> AsyncIterator[OpenSo
 async def _begin(source: Source, connection: Connection) -> OpenSource:
     version = connections.version(connection)
     if version < _OLDEST:
-        raise AdoptionError(f"the source {source.dsn} runs PostgreSQL {version}; {_OLDEST} is the oldest that is read")
+        raise AdoptionError(
+            f"the source {source.dsn} runs PostgreSQL {version}; {_OLDEST} is the oldest that is supported"
+        )
     try:
         if version >= 17:
             await connection.execute("SET transaction_timeout = 0")
@@ -192,7 +194,7 @@ async def _begin(source: Source, connection: Connection) -> OpenSource:
         raise AdoptionError(f"the source {source.dsn} cannot be read: {login.reason_of(exc)}") from exc
     assert facts is not None  # noqa: S101 - the database exists, we are connected to it
     if facts["is_control"]:
-        raise AdoptionError(f"{source.dsn} is a control database: it knows tenants, and is none")
+        raise AdoptionError(f"{source.dsn} is a control database, not a tenant's database")
     return OpenSource(
         source=source,
         connection=connection,

@@ -47,7 +47,7 @@ class ApiKeyAuthenticator:
     def __init__(self, *resolvers: KeyResolver) -> None:
         given: tuple[object, ...] = resolvers
         if unknown := [resolver for resolver in given if not isinstance(resolver, KeyResolver)]:
-            raise ConfigurationError(f"{unknown[0]!r} is no KeyResolver")
+            raise ConfigurationError(f"{unknown[0]!r} is not a KeyResolver")
         self.resolvers = resolvers or (ApiKeyHeader(), BearerToken())
         self.headers = tuple({header for resolver in self.resolvers for header in resolver.headers})
         # with the header that each reads, where it reads one alone: most requests send the key in one of them only

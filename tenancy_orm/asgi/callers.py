@@ -252,7 +252,7 @@ class Callers:
                         "add_middleware, add it after"
                     ) from None
                 if found is not None:
-                    return _settled(_checked(found, authenticator), scope)
+                    return _with_sender(_checked(found, authenticator), scope)
         return None
 
     def _warn_of_unknown(self, credential: Credential) -> None:
@@ -262,8 +262,8 @@ class Callers:
         self._warned_of_unknown = True
         assert credential.tenants is not None  # noqa: S101 - the caller asks
         logger.warning(
-            "a %s allows the tenant %r, and none has this slug or id, so it is refused as no-tenant; where it is an id "
-            "of the identity provider's, give tenants_claim a function that finds the tenant by it",
+            "a %s allows the tenant %r, but there is no tenant with this slug or id, so it is refused as no-tenant; "
+            "where it is an id of the identity provider's, give tenants_claim a function that finds the tenant by it",
             credential.kind,
             str(credential.tenants[0])[:64],
         )
@@ -351,7 +351,7 @@ def _authenticators(
         known = isinstance(one, ApiKeyAuthenticator) or callable(getattr(one, "authenticate", None))
         if not known or isinstance(one, type):
             why = "give an instance of the class" if isinstance(one, type) else "it has no method authenticate"
-            raise ConfigurationError(f"{one!r} is no authenticator: {why}")
+            raise ConfigurationError(f"{one!r} is not an authenticator: {why}")
     issuers = {one.issuer for one in found if isinstance(one, TextAuthenticator) and not one.subject_prefix} - {""}
     if len(issuers) > 1:
         raise ConfigurationError(
@@ -374,7 +374,7 @@ def _has_bearer(headers: Headers) -> bool:
     return headers.get(b"authorization", b"")[:7].lower() == b"bearer "
 
 
-def _settled(credential: Credential, scope: Scope) -> Credential:
+def _with_sender(credential: Credential, scope: Scope) -> Credential:
     """Return a credential that says whether the browser has sent it: where its authenticator does not, a token may."""
     if credential.sent_by_browser is not None:
         return credential
@@ -404,8 +404,8 @@ def _checked(credential: Credential, authenticator: Authenticator) -> Credential
         )
     if credential.roles:
         raise ConfigurationError(
-            f"{type(authenticator).__name__} must return a credential without roles: members have roles, and what it "
-            "says itself are scopes"
+            f"{type(authenticator).__name__} must return a credential without roles; set scopes, not roles: "
+            "roles come from memberships"
         )
     return credential
 

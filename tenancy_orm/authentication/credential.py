@@ -97,7 +97,7 @@ class Credential:
     """As ``tenant``, but None where no tenant is chosen."""
 
     def __post_init__(self) -> None:
-        """Settle the defaults that depend on other fields."""
+        """Set the defaults that depend on other fields."""
         if self.kind not in CREDENTIAL_KINDS:
             raise ConfigurationError(f"a credential's kind is one of {', '.join(CREDENTIAL_KINDS)}, not {self.kind!r}")
         # an application's number of a user, for example
@@ -108,19 +108,19 @@ class Credential:
             moment: datetime | None = getattr(self, name)
             if moment is not None and getattr(moment, "tzinfo", None) is None:
                 raise ConfigurationError(f"a credential's {name} must be an aware datetime")
-        settle = object.__setattr__
+        assign = object.__setattr__
         if self.tenants is not None:
-            settle(self, "tenants", tuple(self.tenants))
+            assign(self, "tenants", tuple(self.tenants))
             if not all(isinstance(tenant, str | UUID) for tenant in self.tenants):
                 raise ConfigurationError("a credential's tenants are slugs or ids, as str or UUID")
         if self.scopes is _DEFAULT_SCOPES:
-            settle(self, "scopes", _ALL if self.tenants is None and self.kind in ("token", "session") else frozenset())
+            assign(self, "scopes", _ALL if self.tenants is None and self.kind in ("token", "session") else frozenset())
         else:
-            settle(self, "scopes", frozenset(self.scopes))
-        if self.sent_by_browser is None and self.kind != "token":  # a token's is settled by the request that has it
-            settle(self, "sent_by_browser", self.kind == "session")
+            assign(self, "scopes", frozenset(self.scopes))
+        if self.sent_by_browser is None and self.kind != "token":  # the request that has a token decides it
+            assign(self, "sent_by_browser", self.kind == "session")
         if self.kind == "key" and not self.id:
-            settle(self, "id", self.subject)
+            assign(self, "id", self.subject)
 
     @property
     def public_id(self) -> str:

@@ -53,7 +53,7 @@ def unpack(chunks: Iterable[bytes], manifest: Manifest, directory: Path) -> None
             for info in archive:
                 file = next(expected, None)
                 if file is None or not info.isreg() or info.name != file.name or Path(file.name).name != file.name:
-                    raise BackupDamagedError(f"the archive has {info.name!r}, which its manifest has not")
+                    raise BackupDamagedError(f"the archive has {info.name!r}, which is not in its manifest")
                 # first: anybody can encrypt for the key, and fill the disk
                 if info.size != file.bytes:
                     raise BackupDamagedError(f"{file.name} has {info.size} bytes, and its manifest says {file.bytes}")
@@ -64,7 +64,7 @@ def unpack(chunks: Iterable[bytes], manifest: Manifest, directory: Path) -> None
                         digest.update(chunk)
                         size += written.write(chunk)
                 if size != file.bytes or digest.hexdigest() != file.sha256:
-                    raise BackupDamagedError(f"{file.name} is not what its manifest says")
+                    raise BackupDamagedError(f"{file.name} differs from its manifest")
         for _ in iter(lambda: reader.read(CHUNK_BYTES), b""):
             pass  # to the end, so that all of it is verified
     except (tarfile.TarError, EOFError, OverflowError) as exc:
@@ -99,7 +99,7 @@ class Digest:
             BackupDamagedError: it is another one.
         """
         if (self.bytes, self.sha256) != (manifest.archive_bytes, manifest.archive_sha256):
-            raise BackupDamagedError("the archive is not the one that the manifest names: its checksum is another")
+            raise BackupDamagedError("the archive is not the one that the manifest names: its checksum differs")
 
 
 __all__ = ["Digest", "pack", "unpack"]

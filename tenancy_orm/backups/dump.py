@@ -432,7 +432,7 @@ def _level(compression: str, version: int) -> str:
     if version >= _COMPRESSION_NAMES_VERSION:
         return compression
     if method != "gzip":
-        raise BackupError(f"backup.compression is {compression}, and pg_dump of version {version} knows gzip alone")
+        raise BackupError(f"backup.compression is {compression}, and pg_dump of version {version} supports only gzip")
     return level or "6"
 
 
@@ -500,13 +500,13 @@ async def in_thread(work: Callable[[], T], stop: Callable[[], None]) -> T:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             stop()
-            await run_to_completion(_settled(future))
+            await run_to_completion(_wait_until_ended(future))
             raise
     finally:
         with_thread.shutdown(wait=False)
 
 
-async def _settled(future: asyncio.Future[Any]) -> None:
+async def _wait_until_ended(future: asyncio.Future[Any]) -> None:
     future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it is known
     if not (await asyncio.wait([future], timeout=_STOP_SECONDS))[0]:
         logger.error(

@@ -210,7 +210,7 @@ class BackupKeys:
                     found[named.id] = (await self._read(store, named)).recipient
                 except _UNUSABLE as exc:
                     # it is deleted all the same
-                    logger.warning("%s in %s is no key that can be opened: %s", one.path, store.url, exc)
+                    logger.warning("%s in %s is not a key that can be opened: %s", one.path, store.url, exc)
         known = {key.id for key in await self.of(tenant_id)}
         return {key_id: recipient for key_id, recipient in found.items() if key_id not in known}
 
@@ -239,7 +239,7 @@ class BackupKeys:
             try:
                 await self._take_up(store, named, one.modified_at, actor)
             except _UNUSABLE as exc:
-                logger.warning("%s was not taken up: %s", one.path, exc)
+                logger.warning("%s was not registered: %s", one.path, exc)
                 errors.append(f"{one.path}: {exc}")
         return errors
 
@@ -428,8 +428,8 @@ class BackupKeys:
         prefix = str(self._control.installation)
         if await asyncio.to_thread(lambda: next(iter(store.find(prefix)), None)) is None:
             raise BackupError(
-                f"the store {store.url} is empty, and has backups as the control database says; mount it, or correct "
-                "backup.store"
+                f"the store {store.url} is empty, but the control database lists backups in it; mount it, or "
+                "correct backup.store"
             )
 
     async def _remove_if_destroyed(self, store: Store, key_id: str, tenant_id: UUID | None) -> bool:

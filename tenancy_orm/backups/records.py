@@ -338,7 +338,7 @@ class BackupRecords:
                 return bool((await connection.execute(_READING, begun)).rowcount)
 
         if not await renew():
-            raise BackupNotFoundError(f"the backup {backup.id} is not there any more")
+            raise BackupNotFoundError(f"the backup {backup.id} does not exist any more")
         try:
             async with keep_claims(renew):
                 yield

@@ -141,7 +141,7 @@ async def _encryption_keys(config: TenancyConfig, store: Store, installation: UU
                 keys[data_key[0]] = await wrapper.unwrap(data_key[1], context=context)
         except (BackupDamagedError, BackupNotFoundError, SecretError, SecretProviderError) as exc:
             # another one may be that of a backup
-            logger.error("%s is passed over: %s", one.path, exc)
+            logger.error("%s is skipped: %s", one.path, exc)
             failed = exc
     if failed is not None and not keys:
         raise failed
@@ -199,7 +199,7 @@ class _Recovery:
             try:
                 manifest = Manifest.read(await self._store.get(one.path, at_most=MANIFEST_BYTES), self._signer)
                 if (manifest.installation, manifest.tenant_id) != (self._installation, None):
-                    raise BackupDamagedError("it is of something else")
+                    raise BackupDamagedError("it is the manifest of another database")
                 if _name_of(one.path) != str(manifest.id):
                     # whoever may only write to the store can copy an old one to a newer name
                     raise BackupDamagedError(
@@ -223,7 +223,7 @@ class _Recovery:
             shutil.rmtree(beside, ignore_errors=True)
 
     def _pass_over(self, path: str, error: TenancyError) -> None:
-        logger.error("%s is passed over: %s", path, error)
+        logger.error("%s is skipped: %s", path, error)
         self._passed_over.append(PassedOver(path, str(error)))
 
     def _listed(self) -> str:

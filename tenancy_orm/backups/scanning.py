@@ -64,7 +64,7 @@ class BackupScanner:
                 if manifest is not None:
                     found.append(await self._records.get(manifest.id))
             except TenancyError as exc:
-                logger.warning("%s was not taken up: %s", path, exc)
+                logger.warning("%s was not registered: %s", path, exc)
                 errors.append(f"{path}: {exc}")
         return ScanReport(tuple(found), tuple(errors))
 

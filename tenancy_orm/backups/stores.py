@@ -122,7 +122,7 @@ class Store(ABC):
         for chunk in self.read(path):
             found += chunk
             if len(found) > at_most:
-                raise BackupError(f"{path} in {self.url} is too large to be what it should be")
+                raise BackupError(f"{path} in {self.url} is larger than any valid file of this kind")
         return bytes(found)
 
 

@@ -103,7 +103,7 @@ class BackupVerifier:
                     manifest = await self._reader.check(backup)
         except BackupNotFoundError as exc:
             if (now := await self._records.get(backup.id)).state != "done":
-                raise BackupNotFoundError(f"the backup {backup.id} is {now.state} by now") from exc
+                raise BackupNotFoundError(f"the backup {backup.id} is {now.state} now") from exc
             await check_store(self._services.stores.at(backup.store), self._services.control.installation)
             error = str(exc)
         except (BackupDamagedError, _DiffersError) as exc:
@@ -215,7 +215,7 @@ class BackupVerifier:
                 if found.get(name) != value
             ]
             if wrong:
-                raise _DiffersError(f"sequences are not where they were: {'; '.join(wrong[:5])}")
+                raise _DiffersError(f"sequences have other values: {'; '.join(wrong[:5])}")
         if manifest.structure is None:
             return
         facts = await facts_of(connection, owner=database.login.role, role=None)

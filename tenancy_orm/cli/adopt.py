@@ -20,7 +20,7 @@ from .runtime import EXIT_FAILED, Json, Yes, confirm, exit_on_error, fail, given
 
 _QUESTION = (
     "The database itself becomes tenant {slug}'s: it gets another owner and another name, and nobody else can connect "
-    "to it any more. Go on?"
+    "to it any more. Continue?"
 )
 
 
@@ -55,7 +55,7 @@ def adopt(
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Adopt the tenants of this plan, in TOML; run it again to go on."),
+        typer.Option(metavar="FILE", help="Adopt the tenants of this plan, in TOML; run it again to continue."),
     ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="With --plan: how many tenants are made at once.")
@@ -98,7 +98,7 @@ def adopt(
         refuse_unfit({**one, "--region": region, **alone}, "--plan: write it into the plan")
         adopt_fleet(plan, source, concurrency=concurrency, dry_run=dry_run, as_json=as_json)
         return
-    refuse_unfit({"--concurrency": concurrency}, "one tenant: it is for --plan")
+    refuse_unfit({"--concurrency": concurrency}, "one tenant: it needs --plan")
     if slug is None or source is None:
         fail("name a tenant and its source: tenancy adopt SLUG --from URL", kind="ConfigurationError")
     options: dict[str, Any] = {"at": at, "server": server, "region": region, "tier": tier}
@@ -144,8 +144,8 @@ def _adopt_database(
     options: dict[str, Any],
 ) -> None:
     """Make a tenant of a database or of a schema of it."""
-    tell = None if as_json else lambda text: note(f"{slug}: {text}")
-    arguments = {**options, "in_place": in_place, "tell": tell}
+    progress = None if as_json else lambda text: note(f"{slug}: {text}")
+    arguments = {**options, "in_place": in_place, "progress": progress}
 
     async def command(tenancy: Tenancy) -> AdoptionReport | AdoptionDifferencesError:
         if dry_run:
@@ -171,8 +171,8 @@ def _adopt_database(
     if isinstance(found, AdoptionDifferencesError):
         _print_differences(found.differences)
         fail(
-            f"{found.source} is not what revision {found.revision or 'base'} makes: nothing was changed; correct it, "
-            "name its revision by --at, or add --accept-differences",
+            f"{found.source} differs from revision {found.revision or 'base'}: nothing was changed; correct it, "
+            "name its revision with --at, or add --accept-differences",
             kind=type(found).__name__,
         )
     _show(found, as_json)

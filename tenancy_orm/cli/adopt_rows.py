@@ -23,7 +23,7 @@ from .output import (
 )
 from .runtime import EXIT_FAILED, exit_on_error, fail, given_url, operator, run_stoppable
 
-INTERRUPTED = "stopped: what was made of it is removed; the source is as it was"
+INTERRUPTED = "stopped: what was made was removed; the source is unchanged"
 """What is said where the adoption of one tenant was stopped."""
 
 _FLEET_INTERRUPTED = "stopped: run the same command again, and the tenants that are complete are skipped"
@@ -44,7 +44,7 @@ def adopt_rows(
     said = exit_on_error(
         lambda: RowsMapping.parse({}, where=where) if mapping is None else RowsMapping.read(mapping, where=where)
     )
-    arguments = {"mapping": said, **options, "tell": None if as_json else lambda text: note(f"{slug}: {text}")}
+    arguments = {"mapping": said, **options, "progress": None if as_json else lambda text: note(f"{slug}: {text}")}
 
     async def command(tenancy: Tenancy) -> RowsReport:
         if dry_run:
@@ -80,8 +80,8 @@ def adopt_fleet(plan: Path, source: str | None, *, concurrency: int | None, dry_
                     print(f"{outcome.slug} {outcome.api_key}", flush=True)
 
             if dry_run:
-                return await tenancy.adoption.fleet.check(said, done=done)
-            return await tenancy.adoption.fleet.adopt(said, done=done, actor=operator())
+                return await tenancy.adoption.fleet.check(said, progress=done)
+            return await tenancy.adoption.fleet.adopt(said, progress=done, actor=operator())
 
     report = run_stoppable(command, stopped=_FLEET_INTERRUPTED)
     if as_json:
@@ -95,7 +95,7 @@ def adopt_fleet(plan: Path, source: str | None, *, concurrency: int | None, dry_
 def refuse_unfit(given: dict[str, Any], what: str) -> None:
     """Refuse options that do not go with ``what``."""
     if unfit := [name for name, value in given.items() if value]:
-        fail(f"{unfit[0]} does not go with {what}", kind="ConfigurationError")
+        fail(f"{unfit[0]} cannot be combined with {what}", kind="ConfigurationError")
 
 
 def _show(report: RowsReport) -> None:

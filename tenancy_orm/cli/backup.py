@@ -69,9 +69,9 @@ def run_backups(
     """Back tenants up, or the control database. Exit status 1 if one failed."""
     until = None if (kept := duration(keep)) is None else datetime.now(UTC) + kept
     if control and (tenants or tier or status or everyone):
-        fail("--control is for the control database alone: name no tenants", kind="ConfigurationError")
+        fail("--control cannot be combined with tenants", kind="ConfigurationError")
     if due and (control or tenants or tier or status or everyone or keep):
-        fail("--due is for whatever is due: give it alone", kind="ConfigurationError")
+        fail("--due cannot be combined with tenants, --control or --keep", kind="ConfigurationError")
     selection = None if control or due else Selection.of(tenants, tier, status, everyone)
 
     async def command(tenancy: Tenancy) -> BackupReport:
@@ -81,14 +81,14 @@ def run_backups(
         with progress_bar(shown=not as_json) as shown:
             bar = TenantBar(shown, "backed up")
 
-            def tell(tenant: Tenant, outcome: Backup | str) -> None:
+            def show(tenant: Tenant, outcome: Backup | str) -> None:
                 bar.done(tenant)
 
             if selection is None:
-                return await tenancy.backups.run_due(progress=tell, actor=operator())
+                return await tenancy.backups.run_due(progress=show, actor=operator())
             chosen = await selection.find(tenancy)
             bar.total(len(chosen))
-            return await tenancy.backups.run(chosen, kept_until=until, progress=tell, actor=operator())
+            return await tenancy.backups.run(chosen, kept_until=until, progress=show, actor=operator())
 
     with failures_listed():
         report = run_stoppable(command)

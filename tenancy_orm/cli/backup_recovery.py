@@ -28,7 +28,7 @@ def base(
 ) -> None:
     """Take a base backup of a whole server, verify it, and delete what no time needs that is kept."""
     if listed and verify is not None:
-        fail("--list and --verify exclude each other")
+        fail("--list and --verify cannot be combined")
     if listed:
         _list(server, as_json)
     elif verify is not None:
@@ -50,7 +50,7 @@ def _take(server: str | None, as_json: bool) -> None:
         f"base backup {taken.id} of server {taken.server}: {taken.size_bytes:,} bytes, verified", markup=False
     )
     for pruned in report.pruned:
-        note(f"deleted {pruned.id}: no time that is kept needs it")
+        note(f"deleted {pruned.id}: no time that can still be recovered needs it")
 
 
 def _verify(server: str | None, chosen: str | None, as_json: bool) -> None:
@@ -61,7 +61,7 @@ def _verify(server: str | None, chosen: str | None, as_json: bool) -> None:
     if as_json:
         print_json(verified)
     else:
-        console.print(f"base backup {verified.id} of server {verified.server} is as it was taken", markup=False)
+        console.print(f"base backup {verified.id} of server {verified.server} is undamaged", markup=False)
 
 
 def _list(server: str | None, as_json: bool) -> None:
@@ -87,7 +87,7 @@ def wal(
 ) -> None:
     """Receive a server's WAL as it is written, until SIGINT or SIGTERM. Run it as a service, one for each server."""
 
-    def tell(event: WalEvent) -> None:
+    def show(event: WalEvent) -> None:
         if event.kind == "received":
             return  # several a minute
         if as_json:
@@ -106,7 +106,7 @@ def wal(
             # once: a second cancellation would interrupt the end of the program that receives
             asyncio.get_running_loop().add_signal_handler(number, lambda: main.cancelling() or main.cancel())
         try:
-            await tenancy.recovery.receive_wal(server, tell=tell)
+            await tenancy.recovery.receive_wal(server, progress=show)
         except asyncio.CancelledError:
             main.uncancel()
 

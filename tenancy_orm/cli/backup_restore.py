@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ContentsRefusedError
+from ..operations.progress import StepProgress
 from ..restores import BackupSource, RestoreReport, RestoreSource
 from ..tenancy import Tenancy
 from ..tenant import parse_id
@@ -44,7 +45,7 @@ def restore(
     ] = False,
     accept_differences: Annotated[
         bool,
-        typer.Option("--accept-differences", help="Let functions, triggers and views through that no revision makes."),
+        typer.Option("--accept-differences", help="Accept functions, triggers and views that no revision makes."),
     ] = False,
     yes: Yes = False,
     as_json: Json = False,
@@ -54,9 +55,9 @@ def restore(
     if given != 1:
         fail("give a backup, or --to, or --recovered-server", kind="ConfigurationError")
     if as_slug is not None and inspect:
-        fail("--as and --inspect exclude each other: another tenant is looked at by its own login")
+        fail("--as and --inspect cannot be combined: look at the other tenant by its own login")
     if server is not None and as_slug is None:
-        fail("--server goes with --as: a restore of the tenant itself stays on its server")
+        fail("--server needs --as: a restore of the tenant itself stays on its server")
     if as_slug is None and not inspect and not yes:
         backup = _ask(tenant, backup, to)
 
@@ -70,11 +71,11 @@ def restore(
                 source,
                 server=server,
                 accept=accept_differences,
-                tell=_tell(as_json),
+                progress=_progress(as_json),
                 actor=operator(),
             )
         return await tenancy.restores.restore(
-            tenant, source, inspect=inspect, accept=accept_differences, tell=_tell(as_json), actor=operator()
+            tenant, source, inspect=inspect, accept=accept_differences, progress=_progress(as_json), actor=operator()
         )
 
     _print(run_stoppable(_listing_findings(command)), as_json)
@@ -86,7 +87,7 @@ def undo_restore(tenant: TenantArgument, yes: Yes = False, as_json: Json = False
         fail("nothing was changed")
 
     async def command(tenancy: Tenancy) -> RestoreReport:
-        return await tenancy.restores.undo(tenant, tell=_tell(as_json), actor=operator())
+        return await tenancy.restores.undo(tenant, progress=_progress(as_json), actor=operator())
 
     _print(run_stoppable(command), as_json)
 
@@ -107,11 +108,11 @@ async def _source(
         found = await tenancy.backups.list(tenant, states=("done",))
         good = next((one for one in found if one.is_good), None)
         if good is None:
-            bad = f"; something wrong was found in each of {len(found)}, name one by its id" if found else ""
+            bad = f"; each of the {len(found)} was found to be bad; name one by its id" if found else ""
             fail(f"tenant {tenant!r} has no good backup{bad}; make one with: tenancy backup run {tenant}")
         return BackupSource(tenancy.backups, good)
     if (backup_id := parse_id(backup)) is None:
-        fail(f"{backup!r} is no backup's id; list them with: tenancy backup list {tenant}")
+        fail(f"{backup!r} is not the id of a backup; list them with: tenancy backup list {tenant}")
     return BackupSource(tenancy.backups, await tenancy.backups.get(backup_id))
 
 
@@ -126,7 +127,7 @@ def _ask(tenant: str, backup: str | None, to: str | None) -> str | None:
         source = run(lookup)  # ends before the question, so that Ctrl-C ends the command there
         chosen = _chosen(source, to)
         backup = str(source.backup.id) if isinstance(source, BackupSource) else backup
-    kept = "What it has now is kept beside, and undo-restore swaps back."
+    kept = "Its present database is kept, and undo-restore swaps back."
     if not confirm(f"Replace the database of tenant {tenant!r} by {chosen}? {kept}"):
         fail("nothing was changed")
     return backup
@@ -153,8 +154,8 @@ def _listing_findings(command: Any) -> Any:
     return listing
 
 
-def _tell(as_json: bool) -> Any:
-    return (lambda what: None) if as_json else (lambda what: note(f"{what} ..."))
+def _progress(as_json: bool) -> StepProgress | None:
+    return None if as_json else lambda step: note(f"{step} ...")
 
 
 def _print(report: RestoreReport, as_json: bool) -> None:

@@ -32,7 +32,7 @@ def clone(
     server: Annotated[str | None, typer.Option(help="The server to place it on; within the tenant's region.")] = None,
     accept_differences: Annotated[
         bool,
-        typer.Option("--accept-differences", help="Let functions, triggers and views through that no revision makes."),
+        typer.Option("--accept-differences", help="Accept functions, triggers and views that no revision makes."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +55,7 @@ def clone(
             metadata=given,
             server=server,
             accept=accept_differences,
-            tell=(lambda what: None) if as_json else (lambda what: note(f"{what} ...")),
+            progress=None if as_json else lambda step: note(f"{step} ..."),
             actor=operator(),
         )
 

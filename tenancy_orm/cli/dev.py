@@ -100,7 +100,7 @@ def init(
                 write_env=write_env,
             )
         )
-        settled = preparation.settle(
+        prepared = preparation.prepare(
             plan.planned,
             changes=plan.changed,
             yes=yes,
@@ -117,7 +117,7 @@ def init(
         if as_json:
             made = {"created": plan.made, "changed": plan.changed, "installation": opened.installation}
             upgraded = {"upgraded_from": opened.upgraded_from, "unprepared": opened.unprepared}
-            print_json({**made, "preparation": settled, **upgraded, **plan.as_dict()})
+            print_json({**made, "preparation": prepared, **upgraded, **plan.as_dict()})
         else:
             if base != here:
                 console.print(f"the project is in {base}", markup=False, highlight=False, soft_wrap=True)

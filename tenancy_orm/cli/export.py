@@ -25,15 +25,13 @@ def export(
         list[str] | None,
         typer.Option(help="Leave this table out, or with table:column this column; repeatable."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an export to that place that was interrupted.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted export to that place.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a tenant's data as an archive that its owner can use without PostgreSQL."""
     wanted = next((one for one in _FORMATS if one == row_format), None)
     if wanted is None:
-        fail(f"{row_format!r} is no format: give {' or '.join(_FORMATS)}")
+        fail(f"{row_format!r} is not a format: give {' or '.join(_FORMATS)}")
 
     async def command(tenancy: Tenancy) -> ExportReport:
         with _bar(shown=not as_json) as bar:
@@ -49,18 +47,19 @@ def export(
                 row_format=wanted,
                 exclude=exclude or (),
                 resume=resume,
-                on_progress=show,
+                progress=show,
                 actor=operator(),
             )
 
-    report = run_stoppable(command, stopped="stopped: go on with --resume")
+    report = run_stoppable(command, stopped="stopped: continue with --resume")
     if as_json:
         print_json(report)
         return
     for one in report.left_out:
         note(f"left out: {one.name}: {one.reason}")
     if len(report.snapshots) > 1:
-        note(f"its tables are of {len(report.snapshots)} moments, since it was resumed: see its manifest.json")
+        times = len(report.snapshots)
+        note(f"its tables were read at {times} different times, since it was resumed: see its manifest.json")
     console.print(
         f"[bold]{report.slug}[/]: {report.rows:,} rows of {report.tables:,} tables in {printable(str(report.path))} "
         f"({report.files:,} files, {_size(report.bytes)} unpacked)",

@@ -122,7 +122,8 @@ def _log(*, as_json: bool) -> None:
 @app.command("list")
 def list_jobs(
     check: Annotated[
-        bool, typer.Option("--check", help="Exit with status 1 if a job has failed, or if nobody does one that is due.")
+        bool,
+        typer.Option("--check", help="Exit with status 1 if a job has failed, or if no worker runs one that is due."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -169,5 +170,5 @@ def forget(name: Annotated[str, typer.Argument(help="The job.")]) -> None:
         return await tenancy.jobs.forget(name)
 
     if not run(command):
-        fail(f"there is no job {name!r} that nobody does now")
+        fail(f"there is no job {name!r} that can be forgotten: it is unknown, or a worker runs it now")
     console.print(f"{name} is forgotten", highlight=False)

@@ -54,7 +54,7 @@ def remove(tenant: TenantArgument, subject: SubjectArgument, as_json: Json = Fal
     if as_json:
         print_json({"subject": subject, "removed": removed})
     else:
-        what = "is removed from" if removed else "was no member of"
+        what = "is removed from" if removed else "was not a member of"
         console.print(f"{printable(subject)} {what} {tenant}", markup=False, highlight=False)
 
 

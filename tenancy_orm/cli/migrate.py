@@ -34,7 +34,7 @@ app = typer.Typer(help="Upgrade and inspect all tenants' schemas.", no_args_is_h
 
 Only = Annotated[list[str] | None, typer.Option("--tenant", "-t", help="Only this tenant; repeatable.")]
 Concurrency = Annotated[int, typer.Option(min=1, max=64, help="Tenants migrated at once.")]
-SkipPreflight = Annotated[bool, typer.Option("--skip-preflight", help="Ask no check of a revision's preflight().")]
+SkipPreflight = Annotated[bool, typer.Option("--skip-preflight", help="Skip the checks of revisions' preflight().")]
 ServerConcurrency = Annotated[
     int | None,
     typer.Option(min=1, max=1024, help="Tenants migrated at once on one server, by all processes of the run."),

@@ -14,7 +14,7 @@ from .runtime import EXIT_FAILED, Json, run
 
 def compatible(
     revisions: Annotated[
-        str | None, typer.Argument(help="As the setting compatible_revisions, which it stands for: 0012:head.")
+        str | None, typer.Argument(help="In place of the setting compatible_revisions, such as 0012:head.")
     ] = None,
     as_json: Json = False,
 ) -> None:

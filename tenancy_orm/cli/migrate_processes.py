@@ -85,15 +85,15 @@ async def helped(tenancy: Tenancy, processes: int | None, x: Sequence[str] = ())
     unsubscribe = (bus.subscribe(MigrationRunStarted, started), bus.subscribe(MigrationRunEnded, ended))
     try:
         yield
-        await _settle(helpers)
+        await _wait_for(helpers)
     finally:
         for one in unsubscribe:
             one()
         is_over.set()
-        await run_to_completion(_settle(helpers))
+        await run_to_completion(_wait_for(helpers))
 
 
-async def _settle(helpers: Sequence[asyncio.Task[None]]) -> None:
+async def _wait_for(helpers: Sequence[asyncio.Task[None]]) -> None:
     if helpers:
         await asyncio.wait(helpers)
 
@@ -128,7 +128,7 @@ async def _help(task: bytes, is_over: asyncio.Event) -> None:
         process.kill()
         status = await process.wait()
     if status and not is_over.is_set():
-        note(f"a process that took part in the run has ended with status {status}; the others go on")
+        note(f"a process that took part in the run has ended with status {status}; the others continue")
 
 
 __all__ = ["MANY", "MOST", "Processes", "helped", "wanted"]

@@ -190,7 +190,7 @@ def run_shown(
             report = run(command)
     except (asyncio.CancelledError, KeyboardInterrupt) as exc:
         if runs:
-            note(f"run {runs[0]} is interrupted; go on with: tenancy migrate resume {runs[0]}")
+            note(f"run {runs[0]} is interrupted; continue with: tenancy migrate resume {runs[0]}")
         number = signal.SIGINT if isinstance(exc, KeyboardInterrupt) else signal.SIGTERM
         raise typer.Exit(128 + number) from None
     show_report(report, as_json=as_json)

@@ -54,7 +54,7 @@ def show(
             content="schema" if schema_only else "data",
             downgrade=downgrade,
             concurrency=concurrency,
-            tell=None if as_json else note,
+            progress=None if as_json else note,
             actor=operator(),
         )
 

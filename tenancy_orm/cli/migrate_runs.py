@@ -110,7 +110,7 @@ def _print_run(record: RunRecord, waves: Waves, processes: Sequence[ProcessRecor
     values["processes"] = [f"{one.host}:{one.pid} ({_presence(one)})" for one in processes]
     print_fields(f"run {record.id}", values)
     if record.is_interrupted:
-        note(f"no process takes part any more; go on with: tenancy migrate resume {record.id}")
+        note(f"no process takes part any more; continue with: tenancy migrate resume {record.id}")
 
 
 def _print_tenants(tenants: Sequence[TenantRecord], *, has_waves: bool) -> None:

@@ -99,7 +99,7 @@ def pause(number: RunArgument, as_json: Json = False) -> None:
     if as_json:
         print_json({"run": found.id, "state": found.state})
     else:
-        console.print(f"run {number} is paused; go on with: tenancy migrate resume {number}")
+        console.print(f"run {number} is paused; continue with: tenancy migrate resume {number}")
 
 
 def _show(plan: UndoPlan, *, stamp_irreversible: bool, leave_moved: bool, as_json: bool) -> None:

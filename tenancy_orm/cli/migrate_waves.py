@@ -82,7 +82,7 @@ class GivenWaves:
 def refuse_both(first: bool, second: bool, names: str) -> None:
     """Exit with an error where both of two options were given that ask for different things."""
     if first and second:
-        fail(f"give one of {names}: each shows another thing", kind="ConfigurationError")
+        fail(f"give only one of {names}", kind="ConfigurationError")
 
 
 def say_ignored(context: typer.Context, mode: str, *taken: str) -> None:
@@ -95,7 +95,7 @@ def say_ignored(context: typer.Context, mode: str, *taken: str) -> None:
         and source.name == "COMMANDLINE"
     ]
     if ignored:
-        note(f"{mode} does not look at {', '.join(ignored)}")
+        note(f"{mode} ignores {', '.join(ignored)}")
 
 
 def look_ahead(

@@ -64,9 +64,9 @@ def move(
             return await tenancy.moves.rollback(tenant, actor=operator())
         if confirmed:
             return await tenancy.moves.confirm(tenant, actor=operator())
-        tell = None if as_json else note
+        progress = None if as_json else note
         return await tenancy.moves.move(
-            tenant, to=to, offline=offline, way_back=not no_way_back, tell=tell, actor=operator()
+            tenant, to=to, offline=offline, way_back=not no_way_back, progress=progress, actor=operator()
         )
 
     if confirmed and not yes and not confirm(f"drop the former database of {tenant}? There is no way back then."):
@@ -168,8 +168,8 @@ def _show_notes(detail: Mapping[str, Any]) -> None:
         note(f"copied {how}: {objects} large objects, {tables} unlogged tables")
     if inexact := detail.get("found_by_equal_values"):
         note(
-            f"no key: {', '.join(inexact)}; where rows were equal but not the same, as 1.0 and 1.00 are, the row that "
-            "was updated or deleted during the move may be another one there"
+            f"no key: {', '.join(inexact)}; where rows are equal but not identical, such as 1.0 and 1.00, the move "
+            "may have updated or deleted another one of them in the new database"
         )
 
 

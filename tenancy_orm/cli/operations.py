@@ -166,8 +166,8 @@ def _advice(operation: Operation) -> str:
     if operation.kind == "export":
         return f"repeat the command with --resume: tenancy export {slug} --to FILE --resume"
     if operation.kind not in ("restore", "adopt"):
-        return "housekeeping goes on with it, or removes what it has made"
-    return f"go on with: tenancy operations resume {number}; or end it with: tenancy operations undo {number}"
+        return "housekeeping continues it, or removes what it has made"
+    return f"continue with: tenancy operations resume {number}; or end it with: tenancy operations undo {number}"
 
 
 def _print(report: Any, number: int, as_json: bool) -> None:

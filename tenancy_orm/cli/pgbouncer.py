@@ -50,7 +50,7 @@ def pgbouncer(
 ) -> None:
     """Make the configuration of a PgBouncer for tenants' sessions, or check a running one."""
     if console_url and not check:
-        fail("--console goes with --check")
+        fail("--console needs --check")
     if check:
         _check(server, poolers, console_url and given_url(console_url), as_json=as_json)
         return

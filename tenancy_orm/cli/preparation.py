@@ -47,7 +47,7 @@ def leave_public(directory: Path) -> bool:
     )
 
 
-def settle(
+def prepare(
     files: Sequence[str],
     *,
     changes: Sequence[str],
@@ -103,7 +103,7 @@ def settle(
     return described
 
 
-def settle_server(
+def prepare_server(
     config: TenancyConfig,
     name: str,
     addresses: ServerAddresses,
@@ -186,10 +186,10 @@ def _confirm(plan: PreparationPlan, kept: Collection[str], *, yes: bool, as_json
             print_json({"created": [], "preparation": _as_dict(plan, kept)})
         fail(
             f"nothing was changed: {', '.join(sorted(plan.losing - frozenset(kept)))} would lose access to databases. "
-            "Run it again with --yes to go on, with --keep-access all (or connected, or a role's name) to grant it "
+            "Run it again with --yes to continue, with --keep-access all (or connected, or a role's name) to grant it "
             "to them, or with --leave-public to leave PUBLIC's rights as they are"
         )
-    if not typer.confirm("Go on?"):
+    if not typer.confirm("Continue?"):
         fail("nothing was changed")
 
 
@@ -268,4 +268,4 @@ def _line(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-__all__ = ["LEAVE_PUBLIC", "leave_public", "settle", "settle_server"]
+__all__ = ["LEAVE_PUBLIC", "leave_public", "prepare", "prepare_server"]

@@ -118,7 +118,7 @@ def _show(report: RebuildReport, as_json: bool) -> None:
         for which, number in report.others.items():
             note(f"{number} database{'s' * (number != 1)} of installation {which}: left alone")
         for server, reason in report.unknown.items():
-            note(f"server {server} cannot be looked at, and its tenants are unknown: {reason}")
+            note(f"server {server} cannot be read, so its tenants are unknown: {reason}")
         for one in report.databases:
             if one.state == "taken" and one.replaces is None:
                 note(f"next: tenancy keys issue {one.slug}")

@@ -100,7 +100,7 @@ def accept_keys(yes: Yes = False, as_json: Json = False) -> None:
     An encryption key that opens none of the passwords under its id is still refused. Run it as the owner of the
     control database's tables.
     """
-    if not yes and not confirm("The keys recorded before will be refused from now on. Go on?"):
+    if not yes and not confirm("The keys recorded before will be refused from now on. Continue?"):
         fail("nothing was changed")
     accepted = exit_on_error(lambda: asyncio.run(_accept_keys(load_tenancy().config)))
     if as_json:

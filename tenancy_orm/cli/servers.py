@@ -26,7 +26,7 @@ from ..servers.rows import ServerRow, set_maintenance_database
 from ..tenancy import Tenancy
 from .output import console, errors, print_fields, print_json, print_table
 from .pgbouncer import pgbouncer
-from .preparation import settle_server
+from .preparation import prepare_server
 from .runtime import (
     TENANT_NAMES,
     Json,
@@ -130,7 +130,7 @@ def add(
 
     config, known = run(check)
     if not known:
-        settle_server(config, server, addresses, keep=keep_access or (), yes=yes, as_json=as_json)
+        prepare_server(config, server, addresses, keep=keep_access or (), yes=yes, as_json=as_json)
 
     async def command(tenancy: Tenancy) -> ServerRow:
         return await tenancy.servers.add(

@@ -295,8 +295,8 @@ def show_env(setup: Setup, owner: str) -> None:
     if env.is_ours:
         return
     _say(
-        f"their revisions run as the role {owner}, which owns the tenants' databases and is no superuser, and not as "
-        "the user of a URL in alembic.ini or env.py"
+        f"their revisions run as the role {owner}, which owns the tenants' databases and is not a superuser, and not "
+        "as the user of a URL in alembic.ini or env.py"
     )
     if env.is_changed:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -33,6 +33,7 @@ from ..jobs.claims import Claimant
 from ..migrations.connections import Connections
 from ..migrations.scripts import Environment
 from ..operations import Operations
+from ..operations.progress import StepProgress, silent
 from ..postgres import connections as postgres_connections
 from ..postgres.connections import Connection
 from ..postgres.errors import describe
@@ -58,15 +59,8 @@ from .values import Replacing
 
 logger = logging.getLogger("tenancy_orm.clones")
 
-Tell = Callable[[str], None]
-"""Called with what begins, for a progress display."""
-
 LONGEST = timedelta(days=365)
 """For how long a clone is kept at most."""
-
-
-def _silent(_: str) -> None:
-    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +139,7 @@ class CloneManager:
         metadata: Mapping[str, Any] | None = None,
         server: str | None = None,
         accept: bool = False,
-        tell: Tell = _silent,
+        progress: StepProgress | None = None,
         actor: Actor = SYSTEM,
     ) -> CloneReport:
         """Make another tenant of a copy of a tenant's database as it is now, all or nothing.
@@ -165,7 +159,7 @@ class CloneManager:
             metadata: The clone's metadata; the tenant's is not copied. ``clone`` in it names the cloned tenant.
             server: As for ``tenants.create``.
             accept: Let through code that the revision does not make, because an operator has looked at it.
-            tell: Called with each step that begins.
+            progress: Called with each step that begins.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -178,7 +172,7 @@ class CloneManager:
         refuse_while_bound("cloning a tenant")
         started = time.monotonic()
         if not timedelta(0) < ttl <= LONGEST:
-            raise ConfigurationError(f"a clone is kept for more than no time, and at most {LONGEST.days} days")
+            raise ConfigurationError(f"a clone must be kept for more than 0 seconds and at most {LONGEST.days} days")
         parsed = None if rules is None else AnonymisationRules.of(rules)
         found = await self._registry.find(tenant)
         self._check(found)
@@ -186,13 +180,14 @@ class CloneManager:
         policy = RevisionPolicy(self._services, self._connections, environment, accept=accept)
         made = _Made()
 
-        tell("reading the tables")
+        progress = progress or silent
+        progress("reading the tables")
         tables, extensions, like = await self._look(found, parsed, environment, require_rules)
         columns = tuple(name for table in tables for name in _replaced(table))
         mark = CloneMark(of=found.id, of_slug=found.slug, expires_at=datetime.now(UTC) + ttl, columns=columns)
 
         async def fill(new: NewDatabase) -> None:
-            await self._fill(new, found, parsed, environment, require_rules, made, mark, tell, actor)
+            await self._fill(new, found, parsed, environment, require_rules, made, mark, progress, actor)
             policy.tenant_owned = made.tenant_owned
 
         created = await self._tenants.create(
@@ -292,7 +287,7 @@ class CloneManager:
         require_rules: bool,
         made: _Made,
         mark: CloneMark,
-        tell: Tell,
+        progress: StepProgress,
         actor: Actor,
     ) -> None:
         number = self._services.names.parse(new.name)
@@ -308,7 +303,7 @@ class CloneManager:
             actor=actor,
         )
         async with self._operations.keep(operation, claimant):
-            tell("copying")
+            progress("copying")
             await self._transfer(new, source, rules, environment, require_rules, made)
             await self._mark(new, number, replace(mark, columns=made.columns))
             # before anybody can use it, so that no clone is without these entries

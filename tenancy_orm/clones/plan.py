@@ -284,7 +284,7 @@ def _assign(
             for hit in hits:
                 _assign_one(found, one, pattern, hit, rule, assigned, assigned_by)
     if nothing:
-        raise _refused("rules are about nothing", nothing)
+        raise _refused("rules match nothing", nothing)
 
 
 def _assign_one(
@@ -304,7 +304,7 @@ def _assign_one(
         assigned_by[hit] = written, is_guess
     # a partition's own name and that of its table are both written out
     elif is_guess is other_is_guess and assigned[hit] != rule:
-        raise _refused("two rules are about one column", [f"{label}: {other} and {written}"])
+        raise _refused("two rules match one column", [f"{label}: {other} and {written}"])
 
 
 def _table(found: _Found, oid: int, assigned: Mapping[tuple[int, str], ColumnRule]) -> Table:

@@ -55,7 +55,7 @@ class ColumnRule:
         if isinstance(given, str):
             if given not in _PLAIN:
                 raise AnonymisationError(
-                    f'{where}: {given!r} is no rule; write "keep", "null", "hash", '
+                    f'{where}: {given!r} is not a rule; write "keep", "null", "hash", '
                     '{ constant = "..." } or { faker = "name" }',
                     columns=(where,),
                 )
@@ -68,7 +68,7 @@ class ColumnRule:
             unknown = sorted(given)
         else:
             unknown = [repr(given)]
-        raise AnonymisationError(f"{where}: {', '.join(unknown) or 'nothing'} makes no rule", columns=(where,))
+        raise AnonymisationError(f"{where}: {', '.join(unknown) or 'nothing'} is not a rule", columns=(where,))
 
     @classmethod
     def _parse_options(cls, where: str, kind: RuleKind, given: Mapping[str, Any]) -> ColumnRule:

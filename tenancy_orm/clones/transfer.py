@@ -128,7 +128,7 @@ class CloneTransfer:
             await self._bring_rows(dump)
             await self._anonymise(replacements)
             await self._restore(use, "--section=post-data", archive)
-        await self._settle(views)
+        await self._finish(views)
         return left_out
 
     def _dump_command(self, snapshot: str) -> list[str]:
@@ -227,7 +227,7 @@ class CloneTransfer:
                 raise _explained(table, first) from exc
             raise first from None
 
-    async def _settle(self, views: Sequence[str]) -> None:
+    async def _finish(self, views: Sequence[str]) -> None:
         """Fill materialized views, make the planner's statistics, and compare the numbers of rows."""
         into = await self.into.connect(timeout=self.connect_timeout, settings=SETTINGS)
         try:
@@ -266,7 +266,7 @@ async def _check_unique(table: Table, into: Connection) -> None:
         if await into.fetchval(f"SELECT EXISTS ({query})"):
             named = [f"{table.label}.{name}" for name in index.columns if name in changed]
             raise AnonymisationError(
-                f"{', '.join(named)}: the rule makes values equal that {index.name} wants to differ", columns=named
+                f"{', '.join(named)}: the rule makes values equal that {index.name} requires to differ", columns=named
             )
 
 

@@ -100,7 +100,7 @@ def _faker(table: Table, column: Column) -> Replacement:
         try:
             made = make()
         except Exception as exc:
-            why = "has no more values that differ" if column.differs else "needs arguments, or failed"
+            why = "has no more distinct values" if column.differs else "needs arguments, or failed"
             raise AnonymisationError(f"{label}: Faker's {rule.value} {why}", columns=(label,)) from exc
         return NULL if made is None else _encode(_fitting(_text(made, column), column))
 

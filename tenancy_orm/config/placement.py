@@ -262,14 +262,14 @@ def _policy(value: object) -> PlacementPolicy | None:
         if (plain := _PLAIN.get(value.strip().replace("-", "_"))) is not None:
             return plain()
         if ":" not in value:
-            raise ConfigurationError(f"{value!r} is no policy: {_FORM}")
+            raise ConfigurationError(f"{value!r} is not a policy: {_FORM}")
         value = load_object(value)
         if isinstance(value, type):
             value = value()
     if isinstance(value, Mapping):
         return _from_table(dict(value))
     if not callable(value):
-        raise ConfigurationError(f"{type(value).__name__} is no policy: {_FORM}")
+        raise ConfigurationError(f"{type(value).__name__} is not a policy: {_FORM}")
     policy: PlacementPolicy = value
     return policy
 

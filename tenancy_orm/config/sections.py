@@ -88,7 +88,7 @@ _SHORTEST_PEPPER = 32
 _NOT_OF_A_SESSION = {
     "client_encoding": "the driver decides it",
     "statement_timeout": "use sessions.statement_timeout",
-    **dict.fromkeys(("database", "options", "replication", "user"), "it is no setting of a session"),
+    **dict.fromkeys(("database", "options", "replication", "user"), "it is not a setting of a session"),
 }
 
 
@@ -449,7 +449,7 @@ class MigrationConfig(Section, frozen=True):
     ``alembic -x``. As text: separated by commas."""
     notice: SecondsOrZero = 0.25
     """How long a migration waits before it changes the schema of a tenant with open connections, in seconds: so that
-    every process has heard of it by then."""
+    every process knows of it by then."""
     code_version: str | None = None
     """The version of the application that runs are recorded with. Where None, the commit that ``GITHUB_SHA``,
     ``CI_COMMIT_SHA``, ``GIT_COMMIT``, ``BUILD_SOURCEVERSION`` or ``SOURCE_VERSION`` names."""

@@ -224,7 +224,7 @@ class RevisionPolicy:
         if not row["exists"]:
             return frozenset()
         if not row["is_plain"]:
-            raise ContentsRefusedError(None, (f"the version table {name} is no plain table",), may_accept=False)
+            raise ContentsRefusedError(None, (f"the version table {name} is not a plain table",), may_accept=False)
         heads = frozenset(
             one[0]
             for one in await connection.fetch(f"SELECT version_num::text FROM ONLY {name}")  # noqa: S608 - quoted
@@ -245,7 +245,7 @@ class RevisionPolicy:
         ]
         if statements:
             await connection.execute("; ".join(statements))
-        await self._settle_owners(connection, role)
+        await self._assign_owners(connection, role)
 
     async def give_back(self, connection: Connection, *, role: str) -> None:
         """Make the tenant's role the owner of what it owned."""
@@ -264,7 +264,7 @@ class RevisionPolicy:
             )
         )
 
-    async def _settle_owners(self, connection: Connection, role: str) -> None:
+    async def _assign_owners(self, connection: Connection, role: str) -> None:
         """Leave to the tenant's role what it has made where the grant hook lets it; the rest would be the owner's.
 
         Raises:

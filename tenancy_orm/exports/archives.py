@@ -330,10 +330,14 @@ def complete(partial: Path, target: Path) -> None:
     try:
         os.link(partial, target)
     except FileExistsError as exc:
-        raise ExportError(f"{str(target)!r} exists by now; the archive is {str(partial)!r}") from exc
+        raise ExportError(
+            f"{str(target)!r} was created while the export ran; the archive was saved as {str(partial)!r}"
+        ) from exc
     except OSError as exc:  # a file system without links
         if target.exists():
-            raise ExportError(f"{str(target)!r} exists by now; the archive is {str(partial)!r}") from exc
+            raise ExportError(
+                f"{str(target)!r} was created while the export ran; the archive was saved as {str(partial)!r}"
+            ) from exc
         partial.replace(target)
     else:
         partial.unlink()

@@ -189,7 +189,7 @@ class ErasureManager:
         found = ErasureCertificate.from_bytes(certificate)
         found.verify(verifier or await self._audit.verifier())
         if verifier is None and found.installation != self._control.installation:
-            raise ErasureError(f"the certificate is of another installation, {found.installation}")
+            raise ErasureError(f"the certificate was issued by another installation, {found.installation}")
         return found
 
     async def run(self, *, actor: Actor = SYSTEM) -> ErasureReport:

@@ -75,8 +75,8 @@ class Journal:
             for name, value in header.items():
                 if journal.header.get(name) != value:
                     raise ExportError(
-                        f"{str(path)!r} is of an export with another {name.replace('_', ' ')}, so that it cannot be "
-                        "resumed; remove it and what was written, and export again"
+                        f"{str(path)!r} belongs to an export with another {name.replace('_', ' ')}, so it cannot be "
+                        "resumed; delete it and what was written, and export again"
                     )
         except BaseException:
             file.close()
@@ -163,7 +163,8 @@ def _open(path: Path, flags: int) -> BinaryIO:
         file = os.fdopen(os.open(path, os.O_RDWR | flags, 0o600), "r+b")
     except FileExistsError as exc:
         raise ExportError(
-            f"an export to that place was interrupted; go on with --resume, or remove {str(path)!r} and what it wrote"
+            f"an export to that place was interrupted; continue with --resume, or remove "
+            f"{str(path)!r} and what it wrote"
         ) from exc
     except FileNotFoundError as exc:
         raise ExportError(f"there is nothing to resume: {str(path)!r} does not exist") from exc

@@ -109,7 +109,7 @@ class ExportManager:
         row_format: ExportFormat = "jsonl",
         exclude: Iterable[str] = (),
         resume: bool = False,
-        on_progress: Callable[[ExportProgress], None] | None = None,
+        progress: Callable[[ExportProgress], None] | None = None,
         actor: Actor = SYSTEM,
     ) -> ExportReport:
         """Write a tenant's data to a ZIP file or a directory, for an operator.
@@ -127,7 +127,7 @@ class ExportManager:
             exclude: Tables and columns to leave out, beside ``export.exclude``: ``users``, ``users:password_hash``.
                 Each must leave something out.
             resume: Go on with an export to that place.
-            on_progress: Called as it goes on.
+            progress: Called as it goes on.
             actor: Who gets the data.
 
         Raises:
@@ -152,7 +152,7 @@ class ExportManager:
             try:
                 header = {"tenant": str(found.id), "schema_or_rules": plan.fingerprint}
                 archive, journal = await asyncio.to_thread(place.open, header, datetime.now(UTC))
-                run = Run(connection, found, plan, archive, journal, on_progress=on_progress)
+                run = Run(connection, found, plan, archive, journal, progress=progress)
                 report = await run.write(str(place.path))
                 await asyncio.to_thread(place.complete)
             finally:
@@ -237,9 +237,7 @@ class ExportManager:
                 excluded=excluded,
             )
             if plan.unmatched:
-                logger.warning(
-                    "tenant %s has nothing that a rule leaves out: %s", tenant.slug, ", ".join(plan.unmatched)
-                )
+                logger.warning("tenant %s: these rules leave nothing out: %s", tenant.slug, ", ".join(plan.unmatched))
             yield plan
         finally:
             await begun.__aexit__(None, None, None)
@@ -299,7 +297,7 @@ class ExportManager:
 
 def _check_format(row_format: str) -> None:
     if row_format not in _FORMATS:
-        raise ConfigurationError(f"{row_format!r} is no format of an export; there are {', '.join(_FORMATS)}")
+        raise ConfigurationError(f"{row_format!r} is not a format of an export; there are {', '.join(_FORMATS)}")
 
 
 def _summary(report: ExportReport) -> dict[str, Any]:

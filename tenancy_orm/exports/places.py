@@ -29,7 +29,9 @@ class Place:
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         if path.suffix.lower() in _OTHER_ARCHIVES:
-            raise ConfigurationError(f"{str(path)!r} is neither a .zip file nor a directory; an export is one of both")
+            raise ConfigurationError(
+                f"{str(path)!r} is neither a .zip file nor a directory; write the export to one of these"
+            )
         self.path = path
         self._resume = resume
         self.is_zip = path.suffix.lower() == ".zip"
@@ -49,12 +51,12 @@ class Place:
                 # killed as it was given its name: what is written on may be the same file
                 raise ExportError(
                     f"{str(self.path)!r} exists: if the export was interrupted at its very end, it is complete; remove "
-                    f"{str(self._progress)!r} and {str(self._partial)!r}, or what they are of"
+                    f"{str(self._progress)!r} and {str(self._partial)!r}, or the files that they describe"
                 )
             return
         if self._progress.exists():
             raise ExportError(
-                f"an export to {str(self.path)!r} was interrupted, or is under way; go on with it (--resume), or "
+                f"an export to {str(self.path)!r} was interrupted, or is under way; continue with --resume, or "
                 f"remove {str(self._progress)!r} and what it wrote"
             )
         if self.is_zip and os.path.lexists(self._partial):
@@ -98,9 +100,7 @@ class Place:
 
     @staticmethod
     def _changed(path: Path) -> ExportError:
-        return ExportError(
-            f"{str(path)!r} is not as the interrupted export has left it; remove all of it, and start again"
-        )
+        return ExportError(f"{str(path)!r} changed after the export was interrupted; delete all of it, and start again")
 
     def complete(self) -> None:
         """Give the complete archive its name, and remove the journal.

@@ -199,7 +199,7 @@ def make_plan(
         raise ExportError(f"there is no such table or column to leave out: {', '.join(missing)}")
     if hidden:
         raise ExportError(
-            f"row security hides rows of {', '.join(hidden)} from this login, so that the export would not be whole; "
+            f"row security hides rows of {', '.join(hidden)} from this login, so the export would be incomplete; "
             "leave these tables out (--exclude, export.exclude), or let an operator export"
         )
     if count := catalogue.unreadable_large_objects:

@@ -20,7 +20,7 @@ def lost_database(database: Mapping[str, Any]) -> Remaining:
         what=f"database {database['database']} on server {database['server']}",
         is_readable=True,
         until=None,
-        note="not dropped, since an operator has said that the server does not exist any more",
+        note="not dropped: an operator declared the server lost",
     )
 
 

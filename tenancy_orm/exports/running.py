@@ -148,7 +148,7 @@ class Run:
         archive: Where it is written.
         journal: What was written before, and is now.
         send: Sends on what the archive returns.
-        on_progress: Called as the export goes on.
+        progress: Called as the export goes on.
         most_files: How many large values and large objects it may have, which are listed in memory; None: any number.
     """
 
@@ -161,7 +161,7 @@ class Run:
         journal: Journal,
         *,
         send: Write | None = None,
-        on_progress: Callable[[ExportProgress], None] | None = None,
+        progress: Callable[[ExportProgress], None] | None = None,
         most_files: int | None = None,
     ) -> None:
         self._connection = connection
@@ -170,7 +170,7 @@ class Run:
         self._archive = archive
         self._journal = journal
         self._send = send
-        self._on_progress = on_progress
+        self._progress = progress
         self._most_files = most_files
         self._files = plan.catalogue.large_objects
         self._total = len(plan.tables) + 1
@@ -338,9 +338,9 @@ class Run:
 
     def _show(self, part: str, *, force: bool = False) -> None:
         now = time.monotonic()
-        if self._on_progress is not None and (force or now - self._shown > 0.2):
+        if self._progress is not None and (force or now - self._shown > 0.2):
             self._shown = now
-            self._on_progress(ExportProgress(part, self._done, self._total, self._bytes))
+            self._progress(ExportProgress(part, self._done, self._total, self._bytes))
 
     def _report(self, path: str | None, seconds: float) -> ExportReport:
         rows = files = size = 0

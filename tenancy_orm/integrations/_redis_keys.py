@@ -48,7 +48,7 @@ def prefixed_key(prefix: str, key: Any) -> str | bytes:
         return prefix.encode() + bytes(key)
     if isinstance(key, int) and not isinstance(key, bool):
         return f"{prefix}{key}"
-    raise InvalidNameError(repr(key), "is no key: pass a text, bytes or an integer")
+    raise InvalidNameError(repr(key), "is not a key: pass a string, bytes or an integer")
 
 
 def _keys(prefix: str, keys: Any) -> list[str | bytes]:

@@ -193,7 +193,7 @@ def set_security_schemes(app: FastAPI, *schemes: SecurityBase) -> None:
     """
     given: tuple[object, ...] = schemes
     if unknown := [scheme for scheme in given if not isinstance(scheme, SecurityBase)]:
-        raise ConfigurationError(f"{unknown[0]!r} is no security scheme of FastAPI")
+        raise ConfigurationError(f"{unknown[0]!r} is not a security scheme of FastAPI")
     by_name = {scheme.scheme_name: scheme for scheme in schemes}
     if not schemes or len(by_name) < len(schemes):
         raise ConfigurationError("set_security_schemes needs one or more schemes, each with a scheme_name of its own")

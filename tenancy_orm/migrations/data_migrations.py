@@ -215,7 +215,7 @@ def statements_of(returned: Any) -> Iterable[Statement]:
         raise MigrationError(f"it returned {type(returned).__name__}, which is neither a statement nor several")
     for statement in given:
         if not isinstance(statement, str | Executable):
-            raise MigrationError(f"it gave {type(statement).__name__}, which is no statement")
+            raise MigrationError(f"it gave {type(statement).__name__}, which is not a statement")
         yield statement
 
 

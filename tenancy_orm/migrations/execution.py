@@ -48,7 +48,7 @@ def refuse_input_for_psql(found: Sequence[Statement]) -> None:
         )
     if command := next((one.psql_command for one in found if one.psql_command is not None), None):
         raise MigrationError(
-            f"{command} is a command of psql, and no SQL; leave it out (pg_dump writes some around its statements)"
+            f"{command} is a command of psql, not SQL; leave it out (pg_dump writes some around its statements)"
         )
 
 

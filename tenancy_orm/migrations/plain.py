@@ -154,7 +154,7 @@ def _give(engine: Engine) -> StandIn | None:
 
 
 def _refuse_raw(engine: Engine) -> NoReturn:
-    raise ConfigurationError(f"it uses a driver's connection of its own, which no tenant's is; {REMEDY}")
+    raise ConfigurationError(f"it uses a driver's connection of its own, which is not a tenant's; {REMEDY}")
 
 
 def _refuse_options(options: Mapping[str, Any]) -> None:
@@ -168,7 +168,7 @@ def _refuse_statement(connection: Any, statement: Any, *_: Any) -> NoReturn:
     text = " ".join(str(statement).split())
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     raise ConfigurationError(
-        f"it executes {shown!r} on its connection, which is none of a tenant's; move that into a revision, or {REMEDY}"
+        f"it executes {shown!r} on its connection, which is not a tenant's; move that into a revision, or {REMEDY}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the build of a template reads: the paths that Python opens and lists, heard by an audit hook."""
+"""What the build of a template reads: the paths that Python opens and lists, recorded by an audit hook."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def recorded() -> Iterator[Recording]:
 @functools.cache
 def _listen() -> None:
     """Add the hook, once. It cannot be removed: so a process has it only after it has built a template."""
-    sys.addaudithook(_hear)
+    sys.addaudithook(_record)
 
 
-def _hear(event: str, arguments: tuple[object, ...]) -> None:
+def _record(event: str, arguments: tuple[object, ...]) -> None:
     if event not in ("open", "os.listdir", "os.scandir"):
         return
     recording = _recording.get()

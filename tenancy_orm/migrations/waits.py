@@ -133,7 +133,7 @@ async def _look(watch: LockWatch, pid: int, connect: Callable[[], Awaitable[Conn
         finally:
             await connections.close(connection)
     except (TenancyError, *SERVER_FAILURES) as exc:
-        logger.debug("nobody can look who holds the lock: %s", type(exc).__name__)
+        logger.debug("the holder of the lock cannot be found out: %s", type(exc).__name__)
 
 
 async def holders_of(connection: Connection, key: int) -> LockWatch:

@@ -37,7 +37,7 @@ async def move_by_replication(move: MoveRecord) -> Switched:
         expected = await checks.read_schema(move, source)
         referred = await referred_by_unlogged(source)
         if referred:
-            move.tell(TRUNCATED.format(tables=enumeration(referred)))
+            move.progress(TRUNCATED.format(tables=enumeration(referred)))
         await move.advance("publishing", identities=found.without_identity, not_to_truncate=referred)
         await identities.use_all_columns(move, found.without_identity)
         owner = await forward.connect(move.old, role=move.provisioning.names.owner)

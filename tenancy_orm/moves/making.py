@@ -74,7 +74,7 @@ async def make_copy(
             left_out = await copying.run(connect_timeout=config.pool.connect_timeout)
         if left_out:
             raise OperationError(
-                f"tenant {move.tenant.slug!r} cannot be moved: its database has what only an administrator can "
+                f"tenant {move.tenant.slug!r} cannot be moved: its database has objects that only an administrator can "
                 f"copy: {', '.join(left_out[:_SHOWN])}"
             )
         await tenant_role.create(move)

@@ -13,6 +13,7 @@ from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..errors import OperationError, OperationStateError, TenancyError
 from ..operations import Operation, Operations, Switch
+from ..operations.progress import StepProgress
 from ..postgres.connections import Connection
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
@@ -26,7 +27,7 @@ from ..tenant import Status, TenantRef
 from ..tenants.manager import TenantManager
 from .prerequisites import check_servers
 from .rebalance import MovePlan, PlannedMove, Planner
-from .record import MoveServices, Tell, begin, claim
+from .record import MoveServices, begin, claim
 from .report import MoveOutcome, MoveProgress, MoveReport, TidyReport
 from .room import check_room
 from .steps import Move, carry_out
@@ -93,7 +94,7 @@ class MoveManager:
         to: str | None = None,
         offline: bool = False,
         way_back: bool = True,
-        tell: Tell | None = None,
+        progress: StepProgress | None = None,
         actor: Actor = SYSTEM,
     ) -> Operation:
         """Move a tenant to another server; afterwards it can be rolled back until it is confirmed.
@@ -103,7 +104,7 @@ class MoveManager:
             to: The server's name; the one that placement chooses where None.
             offline: Copy it by a dump, in maintenance, instead of by logical replication.
             way_back: Whether the former database follows the new one, which takes a worker and a slot.
-            tell: Called with each step that begins, in words.
+            progress: Called with each step that begins, in words.
             actor: Who does this, for the audit log.
 
         Returns:
@@ -126,7 +127,7 @@ class MoveManager:
         target = await choose_target(self._placer, self._servers, found, place, to)
         version = None
         if not offline:
-            version = await check_servers(self._provisioner, place.server, target, tell if way_back else None)
+            version = await check_servers(self._provisioner, place.server, target, progress if way_back else None)
         await self._provisioner.prepare_server(target)
         name = self._provisioner.new_databases.new_name()
         record = await begin(
@@ -137,7 +138,7 @@ class MoveManager:
             offline=offline,
             way_back=way_back,
             version=version,
-            tell=tell,
+            progress=progress,
             actor=actor,
         )
         return await carry_out(self._operations, record.operation, Move(record).run())

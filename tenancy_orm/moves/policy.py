@@ -52,7 +52,7 @@ class SamePolicy:
         found = await catalogue.read(connection, owner=login, role=role)
         if differences := list(schema_differences(self._source, found)):
             raise OperationError(
-                f"the copy of tenant {self._tenant!r} is not what its database is: "
+                f"the copy of tenant {self._tenant!r} differs from its database: "
                 + "; ".join(one.text for one in differences[:_SHOWN])
             )
 

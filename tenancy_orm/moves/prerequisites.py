@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..cancellation import run_to_completion
 from ..errors import OperationError
+from ..operations.progress import StepProgress
 from ..postgres import connections
 from ..provisioning import Provisioner, roles
-from .record import Tell
 from .room import look
 from .streams import MORE_WORKERS
 
@@ -14,14 +14,14 @@ LEAST_VERSION = 16
 """From this version of PostgreSQL on, a subscription changes tables with no more rights than their owner has."""
 
 
-async def check_servers(provisioner: Provisioner, source: str, target: str, tell: Tell | None) -> int:
+async def check_servers(provisioner: Provisioner, source: str, target: str, progress: StepProgress | None) -> int:
     """Refuse logical replication where it cannot work; returns the newer one of the two servers' major versions.
 
     Args:
         provisioner: Connects to servers.
         source: The name of the server that the tenant is on.
         target: The name of the one that it is moved to.
-        tell: Called with why there will be no way back; None where nobody wants one.
+        progress: Called with why there will be no way back; None where nobody wants one.
 
     Raises:
         OperationError: it cannot.
@@ -49,10 +49,10 @@ async def check_servers(provisioner: Provisioner, source: str, target: str, tell
             raise OperationError(
                 f"server {name!r} has wal_level = {level}; set it to logical, which needs a restart, or use --offline"
             )
-        if name == source and not left.workers and tell is not None:
-            tell(f"there will be no way back by --rollback: server {name!r} has no worker left{MORE_WORKERS}")
-        if name == target and level != "logical" and tell is not None:
-            tell(f"there will be no way back by --rollback: server {name!r} has wal_level = {level}")
+        if name == source and not left.workers and progress is not None:
+            progress(f"there will be no way back by --rollback: server {name!r} has no worker left{MORE_WORKERS}")
+        if name == target and level != "logical" and progress is not None:
+            progress(f"there will be no way back by --rollback: server {name!r} has wal_level = {level}")
         if name == target and not able:
             raise OperationError(
                 f"the administrator of server {name!r} may not create subscriptions; run there as a superuser: "

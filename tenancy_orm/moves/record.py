@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
@@ -13,6 +13,7 @@ from ..config.sections import MoveConfig
 from ..errors import OperationStateError, TenantNotFoundError
 from ..jobs.claims import Claimant
 from ..operations import Operation, Operations, Switch
+from ..operations.progress import StepProgress, silent
 from ..postgres.errors import describe
 from ..provisioning import Provisioner
 from ..provisioning.pipeline import ProvisioningServices
@@ -21,21 +22,15 @@ from ..tenant import Placement, Tenant
 from ..tenants.manager import TenantManager
 from .streams import Stream
 
-Tell: TypeAlias = Callable[[str], None]
-
-_TOLD = {
+_WORDS = {
     "publishing": "looking at the tables",
     "copying": "copying the database",
     "replicating": "catching up with what was written since",
     "switching": "pausing the tenant, and switching",
-    "switched": "having the former database follow",
+    "switched": "letting the former database follow",
     "rolling_back": "catching up, and switching back",
     "confirming": "dropping the former database",
 }
-
-
-def _silent(step: str) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +56,7 @@ class MoveRecord:
         operation: Its row.
         tenant: The tenant.
         actor: Who does this, for the audit log.
-        tell: Called with what is done next, in words.
+        progress: Called with what is done next, in words.
 
     Attributes:
         old: The database that the tenant is moved from.
@@ -78,7 +73,7 @@ class MoveRecord:
         tenant: Tenant,
         *,
         actor: Actor = SYSTEM,
-        tell: Tell | None = None,
+        progress: StepProgress | None = None,
     ) -> None:
         self.services = services
         self.config = services.config
@@ -87,7 +82,7 @@ class MoveRecord:
         self.operation = operation
         self.tenant = tenant
         self.actor = actor
-        self.tell = _silent if tell is None else tell
+        self.progress = silent if progress is None else progress
         detail = operation.detail
         if tenant.placement is None:
             raise TenantNotFoundError(tenant.slug)
@@ -113,17 +108,17 @@ class MoveRecord:
         return self.services.operations.keep(self.operation, self.claimant)
 
     async def advance(self, step: str, **detail: Any) -> None:
-        """Name the step that begins next in the operation's row, and tell of it.
+        """Name the step that begins next in the operation's row, and show it.
 
         Raises:
             JobLostError: another process has the operation by now.
         """
         if step != "switched" or self.online:  # after a move by a dump, nothing follows
-            self.tell(_TOLD.get(step, step))
+            self.progress(_WORDS.get(step, step))
         await self.note(step, **detail)
 
     async def note(self, step: str, **detail: Any) -> None:
-        """Write details down, at a step of which was told already.
+        """Write details down, at a step that was shown already.
 
         Raises:
             JobLostError: another process has the operation by now.
@@ -147,7 +142,7 @@ class MoveRecord:
     async def is_switched(self) -> bool:
         """Whether the tenant's row names the new database."""
         # what is undone or finished hangs on this: a switch whose commit is in doubt has ended by then
-        place = (await self.provisioning.registry.get_settled(self.tenant.id)).placement
+        place = (await self.provisioning.registry.get_after_pending_commits(self.tenant.id)).placement
         return place is not None and (place.server, place.database) == (self.new.server, self.new.database)
 
 
@@ -160,7 +155,7 @@ async def begin(
     offline: bool,
     way_back: bool,
     version: int | None,
-    tell: Tell | None,
+    progress: StepProgress | None,
     actor: Actor,
 ) -> MoveRecord:
     """Write down that a tenant is moved, and that the new database is its own, before anything is made.
@@ -173,7 +168,7 @@ async def begin(
         offline: Whether it is moved by a dump.
         way_back: Whether the old database is to follow the new one.
         version: The newer one of the two servers' major versions, where it is moved by replication.
-        tell: Called with what is done next, in words.
+        progress: Called with what is done next, in words.
         actor: Who does this, for the audit log.
 
     Raises:
@@ -199,9 +194,9 @@ async def begin(
     try:
         # read again: another operation may have ended just before this one began
         found = await registry.get(tenant.id)
-        record = MoveRecord(services, claimant, operation, found, actor=actor, tell=tell)
+        record = MoveRecord(services, claimant, operation, found, actor=actor, progress=progress)
         if (record.old.server, record.old.database) != _place_of(found):
-            raise OperationStateError(f"tenant {found.slug!r} has another database by now; try again")
+            raise OperationStateError(f"tenant {found.slug!r} was moved or restored in the meantime; try again")
         await registry.record_database(
             TenantDatabase(
                 server=new.server,
@@ -235,4 +230,4 @@ async def claim(services: MoveServices, operation: Operation, *, actor: Actor) -
     return MoveRecord(services, claimant, claimed, tenant, actor=actor)
 
 
-__all__ = ["MoveRecord", "MoveServices", "Tell", "begin", "claim"]
+__all__ = ["MoveRecord", "MoveServices", "begin", "claim"]

@@ -91,7 +91,7 @@ class Move:
         """
         record = self.record
         await record.advance("switched")
-        tenant = await self._settle(record.old, replaced=True)
+        tenant = await self._reopen_tenant(record.old, replaced=True)
         await record.forward.drop()
         await identities.put_back(record, record.old)
         back = await way_back.follow(record)
@@ -133,7 +133,7 @@ class Move:
         if await record.is_switched():
             raise OperationStateError(f"tenant {self._tenant.slug!r} is in its new database already")
         try:
-            await self._settle(record.new, replaced=False)
+            await self._reopen_tenant(record.new, replaced=False)
         finally:
             await record.forward.drop()
         await record.reverse.drop()
@@ -165,12 +165,12 @@ class Move:
             return await self.finish_roll_back()
 
     async def _stay(self) -> None:
-        await self._settle(self.record.old, replaced=True)
+        await self._reopen_tenant(self.record.old, replaced=True)
         await self.record.finish("waiting")
 
     async def finish_roll_back(self) -> Tenant:
         """Do what follows the switch back; to finish an interrupted one, repeat it. The operation is undone then."""
-        tenant = await self._settle(self.record.new, replaced=True)
+        tenant = await self._reopen_tenant(self.record.new, replaced=True)
         await self.record.reverse.drop()
         await self._drop_database(self.record.new)
         await self.record.finish("undone")
@@ -221,7 +221,7 @@ class Move:
             server = self._provisioning.servers[place.server]
             await refuse_stale(self._provisioning.admin_connections, server, place.database)
 
-    async def _settle(self, unused: Placement, *, replaced: bool) -> Tenant:
+    async def _reopen_tenant(self, unused: Placement, *, replaced: bool) -> Tenant:
         """Open the database in use, close the other one, and let everybody go on.
 
         Args:
@@ -260,7 +260,7 @@ async def carry_out(operations: Operations, operation: Operation, work: Coroutin
         raise
     except SERVER_FAILURES as exc:
         now = await operations.get(operation.id)
-        remedy = "" if now.state != "running" else f"; go on with it: tenancy operations resume {now.id}"
+        remedy = "" if now.state != "running" else f"; continue with: tenancy operations resume {now.id}"
         raise OperationError(
             f"move {now.id} of tenant {now.slug!r} failed at step {now.step!r} ({describe(exc)}){remedy}"
         ) from exc

@@ -184,7 +184,7 @@ async def survey(
     slots = [row["name"] for row in await connection.fetch(_FOREIGN_SLOTS, stem)]
     if slots:
         raise OperationError(
-            f"tenant {tenant!r} cannot be moved: somebody replicates its database, by the slots {enumeration(slots)}; "
+            f"tenant {tenant!r} cannot be moved: its database is replicated by the slots {enumeration(slots)}; "
             "end that first"
         )
     subscriptions = [row["name"] for row in await connection.fetch(_FOREIGN_SUBSCRIPTIONS, stem)]

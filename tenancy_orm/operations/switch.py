@@ -1,8 +1,8 @@
 """``Switch``: exchanges a tenant's database for another one, while its sessions wait.
 
 PostgreSQL holds the barrier, not the processes: all roles but administrators lose CONNECT on the old database and their
-sessions there end, before the last row is copied. A process that has heard of nothing is refused, looks the tenant up,
-and waits like the others.
+sessions there end, before the last row is copied. A process that has received no notification is refused, looks the
+tenant up, and waits like the others.
 
 The row of the tenant is the truth. Where the process dies, ``align`` lets the role connect to the database that the row
 names; whoever resumes the operation closes the other one.
@@ -197,7 +197,7 @@ class Switch:
                     f"tenant {tenant.slug!r} is {current.status.value}, and has no database to exchange"
                 )
             if (current.placement.server, current.placement.database) != (place.server, place.database):
-                raise OperationError(f"tenant {tenant.slug!r} has another database by now; look it up again")
+                raise OperationError(f"tenant {tenant.slug!r} was moved or restored in the meantime; look it up again")
             await refuse_replaced(connection, place.database)
             paused = Paused(services, current, connection)
             try:
@@ -301,7 +301,7 @@ class Switch:
         """Return the tenant as its row is; a switch has ended by then, even one with a commit in doubt."""
         if paused.switched is not None:
             return paused.switched
-        return await self._services.registry.get_settled(before.id)
+        return await self._services.registry.get_after_pending_commits(before.id)
 
     async def _open(self, paused: Paused, current: Tenant, place: Placement) -> None:
         former = paused.tenant.placement

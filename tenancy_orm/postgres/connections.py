@@ -44,8 +44,8 @@ async def is_alive(connection: Connection) -> bool:
 async def finish(connection: Connection, work: Callable[[], Awaitable[object]]) -> None:
     """Await what ends a piece of work, a ROLLBACK for example; cut a connection that does not answer.
 
-    After a statement that was cancelled, asyncpg waits without a deadline until the server has heard of it, and a
-    deadline around the whole has passed already.
+    After a statement that was cancelled, asyncpg waits without a deadline until the cancellation has reached the
+    server, and a deadline around the whole has passed already.
     """
     if connection.is_closed():
         return

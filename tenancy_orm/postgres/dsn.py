@@ -322,7 +322,7 @@ def _hosts(host: str | None, hostaddr: str | None, port: str | None) -> tuple[tu
 def _port(text: str) -> int:
     if text and (not re.fullmatch(r"\s*[0-9]{1,5}\s*", text) or not 1 <= int(text) <= 65535):
         raise ConfigurationError(
-            "a port is no number from 1 to 65535; if a password has one of : / ? # @ in it, write that as %3A and so on"
+            "a port is not a number from 1 to 65535; if a password has one of : / ? # @ in it, write %3A and so on"
         )
     return int(text or DEFAULT_PORT)
 

@@ -1,7 +1,7 @@
 """Connections that must lead to PostgreSQL itself, and not to a pooler such as PgBouncer.
 
 Behind a pooler in transaction mode a session's advisory locks stay on a connection that other clients get next, and
-LISTEN hears nothing. Two signs tell a pooler:
+LISTEN receives nothing. Two signs tell a pooler:
 
 - It refuses a startup parameter that it does not know, as PgBouncer does (08P01), or drops it. PostgreSQL takes any
   parameter with a dot in its name. This sign decides for administration.
@@ -30,15 +30,15 @@ from .login import clear_tracebacks, reason_of
 _pids: WeakKeyDictionary[Connection, int] = WeakKeyDictionary()
 
 LISTEN_NEEDS_A_SESSION = (
-    "a connection pooler answers tenants of this server, and LISTEN hears nothing through it; poll a table, or listen "
-    "on a connection to the server's own address"
+    "a connection pooler answers tenants of this server, and LISTEN receives nothing through it; poll a table, or "
+    "listen on a connection to the server's own address"
 )
 """Why a listener is refused."""
 
 _PARAMETER = "tenancy.direct"
 _DROPPED = (
-    "a parameter of the login is not that of the session (a proxy that is no pooler must pass startup parameters on; "
-    "Neon's does with options=neon_proxy_params_compat:true in the URL of the direct endpoint)"
+    "a parameter of the login is not that of the session (a proxy that is not a pooler must pass startup parameters "
+    "on; Neon's does with options=neon_proxy_params_compat:true in the URL of the direct endpoint)"
 )
 _PROOF = "SELECT WHERE pg_catalog.current_setting('{parameter}', true) OPERATOR(pg_catalog.=) '{token}'"
 

@@ -29,8 +29,8 @@ from ..control.models import tenants
 from ..errors import QuotaError, QuotaExceededError, TenancyError, TenantNotFoundError, UnknownQuotaError
 from ..events import EventBus, QuotaRefused, QuotaThresholdReached, TenantUpdated
 from ..tenant import Status, Tenant, TenantRef
+from .blocks import POLL_SECONDS, RECLAIM_SECONDS, BlockManager, LeasedQuota, check_amount
 from .holds import Hold, HoldManager
-from .leases import POLL_SECONDS, RECLAIM_SECONDS, BlockManager, LeasedQuota, check_amount
 from .overrides import Override, check_overrides
 from .usage import Remaining, TenantUsage, Usage
 

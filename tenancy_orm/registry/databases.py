@@ -76,7 +76,7 @@ class Databases(TenantTable):
             if found is None:
                 await connection.execute(insert(tenant_databases).values(**_columns(beside)))
 
-    async def get_settled(self, tenant_id: UUID) -> Tenant:
+    async def get_after_pending_commits(self, tenant_id: UUID) -> Tenant:
         """Return the tenant once nobody is changing its row.
 
         Where the answer to a COMMIT was lost, the transaction may go on: it is waited for, as a plain read would not.
@@ -180,7 +180,9 @@ class Databases(TenantTable):
             found, _ = await self._lock_unless_purged(connection, listed.id)
             now = found.placement
             if now is None or former is None or (now.server, now.database) != (former.server, former.database):
-                raise PlacementError(f"tenant {found.slug!r} has another database by now; look it up again", {})
+                raise PlacementError(
+                    f"tenant {found.slug!r} was moved or restored in the meantime; look it up again", {}
+                )
             row = await self._find(connection, to.server, to.database)
             if row is None or row.tenant_id != listed.id or row.state == "dropping":
                 raise PlacementError(f"database {to.database!r} is not one that tenant {found.slug!r} can use", {})

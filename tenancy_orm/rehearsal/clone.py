@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +20,7 @@ from ..migrations.database import ConnectionAdapter, DatabaseMigration, Target, 
 from ..migrations.failures import describe
 from ..migrations.plan import Heads, MigrationStep, Plan, format_revision
 from ..migrations.scripts import Environment
+from ..operations.progress import StepProgress
 from ..postgres.connections import Connection
 from ..provisioning.copies import DatabaseCopy
 from ..tenant import Tenant
@@ -50,7 +51,7 @@ class CloneRehearsal:
         tenant: The tenant; revisions get it as ``op.get_context().opts["tenant"]``.
         environment: The scripts.
         connections: Their time limits.
-        tell: Called with the phase that begins.
+        progress: Called with the phase that begins.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class CloneRehearsal:
         tenant: Tenant,
         environment: Environment,
         connections: Connections,
-        tell: Callable[[str], None],
+        progress: StepProgress,
     ) -> None:
         self._copy = copy
         self._tenant = tenant
@@ -67,7 +68,7 @@ class CloneRehearsal:
         self._limits = replace(connections.limits, attempts=1)
         self._settings = {**_UNBOUNDED, "lock_timeout": "0"}
         self._url: URL = connections.url(copy.server, copy.database)
-        self._tell = tell
+        self._progress = progress
         self.findings = Findings()
 
     async def stamp(self, heads: Heads) -> None:
@@ -136,7 +137,7 @@ class CloneRehearsal:
             return await read_digests(connection)
 
     async def _phase(self, name: PhaseName, plan: Plan) -> None:
-        self._tell(name)
+        self._progress(name)
         async with self._connected() as watcher:
             recorder = Recorder(await read_relations(watcher))
             migration = DatabaseMigration(

@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..audit.actor import SYSTEM, Actor
@@ -21,6 +21,7 @@ from ..migrations.plan import Heads, Plan
 from ..migrations.scripts import Environment
 from ..migrations.selection import NO_TENANTS, Selection
 from ..migrations.services import FleetServices
+from ..operations.progress import StepProgress, silent
 from ..postgres import connections as plain_connections
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import databases
@@ -33,10 +34,6 @@ from .report import CloneReport, RehearsalReport
 
 DEFAULT_CLONES = 3
 _MARGIN = 1.2  # what a clone may need over the size of its source, and the migration's own
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 class Rehearsal:
@@ -52,7 +49,7 @@ class Rehearsal:
         content: What of a tenant is cloned.
         downgrade: Whether each clone is downgraded and upgraded again.
         concurrency: How many tenants the real run would upgrade at once, for the estimate.
-        tell: Called with a line about what is done now.
+        progress: Called with each step that begins, in words.
         actor: Who does this, for the audit log.
     """
 
@@ -66,7 +63,7 @@ class Rehearsal:
         content: Content = "data",
         downgrade: bool = True,
         concurrency: int = 8,
-        tell: Callable[[str], None] | None = None,
+        progress: StepProgress | None = None,
         actor: Actor = SYSTEM,
     ) -> None:
         self._services = services
@@ -76,7 +73,7 @@ class Rehearsal:
         self._content = content
         self._downgrade = downgrade
         self._concurrency = concurrency
-        self._tell = tell or _silent
+        self._progress = progress or silent
         self._actor = actor
         self._plan = Plan.of(environment, "upgrade", revision)
         self._notes: dict[str, None] = {}
@@ -177,7 +174,7 @@ class Rehearsal:
         try:
             await self._check_space(candidate)
             fresh = await self._build_fresh(tenant)
-            self._tell(f"{tenant.slug}: copy")
+            self._progress(f"{tenant.slug}: copy")
             await self._services.registry.record(
                 tenant.id, "tenant.copy", detail={"purpose": "rehearsal", "content": self._content}, actor=self._actor
             )
@@ -199,7 +196,7 @@ class Rehearsal:
                     tenant,
                     self._environment,
                     self._connections,
-                    lambda phase: self._tell(f"{tenant.slug}: {phase}"),
+                    lambda phase: self._progress(f"{tenant.slug}: {phase}"),
                 )
                 findings = clone.findings
                 async with asyncio.timeout(limit):
@@ -241,7 +238,7 @@ class Rehearsal:
         """
         server = placement_of(tenant).server
         if server not in self._fresh:
-            self._tell(f"build of {self._plan.target} on server {server}")
+            self._progress(f"build of {self._plan.target} on server {server}")
             try:
                 self._fresh[server] = await self._build(tenant)
             except TenancyError as exc:
@@ -256,7 +253,7 @@ class Rehearsal:
         async with self._services.provisioner.copies.open(
             tenant, content="nothing", extensions=self._services.config.extensions, timeout=limit, valid_for=limit
         ) as copy:
-            clone = CloneRehearsal(copy, tenant, self._environment, self._connections, self._tell)
+            clone = CloneRehearsal(copy, tenant, self._environment, self._connections, self._progress)
             return await clone.build(self._revision)
 
     async def _check_space(self, candidate: Candidate) -> None:

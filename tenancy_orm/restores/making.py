@@ -116,7 +116,7 @@ class Making:
             if not bound.expired():
                 raise
             raise OperationError(
-                f"the contents were not brought in within {self._config.backup.timeout:g} s; raise backup.timeout"
+                f"the contents were not restored within {self._config.backup.timeout:g} s; raise backup.timeout"
             ) from exc
 
     async def extensions(self, tenant: Tenant, archive: Archive) -> tuple[InstalledExtension, ...]:

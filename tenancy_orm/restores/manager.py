@@ -15,6 +15,7 @@ from ..errors import OperationError, OperationStateError, TenantNotFoundError
 from ..events import EventBus
 from ..migrations.connections import Connections
 from ..operations import Operations
+from ..operations.progress import StepProgress, silent
 from ..provisioning.filled_creation import Filling
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.provisioner import services_of
@@ -28,7 +29,7 @@ from ..tenants.manager import TenantManager
 from .making import Making, placement_of
 from .report import RestoreReport, UpkeepReport
 from .sources import RestoreSource
-from .steps import UNDO, RestoreServices, Tell, begin, claim, silent
+from .steps import UNDO, RestoreServices, begin, claim
 from .switching import Switching, check_swappable
 from .tombstones import Tombstones
 from .upkeep import RestoreUpkeep
@@ -86,7 +87,7 @@ class RestoreManager:
         *,
         inspect: bool = False,
         accept: bool = False,
-        tell: Tell = silent,
+        progress: StepProgress | None = None,
         actor: Actor = SYSTEM,
     ) -> RestoreReport:
         """Restore a tenant's database beside the one in use, and swap the two while the tenant's sessions wait.
@@ -99,7 +100,7 @@ class RestoreManager:
             source: What is restored.
             inspect: Stop before the swap; ``resume`` swaps, ``discard`` drops the restored database.
             accept: Let through code that the revision does not make, because an operator has looked at it.
-            tell: Called with each step that begins.
+            progress: Called with each step that begins, in words.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -116,8 +117,8 @@ class RestoreManager:
         check_swappable(found)
         if source.tenant_id is not None and source.tenant_id != found.id:
             raise OperationError(
-                f"this is a backup of another tenant ({source.tenant_id}) than {found.slug!r}, and never restored into "
-                "it; make a tenant of it with --as (as_slug in Python)"
+                f"this is a backup of another tenant ({source.tenant_id}) than {found.slug!r}, and cannot be restored "
+                "into it; make a tenant of it with --as (as_slug in Python)"
             )
         await self._tombstones.refuse(found.id, found.slug)
         place = placement_of(found)
@@ -133,7 +134,7 @@ class RestoreManager:
                 "from": place.database,
                 "action": "tenant.restore_backup",
             },
-            tell=tell,
+            progress=progress,
             actor=actor,
         )
         async with restore.working():
@@ -155,7 +156,7 @@ class RestoreManager:
         server: str | None = None,
         region: str | None = None,
         accept: bool = False,
-        tell: Tell = silent,
+        progress: StepProgress | None = None,
         actor: Actor = SYSTEM,
     ) -> RestoreReport:
         """Make another tenant of a backup, all or nothing. It has usage, keys and an audit log of its own.
@@ -168,7 +169,7 @@ class RestoreManager:
             server: As for ``tenants.create``.
             region: As for ``tenants.create``.
             accept: As for ``restore``.
-            tell: As for ``restore``.
+            progress: As for ``restore``.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -179,6 +180,7 @@ class RestoreManager:
         refuse_while_bound("restoring a tenant")
         started = time.monotonic()
         origin = await self._origin(source)
+        progress = progress or silent
         environment = await self._making.environment()
         restored = Restored()
         async with source.open() as archive:
@@ -188,11 +190,11 @@ class RestoreManager:
 
             async def fill(new: NewDatabase) -> None:
                 nonlocal restored
-                tell("restoring")
+                progress("restoring")
                 restored = await self._making.fill(new, archive, extensions)
 
             async def finish(tenant: Tenant) -> None:
-                tell("running missing revisions")
+                progress("running missing revisions")
                 await self._making.upgrade(tenant, placement_of(tenant))
                 # the first one may have been purged while its contents came in
                 await self._origin(source)
@@ -234,7 +236,7 @@ class RestoreManager:
     async def _origin(self, source: RestoreSource) -> Tenant:
         """The tenant that a source is of: a purged one's contents are never restored, under no name."""
         if source.tenant_id is None:
-            raise OperationError("this source does not say which tenant it is of, so no other tenant is made of it")
+            raise OperationError("this source names no tenant, so no other tenant can be made of it")
         origin = await self._registry.get(source.tenant_id)
         if origin.status is Status.PURGED or origin.placement is None:
             raise TenantNotFoundError(origin.slug)
@@ -245,14 +247,16 @@ class RestoreManager:
 
     # --- going on and back ------------------------------------------------------------------------------------------
 
-    async def undo(self, tenant: TenantRef, *, tell: Tell = silent, actor: Actor = SYSTEM) -> RestoreReport:
+    async def undo(
+        self, tenant: TenantRef, *, progress: StepProgress | None = None, actor: Actor = SYSTEM
+    ) -> RestoreReport:
         """Swap back to the database that the last restore has replaced. What was written since is in the other one.
 
         That is kept in turn, so that this can be undone. Missing revisions run before the swap.
 
         Args:
             tenant: The tenant.
-            tell: Called with each step that begins.
+            progress: Called with each step that begins, in words.
             actor: Who does this, for the audit log.
 
         Raises:
@@ -271,7 +275,7 @@ class RestoreManager:
             found,
             "upgrading",
             detail={"server": kept.server, "database": kept.name, "from": place.database, "action": UNDO},
-            tell=tell,
+            progress=progress,
             actor=actor,
         )
         async with restore.working():
@@ -300,7 +304,9 @@ class RestoreManager:
     async def _is_restores(self, beside: TenantDatabase) -> bool:
         return beside.operation is not None and (await self._operations.get(beside.operation)).kind == "restore"
 
-    async def resume(self, number: int, *, tell: Tell = silent, actor: Actor = SYSTEM) -> RestoreReport:
+    async def resume(
+        self, number: int, *, progress: StepProgress | None = None, actor: Actor = SYSTEM
+    ) -> RestoreReport:
         """Go on with a restore that waits for its swap, or that a process has left behind.
 
         One that was left behind before its database was complete is undone.
@@ -312,7 +318,7 @@ class RestoreManager:
         """
         refuse_while_bound("restoring a tenant")
         started = time.monotonic()
-        restore = await claim(self._services, number, tell=tell)
+        restore = await claim(self._services, number, progress=progress)
         swapped = await restore.go_on(actor)
         return restore.report(swapped.tenant, started, swapped)
 
@@ -356,7 +362,7 @@ class RestoreManager:
         async with self._provisioner.readers.open(replace(tenant, placement=place), seconds=seconds) as login:
             yield login
 
-    async def settle(self, *, actor: Actor = SYSTEM) -> UpkeepReport:
+    async def tidy(self, *, actor: Actor = SYSTEM) -> UpkeepReport:
         """End the restores that no process does any more, and drop replaced databases that are kept no longer.
 
         Purged tenants get a tombstone beside their backups, so that none of them is restored any more, even if the
@@ -367,8 +373,8 @@ class RestoreManager:
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
-        refuse_while_bound("settling restores")
-        return await self._upkeep.settle(actor=actor)
+        refuse_while_bound("tidying restores")
+        return await self._upkeep.tidy(actor=actor)
 
 
-__all__ = ["READ_ONLY", "RestoreManager", "Tell"]
+__all__ = ["READ_ONLY", "RestoreManager"]

@@ -314,7 +314,7 @@ class RegistryRebuilding:
             size_bytes=one.size_bytes,
         )
         if row is not None and row.status is Status.PURGED:
-            return replace(found, state="refused", reason="its tenant was purged, and stays so")
+            return replace(found, state="refused", reason="its tenant was purged, and remains purged")
         if one.role is None and live == 1 and one.ours:
             return replace(found, state="beside", slug=None, reason=one.reason)
         if one.role is None or live > 1:
@@ -322,7 +322,7 @@ class RegistryRebuilding:
             return replace(found, state="refused", reason=reason)
         try:
             if (purged_at := await self._tombstones.purged_at(one.tenant_id, one.installation)) is not None:
-                reason = f"its tenant was purged ({purged_at}), as the store of backups says, and stays so"
+                reason = f"its tenant was purged ({purged_at}), as the store of backups says, and remains purged"
                 return replace(found, state="refused", reason=reason)
             revision, mark = await self._marked.revision(one), await self._marked.clone_mark(one)
         except _FAILURES as exc:
@@ -453,7 +453,8 @@ def _choose(own: UUID, has_tenants: bool, counted: Mapping[UUID, int], chosen: U
     if has_tenants or own in counted:
         if chosen not in (None, own):
             raise ConfigurationError(
-                f"the control database is that of installation {own}, and takes no other's databases"
+                f"the control database is that of installation {own}, and cannot register "
+                "databases of another installation"
             )
         return own
     if chosen is not None:

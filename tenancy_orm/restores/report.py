@@ -51,9 +51,9 @@ class RestoreReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpkeepReport:
-    """What housekeeping has done: operations settled, by number; databases dropped; and what failed."""
+    """What housekeeping has done: operations that it ended, by number; databases dropped; and what failed."""
 
-    settled: tuple[int, ...] = ()
+    ended: tuple[int, ...] = ()
     dropped: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
 

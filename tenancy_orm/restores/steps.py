@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from ..errors import JobLostError, OperationError, OperationStateError, TenancyE
 from ..events import EventBus, TenantRestored
 from ..jobs import Claimant
 from ..operations import Operation, Operations
+from ..operations.progress import StepProgress, silent
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
@@ -33,18 +34,11 @@ from .switching import Swapped, Switching, check_swappable
 
 logger = logging.getLogger("tenancy_orm.restores")
 
-Tell = Callable[[str], None]
-"""Called with what begins, for a progress display."""
-
 UNDO = "tenant.undo_restore_backup"
 """The action of a restore that swaps back to the database which an earlier one has replaced."""
 
 FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 """What can keep a restore from being taken back now."""
-
-
-def silent(_: str) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,17 +60,19 @@ class Restore:
         services: What it uses.
         claimant: Who has claimed it.
         operation: Its record.
-        tell: Called with each step that begins.
+        progress: Called with each step that begins.
 
     Attributes:
         operation: Its record, as it was last written.
         database: The name of the database that is restored, or swapped back to.
     """
 
-    def __init__(self, services: RestoreServices, claimant: Claimant, operation: Operation, *, tell: Tell) -> None:
+    def __init__(
+        self, services: RestoreServices, claimant: Claimant, operation: Operation, *, progress: StepProgress | None
+    ) -> None:
         self._services = services
         self._claimant = claimant
-        self._tell = tell
+        self._progress = progress or silent
         self.operation = operation
         self.database: str = operation.detail["database"]
 
@@ -121,7 +117,7 @@ class Restore:
                 operation=self.operation.id,
             )
         )
-        self._tell("restoring")
+        self._progress("restoring")
         policy, restored = await self._services.making.make(tenant, place, self.database, source, accept=accept)
         await self._advance("upgrading", differences=policy.differences[:100], left_out=restored.left_out)
 
@@ -136,7 +132,7 @@ class Restore:
             OperationStateError: it is a replaced one, which is being dropped.
             MigrationError: a revision failed.
         """
-        self._tell("running missing revisions")
+        self._progress("running missing revisions")
         place = replace(placement_of(tenant), database=self.database)
         if self.operation.detail["action"] == UNDO:
             beside = await self._beside()
@@ -155,7 +151,7 @@ class Restore:
         Raises:
             TenancyError: as ``Switching.swap``.
         """
-        self._tell("swapping")
+        self._progress("swapping")
         operation, action = self.operation, self.operation.detail["action"]
         swapped = await self._services.switching.swap(
             operation, self.database, action=action, revision=operation.detail.get("revision"), actor=actor
@@ -274,7 +270,13 @@ class Restore:
 
 
 async def begin(
-    services: RestoreServices, tenant: Tenant, step: str, *, detail: Mapping[str, Any], tell: Tell, actor: Actor
+    services: RestoreServices,
+    tenant: Tenant,
+    step: str,
+    *,
+    detail: Mapping[str, Any],
+    progress: StepProgress | None,
+    actor: Actor,
 ) -> Restore:
     """Write down that a tenant is restored, before anything is made.
 
@@ -285,10 +287,10 @@ async def begin(
     operation = await services.operations.begin(
         "restore", tenant.id, step=step, claimant=claimant, detail=detail, actor=actor
     )
-    return Restore(services, claimant, operation, tell=tell)
+    return Restore(services, claimant, operation, progress=progress)
 
 
-async def claim(services: RestoreServices, number: int, *, tell: Tell = silent) -> Restore:
+async def claim(services: RestoreServices, number: int, *, progress: StepProgress | None = None) -> Restore:
     """Claim a restore that waits, or that no process does any more.
 
     Raises:
@@ -297,8 +299,8 @@ async def claim(services: RestoreServices, number: int, *, tell: Tell = silent) 
     """
     operation, claimant = await services.operations.get(number), Claimant()
     if operation.kind != "restore":
-        raise OperationStateError(f"operation {number} is no restore: it is a {operation.kind}")
-    return Restore(services, claimant, await services.operations.claim(number, claimant), tell=tell)
+        raise OperationStateError(f"operation {number} is not a restore: it is a {operation.kind}")
+    return Restore(services, claimant, await services.operations.claim(number, claimant), progress=progress)
 
 
-__all__ = ["FAILURES", "UNDO", "Restore", "RestoreServices", "Tell", "begin", "claim", "silent"]
+__all__ = ["FAILURES", "UNDO", "Restore", "RestoreServices", "begin", "claim"]

@@ -107,7 +107,9 @@ class Switching:
             await self._finish(before, operation.detail["from"])
             return await self._done(before, str(operation.detail["from"]), started)
         if place.database != operation.detail["from"]:
-            raise OperationStateError(f"tenant {before.slug!r} has another database by now: {place.database}")
+            raise OperationStateError(
+                f"tenant {before.slug!r} was moved or restored in the meantime: it uses {place.database}"
+            )
         check_swappable(before)
         try:
             async with self._between_migrations(before), self._switch.pause(before, seconds=PAUSE_SECONDS) as paused:
@@ -163,7 +165,7 @@ class Switching:
             if exc.step != "sessions":
                 raise
             # nobody can connect: what is left is an administrator's
-            logger.warning("tenant %s: sessions in the replaced database go on: %s", tenant.slug, exc)
+            logger.warning("tenant %s: sessions in the replaced database continue: %s", tenant.slug, exc)
         await self._provisioner.align(await self._registry.get(tenant.id))
 
     async def _seal(self, tenant: Tenant, replaced: str) -> None:
@@ -189,7 +191,7 @@ class Switching:
         """Go back after a failure, unless the tenant uses the new database already: then return it."""
         try:
             # a commit in doubt has ended by then
-            current = await self._registry.get_settled(operation.tenant_id)
+            current = await self._registry.get_after_pending_commits(operation.tenant_id)
             if current.placement is not None and current.placement.database == database:
                 return current
             await self.go_back(operation, database)

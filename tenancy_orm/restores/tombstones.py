@@ -106,9 +106,9 @@ class Tombstones:
             return datetime.fromisoformat(named["purged_at"])
         except (AuditError, ValueError, KeyError, TypeError) as exc:
             raise BackupDamagedError(
-                f"{path} in {store.url} is no tombstone that this installation has signed ({exc}). Where tenant "
-                f"{tenant_id} was purged, it stays so: earlier versions signed none. Where it was not, as the audit "
-                "log says, find out who can write to the store, and delete the object"
+                f"{path} in {store.url} is not a tombstone that this installation has signed ({exc}). Where tenant "
+                f"{tenant_id} was purged, it remains purged: earlier versions signed none. Where it was not, as the "
+                "audit log says, find out who can write to the store, and delete the object"
             ) from exc
 
     async def refuse(self, tenant_id: UUID, slug: str) -> None:
@@ -121,7 +121,7 @@ class Tombstones:
         """
         if (purged_at := await self.purged_at(tenant_id)) is not None:
             raise OperationError(
-                f"tenant {slug!r} was purged ({purged_at}), as the store of backups says, and stays so; "
+                f"tenant {slug!r} was purged ({purged_at}), as the store of backups says, and remains purged; "
                 "the control database is older than that"
             )
 

@@ -30,13 +30,13 @@ class RestoreUpkeep:
         self._new_databases = services.provisioner.new_databases
         self._tombstones = tombstones
 
-    async def settle(self, *, actor: Actor) -> UpkeepReport:
+    async def tidy(self, *, actor: Actor) -> UpkeepReport:
         """Write tombstones, end restores, and drop databases; what fails does not stop the others.
 
         Raises:
             ControlUnavailableError: the control database does not answer.
         """
-        settled, dropped, errors = list[int](), list[str](), list[str]()
+        ended, dropped, errors = list[int](), list[str](), list[str]()
         try:
             await self._tombstones.write()
         except FAILURES as exc:
@@ -45,8 +45,8 @@ class RestoreUpkeep:
             if not operation.is_abandoned and not await self._is_over(operation):
                 continue
             try:
-                await self._settle(operation, actor)
-                settled.append(operation.id)
+                await self._end(operation, actor)
+                ended.append(operation.id)
             except FAILURES as exc:
                 errors.append(f"operation {operation.id}: {exc}")
         for beside in await self._registry.databases_to_drop():
@@ -57,7 +57,7 @@ class RestoreUpkeep:
                 dropped.append(beside.name)
             except FAILURES as exc:
                 errors.append(f"database {beside.name}: {exc}")
-        return UpkeepReport(settled=tuple(settled), dropped=tuple(dropped), errors=tuple(errors))
+        return UpkeepReport(ended=tuple(ended), dropped=tuple(dropped), errors=tuple(errors))
 
     async def _is_over(self, operation: Operation) -> bool:
         """Whether an operation waits for a tenant that has been purged since."""
@@ -65,7 +65,7 @@ class RestoreUpkeep:
             return False
         return (await self._registry.get(operation.tenant_id)).status is Status.PURGED
 
-    async def _settle(self, operation: Operation, actor: Actor) -> None:
+    async def _end(self, operation: Operation, actor: Actor) -> None:
         if operation.step == "switching":
             try:
                 restore = await claim(self._services, operation.id)

@@ -422,7 +422,7 @@ class Budget(Generic[T]):
         if self._waiting:
             waits = share in self._waiting
             serves_own = waits and self._serves_own(share, now)
-            self._waiting.settle(account, now)
+            self._waiting.forgive(account, now)
             if waits:
                 if not serves_own:
                     self.evictions += 1

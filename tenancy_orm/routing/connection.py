@@ -207,7 +207,7 @@ class DriverConnection(asyncpg.Connection):  # type: ignore[misc]
             self.check_use()
 
     async def add_listener(self, channel: str, callback: Any) -> None:
-        """Hear notifications, as in asyncpg.
+        """Receive notifications, as in asyncpg.
 
         Raises:
             PoolerError: a pooler is in between, which would let nothing through. Nothing was sent.
@@ -712,7 +712,9 @@ class TenantEngine(Engine):
         found = self._variants.get((reading, isolation_level))
         if found is None:
             if isolation_level is not None and isolation_level not in _LEVELS:
-                raise ConfigurationError(f"{isolation_level!r} is no isolation level; they are {', '.join(_LEVELS)}")
+                raise ConfigurationError(
+                    f"{isolation_level!r} is not an isolation level; they are {', '.join(_LEVELS)}"
+                )
             found = self._variants[reading, isolation_level] = _Variant(
                 self, reading=reading, isolation_level=isolation_level
             )

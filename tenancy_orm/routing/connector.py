@@ -359,7 +359,7 @@ class Connector:
         return ServerUnavailableError(
             server=self.server.name,
             tenant=tenant,
-            reason="this process could not renew its part of the connections, which others may have by now",
+            reason="this process could not renew its share of the connections, which others may have taken",
             retry_after=1.0,
         )
 
@@ -563,8 +563,8 @@ class Connector:
     def _sweep(self) -> None:
         """Close connections that are idle for longer than ``idle_timeout``, or may be missing in another process.
 
-        A process that does not hear the others keeps one idle connection for each tenant, and so does one that has
-        competed with them for a tenant's connections lately.
+        A process that receives no notifications of the others keeps one idle connection for each tenant, and so
+        does one that has competed with them for a tenant's connections lately.
         """
         self._sweeper = None
         now = time.monotonic()

@@ -3,7 +3,7 @@
 While a database is exchanged, nobody can log in to it. A session that needs a connection then waits, and gets one to
 the new database: also one that was opened before. A transaction never changes its database; it ends in the old one.
 
-A process hears of the exchange by a notification. Where it has missed it, the refused login makes it look again.
+A process learns of the exchange by a notification. Where it has missed it, the refused login makes it look again.
 """
 
 from __future__ import annotations

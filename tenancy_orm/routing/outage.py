@@ -30,7 +30,7 @@ _MOST_PATIENCE = 30.0
 _LOST: Final = "tenancy_orm_server"
 """The attribute of a driver's error in which the name of the server is, and not the server: errors are pickled."""
 
-_SETTLE_SECONDS = 1.0
+_CLOSE_SECONDS = 1.0
 """How often idle connections are closed for a change of the primary, at most."""
 
 
@@ -76,7 +76,7 @@ class Outage:
         self._drop_idle = drop_idle
         self._spawn = spawn
         self._in_loop = in_loop
-        self._heard = -1
+        self._answered = -1
         self._timer: asyncio.TimerHandle | None = None
         self._awake = False  # whether the timer runs with the shortest delay
         self._delay = self._breaker.config.timeout
@@ -136,7 +136,7 @@ class Outage:
         if budget.open - budget.idle - budget.closing <= 0:
             self._awake = False  # nothing is waited for; the next checkout wakes it
             return
-        silent, self._heard = self.answers == self._heard, self.answers
+        silent, self._answered = self.answers == self._answered, self.answers
         if silent:
             breaker.suspect()
         if breaker.is_open and config.end_after and time.monotonic() - breaker.opened_at >= config.end_after:
@@ -203,10 +203,10 @@ class Outage:
 
     def _primary_changed(self, peer: tuple[str, int]) -> None:
         now = time.monotonic()
-        if self._closed or now - self._changed_at < _SETTLE_SECONDS:
+        if self._closed or now - self._changed_at < _CLOSE_SECONDS:
             return
         self._changed_at = now
-        logger.warning("server %s takes no writes at %s:%d: idle connections are closed", self._server.name, *peer)
+        logger.warning("server %s is read-only at %s:%d: idle connections are closed", self._server.name, *peer)
         self._drop_idle()
         self._events.emit(PrimaryChanged(server=self._server.name))
 

@@ -148,7 +148,7 @@ class TenantPool(RoutedPool):
         return self._take(reading=reading) if self.share.idle else None
 
     def _is_ready(self, record: Record) -> bool:
-        """Whether an idle connection can be used as it is: it has heard nothing, and knows the schema."""
+        """Whether an idle connection can be used as it is: nothing has arrived on it, and it knows the schema."""
         connection = cast("TenantConnection", record.dbapi_connection)
         return (
             not connection.has_unread_data and self.route.schema_changed_at <= connection._invalidate_schema_cache_asof

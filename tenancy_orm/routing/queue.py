@@ -175,7 +175,7 @@ class Queue(Generic[T]):
         account.weight = weight
         self._set_time(account, time, now)
 
-    def settle(self, account: Account, now: float) -> None:
+    def forgive(self, account: Account, now: float) -> None:
         """Forget what a tenant has used too much, now that it returns a connection."""
         if account.used(now) / account.weight > self._time + MOST_DEBT:
             self._set_time(account, self._time + MOST_DEBT, now)

@@ -51,14 +51,14 @@ class BackgroundUpgrades:
         report = await self._resume(own[0], actor) if own else None
         report = report or await self._start(actor)
         if report is not None:
-            await self._settle(report)
+            await self._note_results(report)
         return report
 
     async def _resume(self, run: RunRecord, actor: Actor) -> FleetReport | None:
         try:
             return await self._migrations.resume(run.id, concurrency=self._settings.background_concurrency, actor=actor)
         except RunMismatchError as exc:
-            logger.info("run %d was begun by other code, and is cancelled: %s", run.id, exc)
+            logger.info("run %d was started by other code, and is cancelled: %s", run.id, exc)
             await self._migrations.cancel(run.id, hold=False, actor=actor)
             return None
 
@@ -87,7 +87,7 @@ class BackgroundUpgrades:
             logger.info("no tenant is upgraded in the background while run %d is not finished", exc.run)
             return None
 
-    async def _settle(self, report: FleetReport) -> None:
+    async def _note_results(self, report: FleetReport) -> None:
         """Leave those that have failed alone for a while, and record where the fleet is, once that is known."""
         head = format_revision((await self._catch_up.plan()).environment.script.revision_map._real_heads)
         if head is None:

@@ -78,7 +78,7 @@ class Beginnings:
         if not await done:
             raise JobLostError
 
-    async def settle(self) -> None:
+    async def wait_until_written(self) -> None:
         """Return when nothing is being written any more."""
         if self._writing is not None:
             await asyncio.wait([self._writing])

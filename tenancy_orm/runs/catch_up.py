@@ -145,7 +145,7 @@ def _can_upgrade(plan: Plan, tenant: Tenant) -> bool:
     try:
         plan.path_from(frozenset((tenant.schema_revision or "").split(",")))
     except MigrationError as exc:
-        logger.info("tenant %s is left as it is: %s", tenant.slug, exc)
+        logger.info("tenant %s is not upgraded: %s", tenant.slug, exc)
         return False
     return True
 

@@ -85,8 +85,8 @@ def require_checks(waves: Waves) -> None:
                 raise ConfigurationError(f"wave {wave.name!r}: a command is empty")
             if shutil.which(arguments[0]) is None:
                 raise ConfigurationError(
-                    f"wave {wave.name!r}: command {command!r}: {arguments[0]!r} is no program that can be executed "
-                    "here; every machine of the run needs it, in its working directory or on its PATH"
+                    f"wave {wave.name!r}: command {command!r}: {arguments[0]!r} is not a program that can be "
+                    "executed here; every machine of the run needs it, in its working directory or on its PATH"
                 )
         for path in map(str, wave.functions):
             try:
@@ -238,7 +238,7 @@ async def _in_thread(function: Callable[[WaveReport], Any], report: WaveReport) 
     ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
     context = contextvars.copy_context()
 
-    def settle(found: Any, error: BaseException | None) -> None:
+    def finish(found: Any, error: BaseException | None) -> None:
         if not ended.done():
             ended.set_result((found, error))
 
@@ -249,7 +249,7 @@ async def _in_thread(function: Callable[[WaveReport], Any], report: WaveReport) 
         except BaseException as exc:  # noqa: BLE001 - also that of sys.exit
             error = exc
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, found, error)
+            loop.call_soon_threadsafe(finish, found, error)
 
     threading.Thread(target=call, name="tenancy-check", daemon=True).start()
     found, error = await ended

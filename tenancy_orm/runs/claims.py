@@ -472,7 +472,7 @@ class RunClaims:
 
     async def leave(self, finished: Sequence[Finished] = ()) -> None:
         """Write what has ended, and give back everything else that this process has claimed."""
-        await self._beginnings.settle()
+        await self._beginnings.wait_until_written()
         async with self._control.transaction() as connection:
             run = await lock_run(connection, self.run)
             if finished:

@@ -150,7 +150,7 @@ class _Graph:
     def _end(self, symbol: str, item: str) -> Heads:
         found = self._resolved(symbol)
         if found is None:
-            what = "are not" if symbol == "heads" else "is no revision"
+            what = "are not" if symbol == "heads" else "is not a revision"
             raise ConfigurationError(
                 f"compatible_revisions: {symbol!r} of {item!r} {what} in {self._script.dir}; an end of a range must be "
                 "there: leave the upper end out where it is one of newer code, as in '0012:'"

@@ -63,8 +63,8 @@ class FirstUse:
         # as many at once as there are creations: each needs an administrative connection
         self._slots = asyncio.Semaphore(config.provisioning.concurrency)
         self._running: dict[UUID, tuple[asyncio.Task[None], float]] = {}  # until when a use waits for it
-        self._settled: dict[UUID, float] = {}  # until when a tenant is used as it is
-        self._most_settled = 100  # with more, those that are over are removed
+        self._left: dict[UUID, float] = {}  # until when a tenant is used as it is
+        self._most_left = 100  # with more, those that are over are removed
         self._idle_until = 0.0  # until when every tenant is, but for those that are upgraded on demand
 
     def before_use(self, tenant: Tenant) -> Awaitable[None] | None:
@@ -82,7 +82,7 @@ class FirstUse:
         now = time.monotonic()
         if not demanded and (not self._catch_up.enabled or now < self._idle_until):
             return None
-        if now < self._settled.get(tenant.id, 0.0):
+        if now < self._left.get(tenant.id, 0.0):
             return None
         return self._wait(tenant)
 
@@ -122,12 +122,12 @@ class FirstUse:
                 return
             found, action = await self._find(tenant)
             if found is None:
-                self._settle(tenant.id, _LEFT_SECONDS)
+                self._leave(tenant.id, _LEFT_SECONDS)
             else:
                 await self._claim(found, head, action)
         except Exception as exc:  # noqa: BLE001 - env.py and revisions may raise anything, and no request fails for it
             logger.warning("tenant %s is not upgraded before its use: %s", tenant.slug, describe(exc))
-            self._settle(tenant.id, _LEFT_SECONDS)
+            self._leave(tenant.id, _LEFT_SECONDS)
 
     async def _find(self, tenant: Tenant) -> tuple[Tenant | None, str]:
         """Return the tenant as it is now, if it is to be upgraded, and what the audit log calls that."""
@@ -143,7 +143,7 @@ class FirstUse:
     async def _claim(self, tenant: Tenant, head: str, action: str) -> None:
         while not (claim := await self.attempts.claim(tenant.id, head)).granted:
             if claim.pause is not None:
-                self._settle(tenant.id, min(claim.pause, _LEFT_SECONDS))
+                self._leave(tenant.id, min(claim.pause, _LEFT_SECONDS))
                 return
             await asyncio.sleep(_POLL_SECONDS)
             if (await self._registry.get(tenant.id)).schema_revision == head:
@@ -164,17 +164,17 @@ class FirstUse:
             return
         await self.attempts.end(tenant.id)
         if report is None:
-            self._settle(tenant.id, _LEFT_SECONDS)
+            self._leave(tenant.id, _LEFT_SECONDS)
 
     async def _failed(self, tenant: Tenant, error: str, sqlstate: str | None) -> None:
         pause = await self.attempts.fail(tenant.id, error, sqlstate)
         logger.warning(
-            "tenant %s could not be upgraded before its use, and is left as it is for %.0f s: %s",
+            "tenant %s could not be upgraded before its use, and is not tried again for %.0f s: %s",
             tenant.slug,
             pause,
             error,
         )
-        self._settle(tenant.id, min(pause, _LEFT_SECONDS))
+        self._leave(tenant.id, min(pause, _LEFT_SECONDS))
 
     async def _release(self, tenant_id: UUID) -> None:
         try:
@@ -182,13 +182,13 @@ class FirstUse:
         except (ControlUnavailableError, NotOpenError) as exc:
             logger.debug("a claim is left to end by itself: %s", exc)
 
-    def _settle(self, tenant_id: UUID, seconds: float) -> None:
+    def _leave(self, tenant_id: UUID, seconds: float) -> None:
         now = time.monotonic()
-        self._settled[tenant_id] = now + seconds
+        self._left[tenant_id] = now + seconds
         # not each time: after a deploy, each of thousands of tenants comes here at its first use
-        if len(self._settled) > self._most_settled:
-            self._settled = {known: until for known, until in self._settled.items() if until > now}
-            self._most_settled = 2 * len(self._settled) + 100
+        if len(self._left) > self._most_left:
+            self._left = {known: until for known, until in self._left.items() if until > now}
+            self._most_left = 2 * len(self._left) + 100
 
 
 __all__ = ["FirstUse"]

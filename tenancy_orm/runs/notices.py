@@ -20,9 +20,9 @@ _CONCURRENCY = 8
 
 @dataclass(frozen=True, slots=True)
 class NoticeReport:
-    """What ``settle_notices`` did: ``settled`` has the slugs of tenants, ``errors`` a line for each that failed."""
+    """What ``clear_notices`` did: ``cleared`` has the slugs of tenants, ``errors`` a line for each that failed."""
 
-    settled: tuple[str, ...] = ()
+    cleared: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
 
 
@@ -44,25 +44,25 @@ class Notices:
         self._environment = environment
         self._health = Health()
 
-    async def settle(self) -> NoticeReport:
+    async def clear(self) -> NoticeReport:
         """Do so for every tenant with a notice; a failure does not stop the others."""
         noticed = await self._services.registry.with_notice()
         held = {tenant.id: was_moved for tenant, was_moved in noticed}
-        settled: list[str] = []
+        cleared: list[str] = []
         errors: list[str] = []
 
         async def one(tenant: Tenant) -> None:
             try:
-                if await self._settle(tenant, held):
-                    settled.append(tenant.slug)
+                if await self._clear(tenant, held):
+                    cleared.append(tenant.slug)
             except Exception as exc:  # noqa: BLE001 - any error is reported for this tenant
                 logger.warning("tenant %s: how its migration has ended is not known: %s", tenant.slug, describe(exc))
                 errors.append(f"{tenant.slug}: {describe(exc)}")
 
         await map_concurrently(one, [tenant for tenant, _ in noticed], _CONCURRENCY)
-        return NoticeReport(tuple(sorted(settled)), tuple(sorted(errors)))
+        return NoticeReport(tuple(sorted(cleared)), tuple(sorted(errors)))
 
-    async def _settle(self, tenant: Tenant, held: dict[UUID, bool]) -> bool:
+    async def _clear(self, tenant: Tenant, held: dict[UUID, bool]) -> bool:
         target = self._connections.target(tenant, self._health)
         connection = await target.connect()
         try:

@@ -233,7 +233,7 @@ class Participation:
                     await self._claims.leave(self._finished)
             except Exception as exc:  # noqa: BLE001 - whatever it is, it hides no other error
                 logger.error(
-                    "run %d: what has ended here could not be recorded (%s); go on with: tenancy migrate resume %d",
+                    "run %d: what has ended here could not be recorded (%s); continue with: tenancy migrate resume %d",
                     self._claims.run,
                     describe(exc),
                     self._claims.run,
@@ -277,7 +277,7 @@ class Participation:
             return False
         run = self._claims.run
         self._failure = ControlUnavailableError(
-            f"the control database does not answer; what run {run} has done is found by: tenancy migrate resume {run}"
+            f"the control database does not answer; to see what run {run} has done, run: tenancy migrate resume {run}"
         )
         self._failure.__cause__ = error
         return True

@@ -535,7 +535,7 @@ async def _refuse_to_pass(
     )
     message = (
         f"run {other.id} ({other.command} {other.target}) is paused: {other.reason}. {counted(other.number)} would not "
-        f"wait for it; nothing was started. Go on with it (tenancy migrate resume {other.id}), {choice}"
+        f"wait for it; nothing was started. Continue it (tenancy migrate resume {other.id}), {choice}"
     )
     raise RunStateError(other.id, "paused", "passed by", message=message)
 

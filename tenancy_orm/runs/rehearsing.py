@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
+from ..operations.progress import StepProgress
 from ..provisioning.copies import Content
 from ..rehearsal.rehearsal import DEFAULT_CLONES, Rehearsal
 from ..rehearsal.report import RehearsalReport
@@ -30,7 +31,7 @@ class Rehearsing(Steering):
         content: Content = "data",
         downgrade: bool = True,
         concurrency: int = DEFAULT_CONCURRENCY,
-        tell: Callable[[str], None] | None = None,
+        progress: StepProgress | None = None,
         x: Sequence[str] = (),
         actor: Actor = SYSTEM,
     ) -> RehearsalReport:
@@ -47,7 +48,7 @@ class Rehearsing(Steering):
             content: "data" clones everything; "schema" the schema, with the statistics from PostgreSQL 18 on.
             downgrade: False: upgrade only.
             concurrency: How many tenants the run would upgrade at once, for the estimate.
-            tell: Called with a line about what is done now.
+            progress: Called with each step that begins, in words.
             x: As for ``upgrade``.
             actor: Who does this, for the audit log.
 
@@ -67,7 +68,7 @@ class Rehearsing(Steering):
             content=content,
             downgrade=downgrade,
             concurrency=concurrency,
-            tell=tell,
+            progress=progress,
             actor=actor,
         )
         return await rehearsal.run(tenants, clones)

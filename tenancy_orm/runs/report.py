@@ -103,14 +103,14 @@ class FleetReport:
             if self.failures:
                 found.insert(0, f"tenancy migrate retry {self.run} (its failed tenants again)")
             return (
-                f"run {self.run} is paused: {self.reason}; go on with: {', or '.join(found)}; "
+                f"run {self.run} is paused: {self.reason}; continue with: {', or '.join(found)}; "
                 f"or end it: tenancy migrate cancel {self.run}; or take it back: tenancy migrate undo {self.run}"
             )
         found = [f"tenancy migrate retry {self.run} (its failed tenants)"] if self.failures else []
         if self.skipped:
             found.append(f"tenancy migrate resume {self.run} (those that were not started)")
         reason = f": {self.reason}" if self.reason else ""
-        return f"run {self.run} is {self.state}{reason}; go on with: {', or '.join(found)}"
+        return f"run {self.run} is {self.state}{reason}; continue with: {', or '.join(found)}"
 
     def summary(self) -> str:
         """Return one line: how many tenants, how many of them migrated or failed, and how long it took."""

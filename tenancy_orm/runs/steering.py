@@ -109,7 +109,7 @@ class Steering(RunCommands):
     async def cancel(self, run: int, *, hold: bool = True, actor: Actor = SYSTEM) -> RunRecord:
         """Skip the tenants of a run that wait. Every process finishes those that it is migrating, and claims no others.
 
-        Those that a killed process has begun stay at the revision that they have, see ``settle_notices``.
+        Those that a killed process has begun stay at the revision that they have, see ``clear_notices``.
 
         Args:
             run: Its number.
@@ -124,7 +124,7 @@ class Steering(RunCommands):
         refuse_while_bound("migrating tenants")
         record = await self._recorded.records.cancel(run, hold=hold, actor=actor)
         try:
-            await self.settle_notices()
+            await self.clear_notices()
         except Exception as exc:  # noqa: BLE001 - env.py may raise anything, and the run is cancelled
             logger.warning(
                 "run %d is cancelled; tenants of killed processes are left to housekeeping: %s", run, describe(exc)
@@ -133,7 +133,7 @@ class Steering(RunCommands):
 
     # --- after ------------------------------------------------------------------------------------------------------
 
-    async def settle_notices(self) -> NoticeReport:
+    async def clear_notices(self) -> NoticeReport:
         """Record the revisions of tenants with a migration that was killed; they are served at these again.
 
         A killed process leaves its notice, with which only code that works with the target serves the tenant. Tenants
@@ -146,7 +146,7 @@ class Steering(RunCommands):
         refuse_while_bound("migrating tenants")
         if self.services.config.migrations is None or not await self.services.registry.with_notice():
             return NoticeReport()
-        return await Notices(self.services, self._connections, await self.environment()).settle()
+        return await Notices(self.services, self._connections, await self.environment()).clear()
 
     async def plan_undo(
         self,

@@ -76,7 +76,7 @@ class ScheduleManager:
         timezone_key: str | None = None,
         status: Iterable[Status | str] = (Status.TRIAL, Status.ACTIVE),
         tier: str | Iterable[str] = (),
-        lease: timedelta = timedelta(minutes=2),
+        retry_after: timedelta = timedelta(minutes=2),
         now: datetime | None = None,
     ) -> DueTenants:
         """Iterate over the tenants that are due now, each bound in turn, and each once for each of its times.
@@ -87,8 +87,9 @@ class ScheduleManager:
         ```
 
         A tenant counts as sent when the body has ended without an error and the loop asks for the next one. If the body
-        raises, or the process is killed, the tenant is due again when ``lease`` has passed; those behind it as well. So
-        a process that is killed between sending and recording sends twice: ``DueTenants.key`` is the same both times.
+        raises, or the process is killed, the tenant is due again when ``retry_after`` has passed; those behind it as
+        well. So a process that is killed between sending and recording sends twice: ``DueTenants.key`` is the same both
+        times.
 
         Args:
             name: Under what it is recorded, up to 100 characters. One that is renamed is a new one.
@@ -103,7 +104,8 @@ class ScheduleManager:
                 where it is None, and for tenants without that key. UTC where a name is unknown, which is logged.
             status: Only tenants with these statuses.
             tier: Only tenants of these tiers.
-            lease: How long the body may take for one tenant. When it takes longer, another process may send as well.
+            retry_after: When a tenant is due again after the body has failed. The body must take less time for one
+                tenant: while it takes longer, another process may send as well.
             now: The moment, for tests; the control database's clock where None.
 
         Raises:
@@ -115,8 +117,8 @@ class ScheduleManager:
         refuse_while_bound("asking who is due")
         if not 1 <= len(name) <= 100 or not name.isprintable():
             raise ConfigurationError("the name of a schedule must be 1 to 100 printable characters")
-        if spread < timedelta(0) or not timedelta(0) < catch_up <= _LONGEST or lease <= timedelta(0):
-            raise ConfigurationError("spread must not be negative, catch_up up to 31 days, lease above 0")
+        if spread < timedelta(0) or not timedelta(0) < catch_up <= _LONGEST or retry_after <= timedelta(0):
+            raise ConfigurationError("spread must not be negative, catch_up up to 31 days, retry_after above 0")
         if spread > _LONGEST:
             raise ConfigurationError("spread must not be more than 31 days")
         if now is not None and now.tzinfo is None:
@@ -129,7 +131,7 @@ class ScheduleManager:
             timezone_key=timezone_key,
             status=tuple(Status(one).value for one in status),
             tier=(tier,) if isinstance(tier, str) else tuple(tier),
-            lease=lease,
+            retry_after=retry_after,
             now=now,
         )
         return DueTenants(self._control, question)
@@ -173,7 +175,7 @@ class _Question:
     timezone_key: str | None
     status: tuple[str, ...]
     tier: tuple[str, ...]
-    lease: timedelta
+    retry_after: timedelta
     now: datetime | None
 
 
@@ -265,7 +267,12 @@ class _Claims:
                 return
 
     async def _begin(self, tenant_id: UUID) -> datetime | None:
-        values = {"name": self._question.name, "tenant": tenant_id, "claim": self._claim, "lease": self._question.lease}
+        values = {
+            "name": self._question.name,
+            "tenant": tenant_id,
+            "claim": self._claim,
+            "retry_after": self._question.retry_after,
+        }
         async with self._control.transaction() as connection:
             found: datetime | None = (await connection.execute(BEGIN, values)).scalar_one_or_none()
         return found
@@ -298,7 +305,7 @@ class _Claims:
             "now": row.now,
             "oldest": oldest,
             "batch": _BATCH,
-            "lease": question.lease,
+            "retry_after": question.retry_after,
             "claim": self._claim,
         }
 
@@ -307,7 +314,9 @@ def _zone(name: str, schedule: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
     except (ValueError, OSError, LookupError):  # malformed; a directory's; unknown
-        logger.warning("schedule %r: %r is no time zone; tenants with it are taken to be in UTC", schedule, name[:100])
+        logger.warning(
+            "schedule %r: %r is not a time zone; tenants with it are taken to be in UTC", schedule, name[:100]
+        )
         return ZoneInfo("UTC")
 
 

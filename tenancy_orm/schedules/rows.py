@@ -45,7 +45,7 @@ WITH times AS (
     LIMIT :batch
 ), claimed AS (
     INSERT INTO tenancy.schedule_runs AS r (schedule, tenant_id, claimed_for, claimed_until, claim)
-    SELECT :name, id, due_at, clock_timestamp() + CAST(:lease AS interval), :claim FROM waiting ORDER BY id
+    SELECT :name, id, due_at, clock_timestamp() + CAST(:retry_after AS interval), :claim FROM waiting ORDER BY id
     ON CONFLICT (schedule, tenant_id) DO UPDATE SET
         claimed_for = excluded.claimed_for, claimed_until = excluded.claimed_until, claim = excluded.claim
     WHERE (r.sent_for IS NULL OR r.sent_for < excluded.claimed_for)
@@ -67,7 +67,7 @@ ORDER BY c.attempts, c.claimed_for, c.tenant_id
 # Nothing where the claim has run out and another process has it.
 BEGIN = text(
     "UPDATE tenancy.schedule_runs SET attempts = attempts + 1, "
-    "claimed_until = clock_timestamp() + CAST(:lease AS interval) "
+    "claimed_until = clock_timestamp() + CAST(:retry_after AS interval) "
     "WHERE schedule = :name AND tenant_id = :tenant AND claim = :claim RETURNING claimed_for"
 ).bindparams(bindparam("claim", type_=Uuid), bindparam("tenant", type_=Uuid))
 # The claim of a later time stays: another process took it when this one was slow.

@@ -109,7 +109,7 @@ def _time(given: str | time) -> time:
     try:
         found = given if isinstance(given, time) else time.fromisoformat(given)
     except ValueError:
-        raise ConfigurationError(f"{given!r} is no time of the day; write it as '06:00'") from None
+        raise ConfigurationError(f"{given!r} is not a time of day; write it as '06:00'") from None
     if found.tzinfo is not None:
         raise ConfigurationError(f"{given!r} has a time zone, and each tenant has its own")
     return found
@@ -120,13 +120,13 @@ def _weekday(given: str | int) -> int:
         return given
     if isinstance(given, str) and len(given) >= 3 and given[:3].lower() in _DAYS:
         return _DAYS.index(given[:3].lower())
-    raise ConfigurationError(f"{given!r} is no weekday; write 'mon' to 'sun', or 0 (Monday) to 6")
+    raise ConfigurationError(f"{given!r} is not a weekday; write 'mon' to 'sun', or 0 (Monday) to 6")
 
 
 def _check_cron(cron: object) -> None:
     # an expression of six fields has seconds; an R is another time whenever it is read
     if not isinstance(cron, str) or len(cron.split()) != 5 or _RANDOM.search(cron) or not _croniter().is_valid(cron):
-        raise ConfigurationError(f"{cron!r} is no cron expression of five fields, such as '0 6 * * mon'")
+        raise ConfigurationError(f"{cron!r} is not a cron expression of five fields, such as '0 6 * * mon'")
     try:
         _croniter()(cron, _ANY_DAY).get_next()
     except ValueError:

@@ -212,7 +212,7 @@ class SeedManager:
     async def _wanted(self, only: str | Iterable[str] | None, force: bool) -> _Wanted:
         names = None if only is None else {only} if isinstance(only, str) else set(only)
         if force and not names:
-            raise ConfigurationError("name what is applied again, by only")
+            raise ConfigurationError("pass only= with the seeds to apply again")
         known = self._known()
         if unknown := sorted((names or set()) - set(known)):
             listed = ", ".join(known) or "none is configured"

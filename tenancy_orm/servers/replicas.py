@@ -38,7 +38,7 @@ ANSWER_SECONDS: Final = 2.0
 """A replica that has not answered for this long is not read from."""
 
 AGAIN_SECONDS: Final = 0.25
-"""How long a read waits at most to hear whether a replica has what it must see."""
+"""How long a read waits at most to learn whether a replica has what it must see."""
 
 _SAMPLES = 512  # positions of the primary that are kept; older ones are thinned out
 
@@ -163,7 +163,7 @@ class ReplicaMonitor:
             await asyncio.wait([asked])
             if self._known is not None and self._times and self._times[-1] >= now:
                 return self._known
-        raise self.server.unavailable(TimeoutError("it did not tell how far it has written"))
+        raise self.server.unavailable(TimeoutError("it did not report how far it has written"))
 
     def stop(self) -> None:
         """Stop asking."""
@@ -273,7 +273,7 @@ class ReplicaMonitor:
         if replica.reason is not None:
             lost, replica.reason, replica.lost_at = replica.lost_at, None, None
             if lost is not None:
-                logger.warning("replica %s is read from again", server.name)
+                logger.warning("replica %s is used again", server.name)
                 self._events.emit(
                     ReplicaRestored(server=self.server.name, replica=server.name, seconds=replica.answered_at - lost)
                 )
@@ -282,7 +282,7 @@ class ReplicaMonitor:
         replica.reason = reason
         if replica.lost_at is None:
             replica.lost_at = time.monotonic()
-            logger.warning("nothing is read from replica %s: %s", replica.server.name, reason)
+            logger.warning("replica %s is not used: %s", replica.server.name, reason)
             self._events.emit(ReplicaLost(server=self.server.name, replica=replica.server.name, reason=reason))
         if close and replica.server.instance is not None:
             replica.server.instance = None
@@ -329,7 +329,7 @@ class _Asked:
                 if answer.read_only and not self._server.is_replica:
                     # a standby, or a former primary: what it has written tells nothing of what the primary has, which
                     # another login may find
-                    raise ConnectionError("it takes no writes")
+                    raise ConnectionError("it is read-only")
         except (*SERVER_FAILURES, TenancyError) as exc:
             answer = clear_tracebacks(exc)
             connection, self._connection = self._connection, None

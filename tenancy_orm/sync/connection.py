@@ -285,7 +285,7 @@ class ThreadConnection(psycopg.Connection[Any]):
             raise psycopg.OperationalError(f"no answer within {self.answer_seconds:g} seconds") from None
 
     def notifies(self, **options: Any) -> Generator[psycopg.Notify, None, None]:
-        """Hear notifications, as in psycopg.
+        """Receive notifications, as in psycopg.
 
         Raises:
             PoolerError: a pooler is in between, which would let nothing through.

@@ -35,7 +35,7 @@ def needs_of(function: object) -> str | None:
 
 def _mark(function: F, needs: str) -> F:
     if not callable(function):
-        raise ConfigurationError(f"{function!r} is no function")
+        raise ConfigurationError(f"{function!r} is not a function")
     try:
         setattr(function, _ATTRIBUTE, needs)
     except AttributeError:

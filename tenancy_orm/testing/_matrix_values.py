@@ -150,7 +150,7 @@ class Owned:
             if (text := _distinct(value)) is not None and (not text.isdigit() or _CALLED_ID.search(field)):
                 self._learned.setdefault(text, f"{singular(kind)}.{field} of {label}")
 
-    def settle(self, other: Owned) -> None:
+    def assign(self, other: Owned) -> None:
         """Count what its answers had as its own as well, but for what another tenant's answers had too."""
         for value in self._labels.keys() & (other._labels.keys() | other._learned.keys()):
             del self._labels[value]

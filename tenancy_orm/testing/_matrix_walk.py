@@ -65,8 +65,8 @@ class Walk:
         for side in (self._other, self._owner):
             await side.rows.plant()
             await self._learner.learn(side)
-        self._owner.owned.settle(self._other.owned)
-        self._other.owned.settle(self._owner.owned)
+        self._owner.owned.assign(self._other.owned)
+        self._other.owned.assign(self._owner.owned)
         for route in sorted(self._routes, key=risk):
             await self._attack(route)
         for route in self._routes:
@@ -182,7 +182,7 @@ class Walk:
             call = replace(call, headers={**call.headers, **await self._revoked_key()})
             answer = await self._call(call)
         if caller == OTHER and answer.status == 429:
-            self.report.unreached[str(route)] = "429 for the other tenant: too many requests are no refusal"
+            self.report.unreached[str(route)] = "429 for the other tenant: too many requests are not a refusal"
         shown = self._judge(call, answer, self._owner.owned, route, caller, named)
         if answer.is_refusal:
             return shown
@@ -265,7 +265,7 @@ class Walk:
     # --- calls --------------------------------------------------------------------------------------------------------
 
     async def _call(self, call: Call, *, patient: bool = True) -> Answer:
-        """Call; where the tenant calls too often, wait and call again: too many requests are no refusal."""
+        """Call; where the tenant calls too often, wait and call again: too many requests are not a refusal."""
         answer = await self._client.request(call)
         for _ in range(_PAUSES):
             pause = answer.headers.get("retry-after", "")

@@ -40,7 +40,7 @@ class NestedCursor(TenantCursor):
     async def _prepare_and_execute(self, operation: Any, parameters: Any) -> None:
         connection = self._adapt_connection
         if _LISTENS.match(operation):
-            raise RollbackModeError("LISTEN never hears anything")
+            raise RollbackModeError("LISTEN never receives anything")
         savepoints = connection.savepoints
         if savepoints.has_abandoned:
             async with savepoints.mutex:

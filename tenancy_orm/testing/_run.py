@@ -71,7 +71,7 @@ class Options:
             if path and not (module and attribute):
                 raise ConfigurationError(f'{name} = {path!r} is not of the form "module:attribute", as "app:app"')
         if self.mode not in MODES:
-            raise ConfigurationError(f'tenancy_mode = {self.mode!r} is no mode: write "rollback" or "clone"')
+            raise ConfigurationError(f'tenancy_mode = {self.mode!r} is not a mode: write "rollback" or "clone"')
         try:
             TestServer(self.dsn, self.directory)
         except ConfigurationError as exc:
@@ -185,7 +185,7 @@ class TestRun:
         if not installation.is_new:
             await _remove_leftovers(assembly)
         if installation.is_initialised:
-            await _settle_tiers(assembly)
+            await _apply_tiers(assembly)
         else:
             await self.background.call(installation.note_initialised())
         self._prepared = True
@@ -239,7 +239,7 @@ async def _remove_leftovers(assembly: Assembly) -> None:
     await assembly.provisioner.reconcile(drop_unknown=True, thorough=False)
 
 
-async def _settle_tiers(assembly: Assembly) -> None:
+async def _apply_tiers(assembly: Assembly) -> None:
     """Put the configured tiers in force: they have changed since the last run, or a test of it has applied others."""
     tiers, configured = assembly.tiers, assembly.config.tiers
     in_force = await tiers.in_force()

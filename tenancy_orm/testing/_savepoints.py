@@ -37,7 +37,7 @@ class RollbackDriverConnection(DriverConnection):
         Raises:
             RollbackModeError: always.
         """
-        raise RollbackModeError(f"LISTEN {channel} never hears anything")
+        raise RollbackModeError(f"LISTEN {channel} never receives anything")
 
 
 class Savepoint:

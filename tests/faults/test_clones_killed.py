@@ -69,13 +69,13 @@ async def killed(task: Task, at: str, what: str = "clone") -> None:
     await run_killed("clones_process", {**task, "at": at, "what": what})
 
 
-async def settle(fleet: Fleet) -> None:
+async def tidy(fleet: Fleet) -> None:
     """Do a part of what housekeeping does, until there is nothing left to do."""
 
-    async def is_settled() -> bool:
+    async def is_tidy() -> bool:
         return (await fleet.provisioner.reconcile()).clean
 
-    await until(is_settled, seconds=SECONDS)
+    await until(is_tidy, seconds=SECONDS)
 
 
 async def bodies(fleet: Fleet, slug: str) -> set[str]:
@@ -88,7 +88,7 @@ async def test_a_clone_that_is_killed_before_it_is_whole_is_removed(fleet: Fleet
     before = await present(fleet)
     for at in REMOVED:
         await killed(task, at)
-        await settle(fleet)
+        await tidy(fleet)
         assert await present(fleet) == before, at
         with pytest.raises(TenantNotFoundError):
             await fleet.registry.find("clone")
@@ -100,7 +100,7 @@ async def test_a_clone_that_is_killed_before_it_is_whole_is_removed(fleet: Fleet
 async def test_a_clone_that_is_whole_has_its_end_and_is_in_the_audit_log(fleet: Fleet, task: Task, at: str) -> None:
     """Both are written before anybody can use it."""
     await killed(task, at)
-    await settle(fleet)
+    await tidy(fleet)
     clone = await fleet.tenancy.tenants.get("clone")
     assert clone.status is Status.ACTIVE
     values = await bodies(fleet, "clone")
@@ -126,7 +126,7 @@ async def test_a_clone_that_has_expired_is_purged_whatever_is_killed(fleet: Flee
         # this is what the next process finds
         assert (await fleet.registry.get(clone.id)).status in (Status.ACTIVE, Status.DELETED), at
     await fleet.tenancy.run_housekeeping()
-    await settle(fleet)
+    await tidy(fleet)
     assert (await fleet.registry.get(clone.id)).status is Status.PURGED
     assert await present(fleet) == before
     assert await bodies(fleet, "acme") == {"Original"}

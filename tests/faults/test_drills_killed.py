@@ -63,13 +63,13 @@ async def test_what_a_killed_drill_leaves_is_cleared_away(
     }
     before, spool = await present(tenancy), tmp_path / "spool"
 
-    async def is_settled() -> bool:
+    async def is_tidy() -> bool:
         return (await tenancy.internals.provisioner.reconcile()).clean
 
     for at in POINTS:
         await killed(task, at)
         assert list(spool.iterdir()) or at == "before the result is recorded", at
-        await until(is_settled, seconds=SECONDS)
+        await until(is_tidy, seconds=SECONDS)
         assert await present(tenancy) == before, at
         await tenancy.run_housekeeping()
         assert list(spool.iterdir()) == [], at

@@ -214,7 +214,7 @@ async def test_a_dead_host_in_a_url_costs_one_connection_its_time(
 async def test_a_standby_that_lags_refuses_no_login_to_what_the_primary_has(
     tenancy_config: TenancyConfig, pair: tuple[TestServer, Standby]
 ) -> None:
-    """The URL names the standby first, which has not heard of new databases and roles; on both sides."""
+    """The URL names the standby first, which does not know of new databases and roles; on both sides."""
     primary, standby = pair
     user = primary.url().rpartition("@")[0]
     url = f"{user}@127.0.0.1:{standby.port},127.0.0.1:{primary.port}/postgres?target_session_attrs=read-write"

@@ -328,8 +328,8 @@ async def test_a_block_in_hand_is_spent_while_the_database_is_away(plane: QuotaP
 
 async def test_what_could_not_be_returned_is_returned_later(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next heartbeat tries again."""
-    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.05)
-    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.IDLE_SECONDS", 0.2)
     tenant = await plane.tenant()
     async with (
         proxied(plane.config.control_url) as proxy,
@@ -355,8 +355,8 @@ async def test_what_was_given_back_is_not_spent_though_nobody_said_so(
     plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
     """The database may have it back, and given it to another; telling it again returns nothing twice."""
-    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 1_000.0)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.IDLE_SECONDS", 1_000.0)
     tenant = await plane.tenant()
     await plane.quotas.consume(tenant, "calls", 100)
     share = plane.quotas.leased(tenant, "calls", block=10)
@@ -410,7 +410,7 @@ async def test_a_release_that_breaks_at_any_moment_gives_nothing_away_twice(plan
 
 async def test_a_block_whose_answer_was_lost_is_returned(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the call asked for may count; the rest of the block does not stay counted, with nobody to spend it."""
-    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.HEARTBEAT_SECONDS", 0.02)
     tenant = await plane.tenant()
     share = plane.quotas.leased(tenant, "calls", block=10)
     await share.consume(6)
@@ -435,8 +435,8 @@ async def test_leases_are_looked_after_again_once_that_works(
     plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch, away: Exception
 ) -> None:
     """Whatever the error was: it would end the renewing of all of this process's leases, and their return."""
-    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 0.1)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.IDLE_SECONDS", 0.1)
     tenant = await plane.tenant()
     await plane.quotas.leased(tenant, "calls", block=10).consume()
     failed = Failures(monkeypatch, plane, away)

@@ -104,16 +104,16 @@ async def expire(fleet: Fleet) -> None:
         await connection.execute(sa.text("UPDATE tenancy.tenants SET paused_until = clock_timestamp()"))
 
 
-async def settle(fleet: Fleet) -> None:
+async def tidy(fleet: Fleet) -> None:
     """Do what housekeeping does, until there is nothing left to do."""
 
-    async def is_settled() -> bool:
-        report = await fleet.tenancy.restores.settle()
+    async def is_tidy() -> bool:
+        report = await fleet.tenancy.restores.tidy()
         assert report.errors == ()
         found = await fleet.provisioner.reconcile()
-        return not report.settled and found.clean
+        return not report.ended and found.clean
 
-    await until(is_settled, seconds=SECONDS)
+    await until(is_tidy, seconds=SECONDS)
 
 
 async def writable(fleet: Fleet) -> set[str]:
@@ -131,10 +131,10 @@ async def test_a_restore_that_is_killed_before_its_swap_is_undone(fleet: Fleet, 
         assert await writable(fleet) == {fleet.database("acme")}, at
         assert await bodies(fleet) == ["dumped", "later"], at
         # others leave alone what may only be slow
-        assert (await fleet.tenancy.restores.settle()).settled == (), at
+        assert (await fleet.tenancy.restores.tidy()).ended == (), at
         assert (await fleet.provisioner.reconcile()).errors == (), at
         await expire(fleet)
-        await settle(fleet)
+        await tidy(fleet)
         assert await present(fleet) == before, at
         (operation, *_) = await fleet.tenancy.operations.list()
         assert operation.state == "undone", at
@@ -154,7 +154,7 @@ async def test_a_restore_that_is_killed_in_its_swap_is_finished(fleet: Fleet, ta
         (operation, *_) = await fleet.tenancy.operations.list()
         if number % 2:
             await fleet.tenancy.restores.resume(operation.id)
-        await settle(fleet)
+        await tidy(fleet)
         assert (await fleet.tenancy.operations.get(operation.id)).state == "done", at
         restored = not restored
         assert await bodies(fleet) == (["dumped"] if restored else ["dumped", "later"]), at
@@ -173,7 +173,7 @@ async def test_a_restore_that_is_killed_in_its_swap_is_finished(fleet: Fleet, ta
 async def drop_kept(fleet: Fleet) -> None:
     async with fleet.services.control.transaction() as connection:
         await connection.execute(sa.text("UPDATE tenancy.tenant_databases SET kept_until = clock_timestamp()"))
-    assert len((await fleet.tenancy.restores.settle()).dropped) == 1
+    assert len((await fleet.tenancy.restores.tidy()).dropped) == 1
 
 
 async def test_another_tenant_of_a_backup_is_removed_where_its_creation_is_killed(fleet: Fleet, task: Task) -> None:
@@ -181,7 +181,7 @@ async def test_another_tenant_of_a_backup_is_removed_where_its_creation_is_kille
     before = await present(fleet)
     for at in ("after the empty database", "after the contents", "after the rights", "after all is handed over"):
         await killed(task, at, "as")
-        await settle(fleet)
+        await tidy(fleet)
         assert await present(fleet) == before, at
         with pytest.raises(TenantNotFoundError):
             await fleet.registry.find("copy")

@@ -222,10 +222,10 @@ async def test_each_is_one_round_trip(tenancy_config: TenancyConfig, postgres: P
         def execute() -> Coroutine[Any, Any, Any]:
             return tenancy.execute(insertion, tenant="acme")
 
-        heard: list[object] = []
+        received: list[object] = []
 
         def listener(*_: object) -> None:
-            heard.append(None)
+            received.append(None)
 
         event.listen(Engine, "commit", listener)
         try:
@@ -233,7 +233,7 @@ async def test_each_is_one_round_trip(tenancy_config: TenancyConfig, postgres: P
         finally:
             # for somebody who has listened, and does no more, nobody pays
             event.remove(Engine, "commit", listener)
-        assert heard
+        assert received
         for call in (fetch, execute, read_session, write_session, execute):
             await call()
         assert [await pieces(call) for call in (execute, execute)] == [2, 2]
@@ -259,16 +259,16 @@ async def test_a_cancelled_statement_leaves_nothing(tenancy: Tenancy) -> None:
     assert await asyncio.gather(*(tenancy.fetch_value(f"SELECT {n}", tenant="acme") for n in range(50))) == [*range(50)]
 
 
-async def test_an_application_that_listens_hears_of_each(tenancy: Tenancy) -> None:
+async def test_an_application_that_listens_receives_each(tenancy: Tenancy) -> None:
     """To checkouts, or to what is executed: then the statement takes SQLAlchemy's way."""
     acme = (await tenancy.tenants.create("acme")).tenant
-    heard: list[str] = []
+    received: list[str] = []
 
     def checkout(*_: object) -> None:
-        heard.append("checkout")
+        received.append("checkout")
 
     def executed(conn: Any, cursor: Any, statement: str, *_: object) -> None:
-        heard.append(statement)
+        received.append(statement)
 
     assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
     event.listen(Pool, "checkout", checkout)
@@ -280,7 +280,7 @@ async def test_an_application_that_listens_hears_of_each(tenancy: Tenancy) -> No
         event.listen(engine.sync_engine, "before_cursor_execute", executed)
         assert await tenancy.fetch_value("SELECT 2", tenant="acme") == 2
         assert await tenancy.execute("DELETE FROM notes", tenant="acme") == 0
-    assert heard == ["checkout", "SELECT 2", "DELETE FROM notes"]
+    assert received == ["checkout", "SELECT 2", "DELETE FROM notes"]
 
 
 @pytest.mark.parametrize("change", ["ALTER TABLE notes ALTER body TYPE text", "ALTER TABLE notes ADD more int"])

@@ -53,8 +53,8 @@ from tenancy_orm.provisioning.temporary_logins import TemporaryLogins
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.queries import FleetQuery
 from tenancy_orm.quotas import holds
+from tenancy_orm.quotas.blocks import BlockManager, LeasedQuota
 from tenancy_orm.quotas.holds import HoldManager
-from tenancy_orm.quotas.leases import BlockManager, LeasedQuota
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.restores import DumpSource
@@ -190,9 +190,9 @@ RETURNED_EXCUSED = {
     "queries.FleetQuery.__aenter__": "returns itself",
     "queries.FleetQuery.aclose": "ends its own queries",
     "queries.FleetQuery.stop": "ends its own queries",
-    "quotas.leases.LeasedQuota.expire": "makes the next use of it ask again",
-    "quotas.leases.LeasedQuota.return_pending": "gives back what was given back already, as the heartbeat does",
-    "quotas.leases.LeasedQuota.was_idle": "says whether this process has used it",
+    "quotas.blocks.LeasedQuota.expire": "makes the next use of it ask again",
+    "quotas.blocks.LeasedQuota.return_pending": "gives back what was given back already, as the heartbeat does",
+    "quotas.blocks.LeasedQuota.was_idle": "says whether this process has used it",
     "restores.recovery.point_in_time.PointInTime.describe": SHOWS_WHAT_IT_HOLDS,
     "routing.engines.Lease.__aenter__": "counts a use of the engine, which refuses to connect; see below",
     "routing.sessions.SessionContext.__aenter__": "opens a session, which refuses its first statement; see below",

@@ -19,7 +19,7 @@ def idle(tenancy: Tenancy) -> int:
 
 
 async def test_a_tenant_cannot_ask_for_connections(tenancy: Tenancy) -> None:
-    """What it sends in its own database is not heard, and it may not connect to the control database."""
+    """What it sends in its own database is not received, and it may not connect to the control database."""
     acme = (await tenancy.tenants.create("acme")).tenant
     globex = (await tenancy.tenants.create("globex")).tenant
     payload = ConnectionRequest("another", "default", acme.id, has_none=True).payload

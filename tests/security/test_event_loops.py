@@ -388,10 +388,10 @@ async def test_a_fork_leaves_the_parent_s_connections_alone(
 def test_one_loop_after_the_other(tenancy_config: TenancyConfig, empty_url: str) -> None:
     """``asyncio.run`` as often as one likes, as long as it is closed in between; also after a failure to open."""
     tenancy = Tenancy(tenancy_config.replace(control_url=empty_url))
-    heard: list[str] = []
+    received: list[str] = []
 
     async def listen(event: TenantUpdated) -> None:
-        heard.append(event.slug)
+        received.append(event.slug)
 
     tenancy.events.subscribe(TenantUpdated, listen)
 
@@ -407,7 +407,7 @@ def test_one_loop_after_the_other(tenancy_config: TenancyConfig, empty_url: str)
         asyncio.run(tenancy.open())
     asyncio.run(initialised(tenancy))
     assert len({asyncio.run(main("acme")), asyncio.run(main("globex"))}) == 2
-    assert heard == ["acme", "globex"]
+    assert received == ["acme", "globex"]
     with pytest.raises(NotOpenError):
         _ = tenancy.loop
 

@@ -308,7 +308,7 @@ async def test_a_connection_that_cannot_prove_its_marker_is_closed(
     ended: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The caller hears that the server does not answer, and the next one gets another connection."""
+    """The caller learns that the server does not answer, and the next one gets another connection."""
     a = await made.create()
     await read(router, await made.create())  # what the tenants of a server share is known
     if ended == "by the time-out":

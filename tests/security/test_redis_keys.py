@@ -189,17 +189,17 @@ async def test_results_have_no_prefix_with_the_newer_protocol_either(cache: Tena
             assert list(await newer.xread({"stream": 0})) == ["stream"]
             await newer.rpush("q", "1")
             assert tuple(await newer.brpop("q", 1)) == ("q", "1")
-            async with newer.pubsub(ignore_subscribe_messages=True) as heard:
-                await heard.subscribe("news")
+            async with newer.pubsub(ignore_subscribe_messages=True) as subscriber:
+                await subscriber.subscribe("news")
                 await until(partial(cache.publish, "news", "x"))
                 found: list[Any] = []
-                await until(partial(receive, heard, found))
+                await until(partial(receive, subscriber, found))
                 assert found[0]["channel"] == "news"
 
 
-async def receive(heard: Any, found: list[Any]) -> list[Any]:
+async def receive(subscriber: Any, found: list[Any]) -> list[Any]:
     """Take the next message, if there is one."""
-    message = await heard.get_message(timeout=0.1)
+    message = await subscriber.get_message(timeout=0.1)
     found += [message] if message else []
     return found
 
@@ -284,10 +284,10 @@ async def test_a_message_is_not_given_to_a_request_that_ended_while_it_waited(ca
 
     admission = Ending()
     with bind(replace(ACME, admission=admission)):
-        async with cache.pubsub(ignore_subscribe_messages=True) as heard:
-            await heard.subscribe("news")
-            await heard.get_message(timeout=1)
-            waiting = asyncio.ensure_future(heard.get_message(timeout=30))
+        async with cache.pubsub(ignore_subscribe_messages=True) as subscriber:
+            await subscriber.subscribe("news")
+            await subscriber.get_message(timeout=1)
+            waiting = asyncio.ensure_future(subscriber.get_message(timeout=30))
             await asyncio.sleep(0)
             await until(partial(cache.publish, "news", "x"))
             admission.ended = True
@@ -306,27 +306,27 @@ def bind_instead(tenant: Tenant) -> Iterator[None]:
 
 
 async def test_channels_are_the_tenant_s(cache: TenantRedis) -> None:
-    """A subscriber to every channel hears its own tenant's, by their own names."""
+    """A subscriber to every channel receives its own tenant's, by their own names."""
     with bind(ACME):
-        async with cache.pubsub() as heard:
-            await heard.psubscribe("*")
-            await heard.subscribe("news")
-            assert (await heard.get_message(timeout=5))["pattern"] is None
-            assert (await heard.get_message(timeout=5))["channel"] == "news"
+        async with cache.pubsub() as subscriber:
+            await subscriber.psubscribe("*")
+            await subscriber.subscribe("news")
+            assert (await subscriber.get_message(timeout=5))["pattern"] is None
+            assert (await subscriber.get_message(timeout=5))["channel"] == "news"
     other = None
     with bind(GLOBEX):
         other = cache.pubsub(ignore_subscribe_messages=True)
         await other.psubscribe("*", f"{A}*")
         await cache.publish("news", "of globex")
     with bind(ACME):
-        async with cache.pubsub(ignore_subscribe_messages=True) as heard:
-            await heard.psubscribe("n*")
-            assert await heard.get_message(timeout=0.2) is None
+        async with cache.pubsub(ignore_subscribe_messages=True) as subscriber:
+            await subscriber.psubscribe("n*")
+            assert await subscriber.get_message(timeout=0.2) is None
             assert await cache.publish("news", "of acme") == 1
-            async for message in heard.listen():
+            async for message in subscriber.listen():
                 assert message == {"type": "pmessage", "pattern": "n*", "channel": "news", "data": "of acme"}
                 break
-            await heard.punsubscribe()
+            await subscriber.punsubscribe()
     with bind(GLOBEX):
         found = [await other.get_message(timeout=1) for _ in range(3)]
         assert [message["data"] for message in found if message] == ["of globex"]
@@ -375,9 +375,9 @@ async def test_everything_of_a_tenant_is_deleted(
             assert len(list(blocking.scan_iter("k*"))) == 6
             with blocking.pipeline() as pipe, blocking.lock("l", timeout=9):
                 assert pipe.get("a").execute() == [b"1"]
-            with blocking.pubsub() as heard:
-                heard.subscribe("c")
-                assert next(heard.listen())["channel"] == b"c"
+            with blocking.pubsub() as subscriber:
+                subscriber.subscribe("c")
+                assert next(subscriber.listen())["channel"] == b"c"
         assert blocking.delete_all(str(ACME.id)) == 8
         assert blocking.ping()
     assert await raw.keys() == [f"{G}who"]

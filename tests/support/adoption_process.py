@@ -33,12 +33,12 @@ async def main() -> None:
         _die_after(f"_{at}")
     async with Tenancy(TenancyConfig(**task["config"])) as tenancy:
 
-        def tell(step: str) -> None:
+        def die_at(step: str) -> None:
             if step == at:
                 die()
 
         adoption = tenancy.adoption.rows if "where" in task["options"] else tenancy.adoption
-        await adoption.adopt(*task["arguments"], **task["options"], tell=tell)
+        await adoption.adopt(*task["arguments"], **task["options"], progress=die_at)
         die()
 
 

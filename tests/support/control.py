@@ -41,7 +41,7 @@ from tests.support.waiting import until
 class ControlPlane:
     """A process's view of one control database.
 
-    ``seen`` holds every event since it was opened, ``heard`` every tenant whose change the directory was told of.
+    ``seen`` holds every event since it was opened, ``received`` every tenant whose change the directory was told of.
     """
 
     config: TenancyConfig
@@ -52,7 +52,7 @@ class ControlPlane:
     directory: Directory
     keys: KeyManager
     seen: list[Event] = field(default_factory=list)
-    heard: list[UUID | None] = field(default_factory=list)
+    received: list[UUID | None] = field(default_factory=list)
 
     @cached_property
     def members(self) -> MemberManager:
@@ -87,7 +87,7 @@ class ControlPlane:
         tenant = await self.registry.complete(tenant_id, revision=None, key=key, scopes=scopes)
         if self.directory.statistics.listening:
             # or the notification of this very change would make it forget what a test is about to look up
-            await until(lambda: tenant_id in self.heard)
+            await until(lambda: tenant_id in self.received)
         return tenant, key.text
 
     async def key(self, tenant: str | UUID | Tenant, **options: Any) -> IssuedKey:
@@ -153,15 +153,15 @@ async def control_plane(
     keys = KeyManager(control, config, directory, audit, events)
     plane = ControlPlane(config, control, audit, Registry(control, audit), events, directory, keys)
     events.subscribe(Event, plane.seen.append)
-    directory.on_invalidate(plane.heard.append)
+    directory.on_invalidate(plane.received.append)
     look_again = directory.look_again
 
-    def hear(tenant_id: UUID) -> None:
+    def receive(tenant_id: UUID) -> None:
         look_again(tenant_id)
-        plane.heard.append(tenant_id)
+        plane.received.append(tenant_id)
 
     # a creation calls back nobody
-    directory.look_again = hear  # type: ignore[method-assign]
+    directory.look_again = receive  # type: ignore[method-assign]
     try:
         if initialise:
             await control.upgrade()

@@ -1,8 +1,8 @@
 """A process with a directory of its own, that uses credentials over and over and says when each stops working.
 
 Run as ``python -m tests.support.directory_process CONTROL_URL TTL LISTEN_URL CREDENTIALS``, the last as ``described``
-returns it. It prints ``known`` once all work and the listener hears, and then for each, in the order in which they are
-refused, its number, the wall-clock times of the refusal and of the last use that was admitted, and the reason.
+returns it. It prints ``known`` once all work and the listener is connected, and then for each, in the order in which
+they are refused, its number, the wall-clock times of the refusal and of the last use that was admitted, and the reason.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ async def export_and_die(tenancy: Tenancy, task: dict[str, Any]) -> None:
         if progress.part == task["kill"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    await tenancy.exports.write("acme", task["to"], on_progress=die)
+    await tenancy.exports.write("acme", task["to"], progress=die)
 
 
 def peak() -> int:

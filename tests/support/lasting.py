@@ -111,7 +111,7 @@ def create(tenancy: Tenancy, middleware: Any, **options: Any) -> Starlette:
             "manager": lambda: tenancy.quotas.usage("acme"),
         }
         for name, attempt in attempts.items():
-            # PostgreSQL may have refused the session before this process heard why
+            # PostgreSQL may have refused the session before this process knew why
             refused[name, await _refusal(attempt)] += 1
 
     def begin() -> None:

@@ -53,7 +53,7 @@ def recovery_settings(server: TestServer, directory: Path, **further: Any) -> di
 async def receiving(tenancy: Tenancy) -> AsyncIterator[list[WalEvent]]:
     """Receive the server's WAL during the body; yields what happens."""
     events: list[WalEvent] = []
-    task = asyncio.create_task(tenancy.recovery.receive_wal(tell=events.append))
+    task = asyncio.create_task(tenancy.recovery.receive_wal(progress=events.append))
     try:
         await until(lambda: task.done() or any(event.kind == "received" for event in events), seconds=SECONDS)
         yield events

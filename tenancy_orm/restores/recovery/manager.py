@@ -123,7 +123,9 @@ class RecoveryManager:
         except OperationStateError as exc:
             # a recovery reads one of them; what is taken is good
             logger.warning(
-                "no base backup of server %s was deleted, which the next one makes up for: %s", taken.server, exc
+                "old base backups of server %s could not be deleted; the next base backup tries again: %s",
+                taken.server,
+                exc,
             )
             pruned = []
         async with self._control.transaction() as connection:
@@ -193,19 +195,21 @@ class RecoveryManager:
         await self._bases(found).verify(chosen)
         return chosen
 
-    async def receive_wal(self, server: str | None = None, *, tell: Callable[[WalEvent], None] | None = None) -> None:
+    async def receive_wal(
+        self, server: str | None = None, *, progress: Callable[[WalEvent], None] | None = None
+    ) -> None:
         """Receive the WAL of a server until this is cancelled.
 
         Args:
             server: The server's name; the only or the default one where None.
-            tell: Called with what happens.
+            progress: Called with what happens.
 
         Raises:
             RecoveryError, ConfigurationError, OperationStateError: as ``take_base``.
         """
         refuse_while_bound("receiving the WAL of a whole server")
         self._home.check()
-        await self._receiver(self._server(server), tell).run()
+        await self._receiver(self._server(server), progress).run()
 
     async def drop_slot(self, server: str | None = None) -> None:
         """Let a server keep no WAL any more for a ``receive_wal`` that does not come back."""
@@ -340,14 +344,14 @@ class RecoveryManager:
         programs = self._config.provisioning.client_programs
         return BaseBackups(server, self._directory(server), client_programs=programs)
 
-    def _receiver(self, server: Server, tell: Callable[[WalEvent], None] | None) -> WalReceiver:
+    def _receiver(self, server: Server, progress: Callable[[WalEvent], None] | None) -> WalReceiver:
         return WalReceiver(
             server,
             self._directory(server),
             slot=f"{self._names.stem}_wal",
             client_programs=self._config.provisioning.client_programs,
             look_seconds=self._config.recovery.heartbeat_seconds,
-            tell=tell,
+            progress=progress,
         )
 
 

@@ -149,7 +149,7 @@ class RecoveredServer:
             if await connection.fetchval(HIDES_ROWS):
                 await see_all_rows(connection, role)
         except SERVER_FAILURES as exc:
-            raise RecoveryError(f"the recovered server takes no further login: {login.reason_of(exc)}") from exc
+            raise RecoveryError(f"the recovered server refuses another login: {login.reason_of(exc)}") from exc
         return replace(made.dsn, user=made.role, password=made.password, database=database)
 
     async def _close(self, connection: Connection, role: str) -> None:

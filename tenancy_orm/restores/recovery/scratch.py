@@ -270,7 +270,7 @@ class ScratchServer:
         if found.status != 0 or (failed := _FATAL.search(found.errors)):
             failed = _FATAL.search(found.errors)
             reason = failed["text"][:_SHOWN] if failed else f"status {found.status}"
-            raise RecoveryError(f"the recovered server takes no login: {reason}")
+            raise RecoveryError(f"the recovered server refuses logins: {reason}")
 
     async def _make_reader(self, connection: Connection, database: str) -> None:
         """Make the login that can read the tenant's database: all rows and large objects, and no other database."""
@@ -305,7 +305,7 @@ class ScratchServer:
                 self._dsn(self._administrator, _ADMINISTRATION), purpose="tenancy-recovery", timeout=_CONNECT_SECONDS
             )
         except SERVER_FAILURES as exc:
-            raise RecoveryError(f"the recovered server takes no login: {login.reason_of(exc)}") from exc
+            raise RecoveryError(f"the recovered server refuses logins: {login.reason_of(exc)}") from exc
 
     def _dsn(self, user: str, database: str) -> Dsn:
         hosts = ((str(self._keeper.sockets), _PORT),)

@@ -65,7 +65,7 @@ class WalReceiver:
         slot: The name of the replication slot.
         client_programs: The directory of PostgreSQL's programs; None as in ``find_programs``.
         look_seconds: How often a transaction is ended on the server, and the slot is looked at.
-        tell: Called with what happens.
+        progress: Called with what happens.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class WalReceiver:
         slot: str,
         client_programs: str | None,
         look_seconds: float,
-        tell: Callable[[WalEvent], None] | None = None,
+        progress: Callable[[WalEvent], None] | None = None,
     ) -> None:
         self._server = server
         self._directory = directory
         self._slot = slot
         self._client_programs = client_programs
         self._look_seconds = look_seconds
-        self._tell = tell
+        self._progress = progress
 
     async def run(self) -> None:
         """Receive until this is cancelled; a server that does not answer is tried again.
@@ -166,7 +166,7 @@ class WalReceiver:
                 # what was received last is on a timeline that this server has left before that
                 await asyncio.to_thread(self._begin_directory)
                 self._gap(
-                    "the server goes on from an earlier place than what was received: it was recovered or promoted"
+                    "the server continues from an earlier position than was received: it was recovered or promoted"
                 )
         finally:
             reading.cancel()
@@ -186,7 +186,10 @@ class WalReceiver:
         if row is None:
             await connection.execute("SELECT pg_catalog.pg_create_physical_replication_slot($1, true)", self._slot)
         if any(any(path.iterdir()) for path in found):
-            replaced, lost = "the server is another cluster now", "the server did not keep what was not received"
+            replaced, lost = (
+                "the server is another cluster now",
+                "the server did not keep the WAL that was not received yet",
+            )
             self._gap(replaced if is_replaced else lost)
         return await asyncio.to_thread(self._begin_directory)
 
@@ -220,8 +223,8 @@ class WalReceiver:
             logger.error("server %s: %s", self._server.name, text)
         elif kind == "interrupted":
             logger.warning("server %s: its WAL is not received now: %s", self._server.name, text)
-        if self._tell is not None:
-            self._tell(WalEvent(kind, text))
+        if self._progress is not None:
+            self._progress(WalEvent(kind, text))
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -61,9 +61,9 @@ async def test_a_copy_of_a_database_becomes_a_tenant(fleet: Fleet, postgres: Pos
             await fleet.tenancy.tenants.get("acme")
         assert (looked.differences, looked.refused, looked.revision, looked.pending) == ((), (), "0001", "0002")
         settings, locale = looked.notes
-        assert settings.startswith("settings of the source's database do not come along: TimeZone; give them")
+        assert settings.startswith("settings of the source's database are not copied: TimeZone; give them")
         assert locale.startswith("texts are sorted and compared by the locale ")
-        report = await fleet.tenancy.adoption.adopt("acme", source.url, tier="pro", tell=seen.append)
+        report = await fleet.tenancy.adoption.adopt("acme", source.url, tier="pro", progress=seen.append)
         assert {table.source: table.rows for table in report.tables} == {
             "public.alembic_version": 1,
             "public.authors": 3,

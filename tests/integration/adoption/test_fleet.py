@@ -38,13 +38,13 @@ async def source(postgres: Postgres) -> AsyncIterator[ForeignDatabase]:
 async def test_a_dry_run_finds_rows_that_nobody_or_two_tenants_have(fleet: Fleet, source: ForeignDatabase) -> None:
     check = fleet.tenancy.adoption.fleet.check
     seen: list[FleetOutcome] = []
-    report = await check(AdoptionPlan.parse({**QUERY, "mapping": MAPPING}, source=source.url), done=seen.append)
+    report = await check(AdoptionPlan.parse({**QUERY, "mapping": MAPPING}, source=source.url), progress=seen.append)
     assert [(one.slug, one.state, one.rows) for one in report.tenants] == [
         ("acme", "checked", 21),
         ("globex", "checked", 15),
     ]
     assert tuple(seen) == report.tenants
-    assert report.problems == ("2 of 5 rows of public.audit are no tenant's of the plan (2 have no customer)",)
+    assert report.problems == ("2 of 5 rows of public.audit belong to no tenant of the plan (2 have no customer)",)
     assert {one.source: (one.total, one.claimed, one.way) for one in report.tables if one.way != "owned"} == {
         "public.countries": (2, 2, "shared"),
         "public.sessions": (2, 0, "left out"),
@@ -53,7 +53,7 @@ async def test_a_dry_run_finds_rows_that_nobody_or_two_tenants_have(fleet: Fleet
     assert left.ok and left.notes == report.problems
     acme = {"slug": "acme", "where": "org_id = 1"}
     one = await check(AdoptionPlan.parse({"tenants": [acme], "mapping": LEAVE}, source=source.url))
-    assert "2 of 4 rows of public.users are no tenant's of the plan" in one.problems
+    assert "2 of 4 rows of public.users belong to no tenant of the plan" in one.problems
     twice = [acme, {"slug": "again", "where": "org_id = 1 AND true"}]
     two = await check(AdoptionPlan.parse({"tenants": twice, "mapping": LEAVE}, source=source.url))
     assert any("of public.tags are" in text or "more than once" in text for text in two.problems)
@@ -137,7 +137,7 @@ async def test_an_error_of_any_kind_is_its_tenants_alone(
     [
         ({}, "names no tenants"),
         ({"tenants": [{"where": "a = 1"}]}, "has no slug"),
-        ({"tenants": [{"slug": "a", "where": "a = 1", "schema": "a"}]}, "say where or schema"),
+        ({"tenants": [{"slug": "a", "where": "a = 1", "schema": "a"}]}, "set where or schema"),
         ({"tenants": [{"slug": "a", "where": "a = 1"}] * 2}, "two tenants 'a'"),
         ({"tenants": [{"slug": "a", "schema": "x"}, {"slug": "b", "schema": "x"}]}, "are made of the same"),
         ({"tenants": [{"slug": "a", "wher": "a = 1"}]}, "has no 'wher'"),

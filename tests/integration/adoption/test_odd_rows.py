@@ -104,9 +104,9 @@ async def test_a_table_cannot_look_empty_in_the_snapshot(
 async def test_rows_that_refer_to_nobody_are_said(fleet: Fleet, source: ForeignDatabase) -> None:
     report = await fleet.tenancy.adoption.rows.check("acme", source.url, where=ACME)
     assert report.problems == ()
-    assert "2 rows of public.letters refer to no row, and are nobody's" in report.notes
+    assert "2 rows of public.letters refer to no row, and belong to nobody" in report.notes
     nobody = await fleet.tenancy.adoption.rows.check("acme", source.url, where="org_id = 99")
-    assert any("no row of the source is this customer's" in note for note in nobody.notes)
+    assert any("no row of the source belongs to this customer" in note for note in nobody.notes)
 
 
 INSENSITIVE = """

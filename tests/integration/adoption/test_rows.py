@@ -111,11 +111,11 @@ PLANTED = {
     ),
     "another customer's task under one of ours": (
         "UPDATE tasks SET parent_id = 1 WHERE id = 3",
-        r"public\.tasks \(id = 3\) are not this customer's, and refer by parent_id",
+        r"public\.tasks \(id = 3\) do not belong to this customer, and refer by parent_id",
     ),
     "nobody's audit row about our user": (
         "INSERT INTO audit VALUES (9, NULL, 1, 'login')",
-        r"public\.audit \(id = 9\) are not this customer's, and refer by user_id",
+        r"public\.audit \(id = 9\) do not belong to this customer, and refer by user_id",
     ),
     "a table that nothing reaches": (
         "CREATE TABLE plans (id int); INSERT INTO plans VALUES (1)",
@@ -156,7 +156,7 @@ async def test_an_operator_decides_about_strays(fleet: Fleet, source: ForeignDat
     without = {**MAPPING, "shared": [], "exclude": ["countries", "sessions"], "tables": tables}
     report = await fleet.tenancy.adoption.rows.check("acme", source.url, where=ACME, mapping=without)
     (problem,) = report.problems
-    assert problem.endswith("refer by country to table public.countries, which does not come along")
+    assert problem.endswith("refer by country to table public.countries, which is not copied")
     dropped = {**without, "tables": {**tables, "users": {"drop": ["country"]}}}
     report = await fleet.tenancy.adoption.rows.check("acme", source.url, where=ACME, mapping=dropped)
     assert report.problems == ()
@@ -167,7 +167,7 @@ async def test_more_than_one_customer_and_more_than_a_condition_are_refused(
 ) -> None:
     rows = fleet.tenancy.adoption.rows
     both = await rows.check("acme", source.url, where="org_id IN (1, 2)", mapping=MAPPING)
-    assert "rows of more than one customer would come along, by org_id" in both.problems[0]
+    assert "rows of more than one customer would be copied, by org_id" in both.problems[0]
     report = await rows.check("acme", source.url, where="org_id = 1 -- ours", mapping=MAPPING)
     assert report.problems == ()
     for where in ("org_id = 1) OR (true", "org_id = 1; DROP TABLE orgs", "org_id = nothing", "org_id"):
@@ -183,11 +183,11 @@ async def test_more_than_one_customer_and_more_than_a_condition_are_refused(
     [
         ({"tables": {"users": {"wher": "x"}}}, "has no 'wher'"),
         ({"shared": "countries"}, "is a list of names"),
-        ({"shared": ["orgs"], "exclude": ["orgs"]}, "say one of them"),
+        ({"shared": ["orgs"], "exclude": ["orgs"]}, "keep one of the two"),
         ({"tables": {"users": {"strays": "keep"}}}, "strays of table 'users'"),
         ({"tables": {"nobody": {}}}, "which the source does not have"),
         ({"tables": {"users": {"drop": ["nothing"]}}}, "column 'nothing' of table 'public.users'"),
-        ({"tables": {"users": {"via": ["name"]}}}, "is no foreign key"),
+        ({"tables": {"users": {"via": ["name"]}}}, "is not a foreign key"),
     ],
 )
 async def test_a_mapping_that_is_not_understood_is_refused(
@@ -230,7 +230,7 @@ async def test_each_check_catches_what_would_come_along_without_it(
         return []
 
     monkeypatch.setattr(Selection, "problems", nothing)
-    with pytest.raises(AdoptionError, match=r"task_tags refer to rows that do not come along, by foreign key"):
+    with pytest.raises(AdoptionError, match=r"task_tags refer to rows that are not copied, by foreign key"):
         await fleet.tenancy.adoption.rows.adopt("acme", source.url, where=ACME, mapping=MAPPING)
     # without a key in the tenant's table, nothing else sees another customer's rows
     both = await fleet.tenancy.adoption.rows.check("acme", source.url, where="org_id IN (1, 2)", mapping=MAPPING)

@@ -127,10 +127,10 @@ async def test_a_running_process_signs_with_a_new_data_key_and_the_forgotten_one
         after = await tenancy.audit.export_checkpoint()
         assert after.key_id != before.key_id
 
-        async def heard() -> bool:
+        async def received() -> bool:
             return (await other.audit.export_checkpoint()).key_id == after.key_id
 
-        await until(heard)
+        await until(received)
         assert await tenancy.secrets.forget_unused_keys() == [before.key_id]
         assert (await tenancy.audit.export_checkpoint()).key_id == after.key_id
         async with opened(wrapped_config) as fresh:

@@ -79,7 +79,7 @@ async def test_who_is_let_in_while_the_key_is_revoked_is_found(
             await plane.directory.authenticate(key)
 
 
-async def test_a_change_that_was_not_heard_of_ends_it_once_the_listener_is_back(plane: ControlPlane) -> None:
+async def test_a_change_that_was_not_received_ends_it_once_the_listener_is_back(plane: ControlPlane) -> None:
     """What is watched at once; the rest when it is used."""
     (_, first), (_, second) = await plane.tenant("acme"), await plane.tenant("globex")
     watched = admission_of((await plane.directory.authenticate(first)).tenant)

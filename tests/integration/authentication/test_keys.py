@@ -112,7 +112,7 @@ async def test_a_key_of_a_missing_tenant_is_not_issued(plane: ControlPlane) -> N
         await plane.key(tenant.id)
 
 
-async def test_no_key_outlives_a_purge_that_the_directory_has_not_heard_of(control_url: str) -> None:
+async def test_no_key_outlives_a_purge_that_the_directory_does_not_know_of(control_url: str) -> None:
     """The transaction that issues or rotates reads the tenant's row, whatever is cached."""
     async with control_plane(control_url, opened=False) as plane:
         tenant, _ = await plane.tenant("acme")

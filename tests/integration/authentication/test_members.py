@@ -254,23 +254,23 @@ async def test_a_bound_tenant_manages_its_own_members_alone(plane: ControlPlane,
     assert [member.subject for member in await plane.members.list(globex)] == ["bob"]
 
 
-async def test_every_process_hears_of_every_change(plane: ControlPlane, acme: Tenant) -> None:
-    """With the tenant and the subject; a purge and a change by hand are heard as well."""
-    heard: list[Change] = []
-    listener = Listener(plane.control.dsn, on_change=heard.append, on_connected=lambda: None, events=EventBus())
+async def test_every_process_learns_of_every_change(plane: ControlPlane, acme: Tenant) -> None:
+    """With the tenant and the subject; a purge and a change by hand are received as well."""
+    changes: list[Change] = []
+    listener = Listener(plane.control.dsn, on_change=changes.append, on_connected=lambda: None, events=EventBus())
     await listener.open()
     change = Change(acme.id, None, "member", subject="alice")
     try:
         await plane.members.add(acme, "alice")
         await plane.members.add(acme, "alice", ["owner"])
         await plane.members.remove(acme, "alice")
-        await until(lambda: len(heard) == 3)
-        assert heard == [change] * 3
+        await until(lambda: len(changes) == 3)
+        assert changes == [change] * 3
         await plane.members.add(acme, "alice")
         async with plane.control.transaction() as connection:
             await connection.exec_driver_sql("UPDATE tenancy.members SET subject = 'bob'")
-        await until(lambda: len(heard) == 6)
-        assert heard[3:] == [change, change, Change(acme.id, None, "member", subject="bob")]
+        await until(lambda: len(changes) == 6)
+        assert changes[3:] == [change, change, Change(acme.id, None, "member", subject="bob")]
     finally:
         await listener.close()
 

@@ -108,10 +108,10 @@ async def test_a_bound_tenant_revokes_nothing(plane: ControlPlane) -> None:
     assert [each.value for each in await plane.revocations.list()] == ["alice"]
 
 
-async def test_every_process_hears_of_it(plane: ControlPlane) -> None:
-    """By the subject or the token; what is pruned has ended everywhere by itself, and nobody need hear of it."""
-    heard: list[Change] = []
-    listener = Listener(plane.control.dsn, on_change=heard.append, on_connected=lambda: None, events=EventBus())
+async def test_every_process_learns_of_it(plane: ControlPlane) -> None:
+    """By the subject or the token; what is pruned has ended everywhere by itself, and nobody needs to learn of it."""
+    received: list[Change] = []
+    listener = Listener(plane.control.dsn, on_change=received.append, on_connected=lambda: None, events=EventBus())
     await listener.open()
     try:
         await plane.revocations.add(token_id="short", expires_at=soon(hours=1))
@@ -123,9 +123,9 @@ async def test_every_process_hears_of_it(plane: ControlPlane) -> None:
         assert (await plane.revocations.prune(), await plane.revocations.prune()) == (1, 0)
         await plane.revocations.add(subject="alice")
         await plane.revocations.remove(subject="alice")
-        await until(lambda: len(heard) == 3)
+        await until(lambda: len(received) == 3)
         alice = Change(None, None, "revocation", subject="alice")
-        assert heard == [Change(None, None, "revocation", token_id="short"), alice, alice]
+        assert received == [Change(None, None, "revocation", token_id="short"), alice, alice]
     finally:
         await listener.close()
 

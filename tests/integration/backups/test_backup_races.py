@@ -287,7 +287,7 @@ async def test_a_sequence_that_was_not_set_is_found(
     with monkeypatch.context() as patch:
         patch.setattr(archives, "select", broken)
         found = await tenancy.backups.verify(backup)
-    assert found.error == f"sequences are not where they were: {name} is at no value, not 100"
+    assert found.error == f"sequences have other values: {name} is at no value, not 100"
 
     count = dump.Dump._count
 
@@ -326,7 +326,7 @@ async def test_one_that_is_pruned_while_it_is_verified_is_not_bad(
         assert (await tenancy.backups.prune()).errors == ()
 
     monkeypatch.setattr(tenancy.backups._reader, "manifest", first_then(manifest, prune))
-    with pytest.raises(BackupNotFoundError, match="is pruned by now"):
+    with pytest.raises(BackupNotFoundError, match="is pruned now"):
         await tenancy.backups.verify(backup, restore=False)
     assert (await tenancy.backups.get(backup.id)).verify_error is None
 
@@ -343,7 +343,9 @@ async def test_nothing_is_written_to_a_store_that_is_not_mounted(
     store.mkdir()
     await tenancy.tenants.create("globex")
     report = await tenancy.backups.run(["acme", "globex"])
-    assert all("is empty, and has backups" in reason for reason in report.reasons.values()), report.reasons
+    assert all("is empty, but the control database lists backups" in reason for reason in report.reasons.values()), (
+        report.reasons
+    )
     assert report.reasons.keys() == {"acme", "globex"}
     assert list(store.rglob("*")) == []
     assert backup.tenant_id is not None

@@ -132,8 +132,8 @@ async def test_a_failure_of_one_tenant_stops_no_other_and_leaves_nothing(
     tenancy: Tenancy, acme: str, tmp_path: Path, postgres: Postgres
 ) -> None:
     await tenancy.tenants.create("globex")
-    heard: list[BackupEvent] = []
-    tenancy.events.subscribe(BackupEvent, heard.append)
+    received: list[BackupEvent] = []
+    tenancy.events.subscribe(BackupEvent, received.append)
     lost = (await tenancy.tenants.get_by_slug("globex")).placement
     assert lost is not None
     await postgres.administer(f'ALTER DATABASE "{lost.database}" RENAME TO "{lost.database}_"')
@@ -143,7 +143,7 @@ async def test_a_failure_of_one_tenant_stops_no_other_and_leaves_nothing(
         await postgres.administer(f'ALTER DATABASE "{lost.database}_" RENAME TO "{lost.database}"')
     assert [one.slug for one in report.done] == ["acme"]
     assert list(report.reasons) == ["globex"]
-    assert {type(event): event.slug for event in heard} == {BackupCompleted: "acme", BackupFailed: "globex"}
+    assert {type(event): event.slug for event in received} == {BackupCompleted: "acme", BackupFailed: "globex"}
     failed = [one for one in await tenancy.backups.list("globex") if one.state == "failed"]
     assert len(failed) == 1 and failed[0].error
     assert not any(str(failed[0].id) in path for path in stored(tmp_path))
@@ -250,15 +250,15 @@ async def test_a_flipped_byte_anywhere_is_found(tenancy: Tenancy, backup: Backup
             with pytest.raises(BackupDamagedError):
                 await tenancy.backups._reader.check(backup)
         file.write_bytes(data)
-    heard: list[BackupVerified] = []
-    tenancy.events.subscribe(BackupVerified, heard.append)
+    received: list[BackupVerified] = []
+    tenancy.events.subscribe(BackupVerified, received.append)
     flip(archive, 500)
     bad = await tenancy.backups.verify(backup)
     assert bad.error is not None and not bad.restored
     assert (bad.backup.verify_error, bad.backup.is_good) == (bad.error, False)
     archive.write_bytes(whole[archive])
     assert (await tenancy.backups.verify(backup)).backup.is_good
-    assert [event.error is None for event in heard] == [False, True]
+    assert [event.error is None for event in received] == [False, True]
 
 
 async def test_another_backup_in_its_place_is_found(tenancy: Tenancy, backup: Backup, tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ async def make_older(tenancy: Tenancy, but: str = "") -> None:
 
 async def test_tenants_that_wait_for_too_long_are_counted_named_and_announced(tenancy: Tenancy, backup: Backup) -> None:
     """Those without any, those with a bad one, and the control database; a tenant that is new is none of them."""
-    heard: list[BackupsChecked] = []
-    tenancy.events.subscribe(BackupsChecked, heard.append)
+    received: list[BackupsChecked] = []
+    tenancy.events.subscribe(BackupsChecked, received.append)
     for slug in ("globex", "initech", "new", "gone"):
         await tenancy.tenants.create(slug)
     await tenancy.tenants.delete("gone")
@@ -55,7 +55,7 @@ async def test_tenants_that_wait_for_too_long_are_counted_named_and_announced(te
     first, second = found.errors
     assert first.startswith("3 of 4 tenants have no good backup of the last 172800 s: globex, ")
     assert "the control database" in second
-    assert (heard[-1].overdue, heard[-1].oldest_seconds, heard[-1].control_is_overdue) == (
+    assert (received[-1].overdue, received[-1].oldest_seconds, received[-1].control_is_overdue) == (
         3,
         found.oldest_seconds,
         True,

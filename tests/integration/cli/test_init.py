@@ -111,7 +111,9 @@ async def test_an_existing_project_is_used_and_its_env_py_can_be_written(shell: 
     assert settings(shell.root)["migrations"] == "alembic"
     assert files(shell.root) == before | {"tenancy.toml": (shell.root / "tenancy.toml").read_bytes()}
     assert "the project's own migrations are used: alembic (alembic.ini)" in done.out
-    assert "run as the role" in done.out and "_owner, which owns the tenants' databases and is no superuser" in done.out
+    assert (
+        "run as the role" in done.out and "_owner, which owns the tenants' databases and is not a superuser" in done.out
+    )
     assert "-    run_migrations_online()\n+environment.run(context, target_metadata=target_metadata)\n" in done.out
 
     # no tenants yet

@@ -68,7 +68,7 @@ async def test_members_by_command(cli: Cli, control_url: str) -> None:
     ]
     assert "acme    active" in (await cli("members", "tenants-of", "bob")).out
     assert (await cli("members", "remove", "acme", "bob")).out == "bob is removed from acme\n"
-    assert (await cli("members", "remove", "acme", "bob")).out == "bob was no member of acme\n"
+    assert (await cli("members", "remove", "acme", "bob")).out == "bob was not a member of acme\n"
     assert read(await cli("members", "remove", "globex", "bob", "--json")) == {"subject": "bob", "removed": True}
     for arguments, message in (
         (("add", "acme", "bob", "--role", "boss"), "unknown roles: 'boss'; members.roles has 'owner', 'member'"),

@@ -162,7 +162,7 @@ async def test_an_interruption_ends_all_of_them(prepared: Prepared, number: sign
         process.send_signal(number)
         _, err = await process.communicate()
         assert process.returncode == 128 + number
-    assert err.decode().endswith("run 1 is interrupted; go on with: tenancy migrate resume 1\n")
+    assert err.decode().endswith("run 1 is interrupted; continue with: tenancy migrate resume 1\n")
     assert "Traceback" not in err.decode()
     assert processes_in(prepared.directory) == []
     assert await prepared.states() == {"waiting": 4}
@@ -189,7 +189,7 @@ async def test_the_others_go_on_without_one_that_is_killed(prepared: Prepared, e
         os.kill(helper, signal.SIGKILL)
         assert process.stderr is not None
         said = ""
-        while f"has ended with status {-signal.SIGKILL}; the others go on" not in said:
+        while f"has ended with status {-signal.SIGKILL}; the others continue" not in said:
             said = (await process.stderr.readline()).decode()
             assert said
         connection = await asyncpg.connect(empty_url.replace("+asyncpg", ""))
@@ -218,5 +218,5 @@ async def test_the_others_go_on_without_one_that_cannot_load_the_application(pre
         assert process.returncode == 0, err.decode()
     assert "4 migrated" in out.decode()
     assert "error: 'app:config' cannot be loaded: " in err.decode()
-    assert "a process that took part in the run has ended with status 1; the others go on" in err.decode()
+    assert "a process that took part in the run has ended with status 1; the others continue" in err.decode()
     assert "Traceback" not in err.decode()

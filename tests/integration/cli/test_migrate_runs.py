@@ -32,7 +32,7 @@ async def test_runs_from_the_shell(cli: Cli, tmp_path: Path) -> None:
     upgraded = await cli("migrate", "upgrade", TENANCY_MIGRATION_CODE_VERSION="v1.2")
     assert upgraded.status == 1
     assert upgraded.err.startswith("run 1\n")
-    following = "run 1 is failed: 1 of 2 tenants failed; go on with: tenancy migrate retry 1 (its failed tenants)"
+    following = "run 1 is failed: 1 of 2 tenants failed; continue with: tenancy migrate retry 1 (its failed tenants)"
     assert following in upgraded.err
     assert upgraded.out.splitlines()[0].endswith("s (run 1)")
 
@@ -101,7 +101,7 @@ async def test_an_interrupted_command_says_how_to_go_on(cli: Cli, tmp_path: Path
     finally:
         if process.returncode is None:
             process.kill()
-    assert said.endswith("run 1 is interrupted; go on with: tenancy migrate resume 1\n")
+    assert said.endswith("run 1 is interrupted; continue with: tenancy migrate resume 1\n")
     (listed,) = (await cli("migrate", "runs", "--json")).json
     assert (listed["state"], listed["tenants"]["waiting"]) == ("interrupted", 1)
     (tmp_path / "migrations" / "versions" / "0002.py").write_text(

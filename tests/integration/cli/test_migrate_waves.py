@@ -64,7 +64,8 @@ async def test_a_run_by_a_file(cli: Cli, prepared: Project, tmp_path: Path) -> N
     paused = await cli("migrate", "upgrade", "--plan", "waves.toml")
     assert paused.status == 3, paused.err
     assert (
-        "run 1 is paused: paused before wave 3 (rest), as planned; go on with: tenancy migrate resume 1" in paused.err
+        "run 1 is paused: paused before wave 3 (rest), as planned; continue with: tenancy migrate resume 1"
+        in paused.err
     )
     assert "upgrade head, wave 3 of 3 (rest): 2 of 3 done, 0 failed, 0 running" in paused.err
     assert '"tenants": ["acme"]' in (tmp_path / "report.json").read_text()
@@ -77,7 +78,7 @@ async def test_a_run_by_a_file(cli: Cli, prepared: Project, tmp_path: Path) -> N
     assert (found["wave"], "seal" in found["plan"], {one["wave"] for one in found["tenants"]}) == (3, False, {1, 2, 3})
     resumed = await cli("migrate", "resume", "1")
     assert (resumed.status, "3 migrated" in resumed.out) == (0, True), resumed.err
-    assert "go on with" not in resumed.err
+    assert "continue with" not in resumed.err
 
     ahead = await cli("migrate", "undo", "1", "--dry-run")
     assert (ahead.status, "undo run 1: 3 tenants go back, nothing is changed" in ahead.out) == (0, True)
@@ -95,7 +96,7 @@ async def test_a_run_by_a_file(cli: Cli, prepared: Project, tmp_path: Path) -> N
     joined = await cli("migrate", "join", "2")
     assert (joined.status, "not started:" in joined.out, "2 not started" in joined.out) == (1, False, True)
     assert "run 2 is cancelled: cancelled by cli:" in joined.err
-    assert "go on with: tenancy migrate resume 2 (those that were not started)" in joined.err
+    assert "continue with: tenancy migrate resume 2 (those that were not started)" in joined.err
     assert (await cli("migrate", "resume", "2")).status == 0
     new = await cli("migrate", "upgrade", "0001", "--join")
     assert (new.status, "run 3 was started: there was none to join" in new.err) == (0, True), new.err
@@ -108,7 +109,9 @@ async def test_alembic_takes_waves(alembic: Alembic, fleet: Fleet, project: Proj
     add_title(project)
     (project.root / "waves.toml").write_text("[[wave]]\ntenant = 'acme'\npause = true\n")
     printed = await alembic("-x", "waves=waves.toml", "-x", "max_failures=3", "upgrade", "head", ok=False)
-    assert "run 1 is paused: paused before wave 2 (rest), as planned; go on with: tenancy migrate resume 1" in printed
+    assert (
+        "run 1 is paused: paused before wave 2 (rest), as planned; continue with: tenancy migrate resume 1" in printed
+    )
     assert "FAILED globex" not in printed
     actor = (await fleet.migrations.get_run(1)).actor
     assert (actor.kind, (actor.id or "").partition(":")[0]) == ("operator", "cli")
@@ -136,8 +139,8 @@ async def test_what_does_not_hold_is_said(cli: Cli, prepared: Project) -> None:
         (("--plan", "waves.toml"), "waves.toml"),
         (("--wave", "everybody"), "'everybody' is not understood"),
         (("--wave", "tenant=acmee"), "not a tenant of this run"),
-        (("--wave", "tenant=acme command=./smoke.sh"), "'./smoke.sh' is no program that can be executed here"),
-        (("--dry-run", "--wave", "tenant=acme command=./smoke.sh"), "'./smoke.sh' is no program"),
+        (("--wave", "tenant=acme command=./smoke.sh"), "'./smoke.sh' is not a program that can be executed here"),
+        (("--dry-run", "--wave", "tenant=acme command=./smoke.sh"), "'./smoke.sh' is not a program"),
     ):
         refused = await cli("migrate", "upgrade", *arguments)
         assert (refused.status, message in refused.err) == (1, True), refused.err
@@ -158,14 +161,14 @@ async def test_what_does_not_hold_is_said(cli: Cli, prepared: Project) -> None:
 async def test_no_option_is_ignored_in_silence(cli: Cli) -> None:
     """What shows another thing is refused together, before anything is read; the others are named."""
     for options, message in (
-        (("--dry-run", "--rehearse", "1"), "give one of --rehearse, --dry-run and --sql"),
-        (("--dry-run", "--sql"), "give one of --dry-run and --sql"),
+        (("--dry-run", "--rehearse", "1"), "give only one of --rehearse, --dry-run and --sql"),
+        (("--dry-run", "--sql"), "give only one of --dry-run and --sql"),
     ):
         refused = await cli("migrate", "upgrade", *options)
         assert (refused.status, message in refused.err) == (1, True), refused.err
     await cli("init")
     ignoring = await cli("migrate", "upgrade", "--order", "busiest", "--refuse-drift", "--wave", "50%", "--dry-run")
-    assert (ignoring.status, ignoring.err) == (0, "--dry-run does not look at --order, --refuse-drift\n")
+    assert (ignoring.status, ignoring.err) == (0, "--dry-run ignores --order, --refuse-drift\n")
 
 
 async def test_a_dry_run_names_preflights_and_data_migrations(cli: Cli, prepared: Project) -> None:

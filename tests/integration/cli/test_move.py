@@ -65,7 +65,7 @@ async def test_a_tenant_is_moved_back_and_confirmed_by_command(
     told_of = " ".join((moved.err + moved.out).split())
     assert "tenancy move acme --rollback; or: --confirm" in told_of
     assert "copied within the pause: 0 large objects, 1 unlogged tables" in told_of
-    assert "no key: public.paid; where rows were equal but not the same" in told_of
+    assert "no key: public.paid; where rows are equal but not identical" in told_of
     number = str((await told("operations", "list"))["items"][0]["operation"])
     for steered in (("show", number), ("resume", number), ("undo", number, "--yes")):
         advised = await cli("operations", *steered)

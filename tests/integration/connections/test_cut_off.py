@@ -151,7 +151,7 @@ async def test_a_process_whose_lease_is_over_refuses_at_once(
             await admin.execute("SELECT pg_terminate_backend($1)", proof_of(cut, "default"))
             await until(lambda: lease.is_over)
             for refused in (*waiting, in_loop(), in_thread()):
-                with pytest.raises(ServerUnavailableError, match="could not renew its part") as raised:
+                with pytest.raises(ServerUnavailableError, match="could not renew its share") as raised:
                     await refused
                 assert (raised.value.tenant, raised.value.retry_after) == ("acme", 1.0)
             await busy.invalidate()

@@ -276,7 +276,7 @@ async def test_the_directory_opens_without_a_listener(control_url: str, caplog: 
 # --- the connection -------------------------------------------------------------------------------------------------
 
 
-class Heard:
+class Listening:
     """A listener with short times, and the changes that it received."""
 
     def __init__(self, url: str, proxy: Proxy) -> None:
@@ -299,46 +299,46 @@ class Heard:
 
 
 @pytest.fixture
-async def heard(control_url: str) -> AsyncIterator[tuple[Heard, Proxy]]:
+async def listening(control_url: str) -> AsyncIterator[tuple[Listening, Proxy]]:
     """An open listener behind a proxy."""
     async with proxied(control_url) as proxy:
-        heard = Heard(control_url, proxy)
-        await heard.listener.open()
+        listening = Listening(control_url, proxy)
+        await listening.listener.open()
         try:
-            yield heard, proxy
+            yield listening, proxy
         finally:
-            await heard.listener.close()
+            await listening.listener.close()
 
 
 @pytest.mark.parametrize("how", ["cut", "refuse", "swallow"])
-async def test_a_lost_connection_is_noticed_and_renewed(heard: tuple[Heard, Proxy], how: str) -> None:
+async def test_a_lost_connection_is_noticed_and_renewed(listening: tuple[Listening, Proxy], how: str) -> None:
     """Even one that falls silent: it is probed from time to time."""
-    ear, proxy = heard
-    assert ear.listener.connected
+    one, proxy = listening
+    assert one.listener.connected
     getattr(proxy, how)()
-    await until(lambda: any(isinstance(event, ListenerLost) for event in ear.events))
+    await until(lambda: any(isinstance(event, ListenerLost) for event in one.events))
     proxy.restore()
-    await until(lambda: ear.listener.connected and ear.connects >= 2)
-    kinds = [type(event) for event in ear.events]
+    await until(lambda: one.listener.connected and one.connects >= 2)
+    kinds = [type(event) for event in one.events]
     assert kinds == [ListenerLost, ListenerRestored]
 
 
-async def test_a_long_loss_is_reported_once(heard: tuple[Heard, Proxy]) -> None:
+async def test_a_long_loss_is_reported_once(listening: tuple[Listening, Proxy]) -> None:
     """However often connecting fails before that; attempts get rarer."""
-    ear, proxy = heard
+    one, proxy = listening
     proxy.refuse()
     before = proxy.connections
     await until(lambda: proxy.connections >= before + 4)
-    assert [type(event) for event in ear.events] == [ListenerLost]
-    assert not ear.listener.connected
+    assert [type(event) for event in one.events] == [ListenerLost]
+    assert not one.listener.connected
 
 
 async def test_a_malformed_notification_stands_for_a_change_of_anything(
-    heard: tuple[Heard, Proxy], plane: ControlPlane
+    listening: tuple[Listening, Proxy], plane: ControlPlane
 ) -> None:
     """It only costs a look-up of everything."""
-    ear, _ = heard
-    ear.changes.clear()  # the plane's server was added
+    one, _ = listening
+    one.changes.clear()  # the plane's server was added
     tenant_id = uuid4()
     payloads = ["", "nonsense", "[]", '{"t": 1}', '{"t": "x", "k": null, "c": "tenant"}', "null"]
     good = [
@@ -350,9 +350,9 @@ async def test_a_malformed_notification_stands_for_a_change_of_anything(
     async with plane.control.transaction() as connection:
         for payload in [*payloads, *good]:
             await connection.execute(text("SELECT pg_notify('tenancy', :payload)"), {"payload": payload})
-    await until(lambda: len(ear.changes) == len(payloads) + len(good))
-    assert ear.changes[:-4] == [Change(None, None, "malformed")] * len(payloads)
-    assert ear.changes[-4:] == [
+    await until(lambda: len(one.changes) == len(payloads) + len(good))
+    assert one.changes[:-4] == [Change(None, None, "malformed")] * len(payloads)
+    assert one.changes[-4:] == [
         Change(tenant_id, None, "tenant"),
         Change(tenant_id, "abc", "key"),
         Change(tenant_id, None, "member", subject="alice"),
@@ -377,8 +377,8 @@ async def listeners(plane: ControlPlane) -> int:
         return int(await connection.scalar(text(f"SELECT count(*) {LISTENERS}")))
 
 
-async def test_no_secret_is_shown(heard: tuple[Heard, Proxy], control_url: str) -> None:
+async def test_no_secret_is_shown(listening: tuple[Listening, Proxy], control_url: str) -> None:
     """The listener has a URL with a password."""
     password = make_url(control_url).password
     assert isinstance(password, str)
-    assert password not in repr(heard[0].listener)
+    assert password not in repr(listening[0].listener)

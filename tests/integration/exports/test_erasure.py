@@ -310,7 +310,7 @@ async def test_a_store_that_is_not_mounted_may_have_what_a_restored_control_data
     await statement(tenancy, "DELETE FROM tenancy.backups WHERE tenant_id = :id", id=tenant_id)
     moved = store.rename(tmp_path / "moved")
     await purge(tenancy)
-    with pytest.raises(BackupError, match="is empty, and has backups"):
+    with pytest.raises(BackupError, match="is empty, but the control database lists backups"):
         await tenancy.erasures.complete(tenant_id)
     shutil.rmtree(store, ignore_errors=True)
     moved.rename(store)

@@ -80,7 +80,7 @@ async def test_every_kind_of_value_and_table_is_in_an_archive(
     await execute(acme, EVERY_KIND)
     await tenancy.tenants.suspend(acme)  # which is when a customer asks
     told: list[ExportProgress] = []
-    report = await tenancy.exports.write("acme", tmp_path / "acme.zip", on_progress=told.append)
+    report = await tenancy.exports.write("acme", tmp_path / "acme.zip", progress=told.append)
     found = Unpacked(tmp_path / "acme.zip")
     assert names_in(tmp_path) == ["acme.zip"]
     assert (tmp_path / "acme.zip").stat().st_mode & 0o777 == 0o600
@@ -316,7 +316,7 @@ async def test_one_snapshot_is_exported_while_the_tenant_writes(
             await execute(acme, "INSERT INTO b VALUES (2); DELETE FROM b WHERE n = 1")
 
     monkeypatch.setattr(Run, "_table", table)
-    await tenancy.exports.write("acme", tmp_path / "a", on_progress=lambda progress: done.append(progress.part))
+    await tenancy.exports.write("acme", tmp_path / "a", progress=lambda shown: done.append(shown.part))
     assert done.index("public.a") < done.index("public.b")
     assert Unpacked(tmp_path / "a").rows("public.b") == [{"n": 1}]
 

@@ -138,7 +138,7 @@ async def test_what_cannot_be_moved_is_refused_by_name_and_nothing_is_left(
     await refused(r"its role owns function public\.own\(\)")
     in_database(pair, acme, "DROP FUNCTION own(); REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     in_database(pair, acme, "SELECT pg_create_logical_replication_slot('theirs', 'pgoutput')")
-    await refused("somebody replicates its database, by the slots theirs")
+    await refused("its database is replicated by the slots theirs")
     in_database(pair, acme, "SELECT pg_drop_replication_slot('theirs')")
     big = "CREATE UNLOGGED TABLE big AS SELECT repeat('x', 100) FROM generate_series(1, 20000)"
     in_database(pair, acme, big, role=owner)

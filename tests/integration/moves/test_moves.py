@@ -53,7 +53,7 @@ async def test_a_tenant_moves_under_writes_and_back_and_nothing_is_lost(
     assert pair.databases(moving.name_prefix) == [f"one:{back.placement.database}"]
 
 
-async def test_a_process_that_hears_nothing_and_threads_go_on_in_the_new_database(
+async def test_a_process_that_receives_nothing_and_threads_go_on_in_the_new_database(
     plane: Tenancy, moving: TenancyConfig, pair: Pair
 ) -> None:
     """PostgreSQL refuses the old database; sessions that were opened before the move are led to the new one."""

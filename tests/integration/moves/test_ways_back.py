@@ -43,7 +43,7 @@ async def let_go(plane: Tenancy) -> None:
 async def test_an_interrupted_move_has_its_former_database_follow_from_where_it_was(
     plane: Tenancy, pair: Pair, monkeypatch: pytest.MonkeyPatch, disabled: bool
 ) -> None:
-    """A subscription that is made again begins where the slot is, which has not heard yet of what was applied."""
+    """A subscription that is made again begins where the slot is, which has not received yet what was applied."""
     acme = (await plane.tenants.create("acme")).tenant
     assert acme.placement is not None
     former = acme.placement.database
@@ -153,7 +153,7 @@ async def test_a_former_server_without_a_worker_left_is_named_and_keeps_no_slot(
             await tenancy.moves.apply(await tenancy.moves.plan(limit=1))
         # one at a time, it is told; and the record says it
         told: list[str] = []
-        second = await tenancy.moves.move("globex" if first.slug == "acme" else "acme", to="two", tell=told.append)
+        second = await tenancy.moves.move("globex" if first.slug == "acme" else "acme", to="two", progress=told.append)
         assert told[0].startswith("there will be no way back by --rollback: server 'one' has no worker left, since")
         assert second.detail["reverse"].startswith("server 'one' has not read from server 'two' for 1 s; see its log")
         assert narrow.two.query(slots) == 1
@@ -197,7 +197,7 @@ async def test_a_truncation_that_the_former_database_cannot_repeat_ends_the_way_
     pair.one.query("ALTER SYSTEM SET wal_retrieve_retry_interval = '100ms'")
     pair.one.query("SELECT pg_reload_conf()")
     try:
-        move = await plane.moves.move("acme", to="two", tell=told.append)
+        move = await plane.moves.move("acme", to="two", progress=told.append)
         assert any(
             "refer to public.customers, so a TRUNCATE of these ends the move, or its way back" in t for t in told
         )

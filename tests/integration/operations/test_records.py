@@ -105,7 +105,7 @@ async def test_a_switch_exchanges_the_database_in_use_for_a_recorded_one(tenancy
     (kept,) = await registry.databases_of(acme.id)
     assert (kept.name, kept.state, kept.revision) == (old.database, "kept", acme.schema_revision)
     assert {new.database, old.database} <= await registry.database_names(new.server)
-    with pytest.raises(PlacementError, match="has another database by now"):
+    with pytest.raises(PlacementError, match="was moved or restored in the meantime"):
         await registry.switch_database(acme, old, action="x.y", revision=None, kept_until=None)
     back = await registry.switch_database(after, old, action="x.y", revision=kept.revision, kept_until=None)
     assert back.placement == old

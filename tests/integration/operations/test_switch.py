@@ -119,7 +119,7 @@ async def test_a_pause_that_is_given_up_leaves_the_tenant_where_it_was(tenancy: 
     writer.stopped = True
     await task
     stale = replace(acme, placement=replace(acme.placement, database="other"))  # type: ignore[type-var]
-    with pytest.raises(OperationError, match="has another database by now"):
+    with pytest.raises(OperationError, match="was moved or restored in the meantime"):
         async with switch.pause(stale):
             pass
 
@@ -142,7 +142,7 @@ async def test_sessions_wait_for_a_bounded_time_and_long_transactions_are_ended(
 
 
 @pytest.mark.parametrize("protected", [False, True], ids=["without the barrier", "with the barrier"])
-async def test_a_process_that_hears_nothing_cannot_write_to_the_former_database(
+async def test_a_process_that_receives_nothing_cannot_write_to_the_former_database(
     tenancy: Tenancy, tenancy_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch, protected: bool
 ) -> None:
     """Without the barrier in PostgreSQL, what it writes after the last row was copied is lost."""

@@ -164,7 +164,7 @@ async def test_init_asks_at_a_terminal(place: Place) -> None:
             os.close(controller)
             os.close(terminal)
         assert process.returncode == status, out
-        assert b"monitoring loses its access" in out and b"Go on?" in out
+        assert b"monitoring loses its access" in out and b"Continue?" in out
     assert not await place.connects("monitoring")
 
 

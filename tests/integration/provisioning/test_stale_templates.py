@@ -255,7 +255,7 @@ async def test_a_rebuilt_template_replaces_the_former_one(
         ]
     monkeypatch.setattr(templates, "USE_SECONDS", 0.05)
     async with open_fleet(config) as other:
-        # a process that runs keeps its template, and hears of a rebuild when it records that
+        # a process that runs keeps its template, and learns of a rebuild when it records that
         assert await other.provisioner.template("default") == new
         await age(fleet, new.name, timedelta(days=1))
 

@@ -50,12 +50,12 @@ async def test_the_first_request_needs_no_further_login(warm: Tenancy) -> None:
     created = await warm.tenants.create("acme")
     (pid,) = await backends(warm, created.tenant)
     # what is notified later than the creation arrives later
-    heard: list[UUID | None] = []
-    warm.internals.directory.on_invalidate(heard.append)
+    received: list[UUID | None] = []
+    warm.internals.directory.on_invalidate(received.append)
     other = await warm.tenants.create("globex")
     async with warm.internals.control.transaction() as connection:
-        await connection.execute(text("UPDATE tenancy.tenants SET reason = 'heard' WHERE slug = 'globex'"))
-    await until(lambda: heard == [other.id])
+        await connection.execute(text("UPDATE tenancy.tenants SET reason = 'seen' WHERE slug = 'globex'"))
+    await until(lambda: received == [other.id])
     for _ in range(2):
         assert await warm.fetch_value("SELECT pg_backend_pid()", tenant=created.tenant) == pid
     assert (await warm.tenants.get_by_api_key(created.api_key)).id == created.id

@@ -861,8 +861,8 @@ async def test_a_block_that_another_process_sits_on_is_called_back(plane: QuotaP
 
 async def test_an_idle_block_is_returned_unasked(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """Usage then shows what was used."""
-    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 0.2)
-    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.HEARTBEAT_SECONDS", 0.05)
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
     share = plane.quotas.leased(tenant, "api_calls", block=50)
     await share.consume()
@@ -893,8 +893,8 @@ async def test_a_lowered_limit_reaches_a_lease_when_the_tenant_is_invalidated(pl
 
 async def test_a_lease_is_renewed_while_it_is_in_hand(plane: QuotaPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others would take it for a dead process's, and be refused without waiting for it."""
-    monkeypatch.setattr("tenancy_orm.quotas.leases.HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr("tenancy_orm.quotas.leases.IDLE_SECONDS", 1_000.0)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.IDLE_SECONDS", 1_000.0)
     tenant = await plane.tenant(quotas={"api_calls": 10_000})
     share = plane.quotas.leased(tenant, "api_calls")
     await share.consume()

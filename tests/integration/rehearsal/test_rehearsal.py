@@ -50,7 +50,7 @@ async def test_a_rehearsal_measures_and_changes_no_tenant(fleet: Fleet, project:
         down="0002",
     )
     told: list[str] = []
-    report = await fleet.migrations.rehearse(clones=1, tell=told.append)
+    report = await fleet.migrations.rehearse(clones=1, progress=told.append)
     report.raise_for_failures()
     assert report.ok
     (clone,) = report.clones

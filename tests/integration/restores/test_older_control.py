@@ -149,9 +149,9 @@ async def test_what_was_replaced_is_opened_by_nothing_and_a_rebuild_finds_what_i
         with pytest.raises(OperationStateError, match="no database that it has replaced is kept"):
             await tenancy.restores.undo("acme")
         # as after a restore
-        assert (await tenancy.restores.settle()).dropped == ()
+        assert (await tenancy.restores.tidy()).dropped == ()
         await expire(fleet)
-        assert (await tenancy.restores.settle()).dropped == (first,)
+        assert (await tenancy.restores.tidy()).dropped == (first,)
         assert await notes(fleet, "acme") == 101
 
 
@@ -166,14 +166,14 @@ async def test_a_rebuild_finds_what_is_used_once_what_it_has_replaced_is_dropped
     older = await swapper.remember()
     used = await swapper.restore()
     await expire(swapper.fleet)
-    assert (await swapper.fleet.tenancy.restores.settle()).dropped == (first,)
+    assert (await swapper.fleet.tenancy.restores.tidy()).dropped == (first,)
     async with swapper.back(older) as fleet:
         report = await fleet.provisioner.reconcile()
         assert [one.kind for one in report.differences if one.kind.startswith("database.")] == ["database.missing"]
         await rebuild(fleet, used, first)
         assert await notes(fleet, "acme") == 101
         await expire(fleet)
-        assert (await fleet.tenancy.restores.settle()).errors == ()
+        assert (await fleet.tenancy.restores.tidy()).errors == ()
         assert await fleet.registry.databases_of(swapper.fleet.tenants["acme"].id) == ()
 
 
@@ -187,7 +187,7 @@ async def test_a_row_of_its_creation_takes_nothing_from_a_tenant_that_was_restor
     used = await swapper.restore()
     if is_dropped:
         await expire(swapper.fleet)
-        assert (await swapper.fleet.tenancy.restores.settle()).dropped == (first,)
+        assert (await swapper.fleet.tenancy.restores.tidy()).dropped == (first,)
     async with swapper.back(older) as fleet:
         await turn_back(fleet.services.control, "acme", "grants")
         for check, drop_unknown in ((True, False), (False, False), (False, True)):
@@ -209,7 +209,7 @@ async def test_what_an_undo_has_brought_back_is_not_dropped_as_kept(swapper: Swa
     await swapper.undo()
     async with swapper.back(older) as fleet:
         await expire(fleet)
-        report = await fleet.tenancy.restores.settle()
+        report = await fleet.tenancy.restores.tidy()
         assert report.dropped == () and f"database {first}: database '{restored}' is not in use" in report.errors[0]
         await rebuild(fleet, first, restored)
         assert await notes(fleet, "acme") == 101
@@ -230,9 +230,9 @@ async def test_what_a_restore_has_made_is_not_dropped_with_its_operation(swapper
             assert await writable(fleet) == [waiting.database]
             async with fleet.services.control.transaction() as connection:
                 await connection.execute(sa.text("UPDATE tenancy.operations SET claimed_until = now()"))
-        assert f"operation {waiting.operation}" in (await fleet.tenancy.restores.settle()).errors[0]
+        assert f"operation {waiting.operation}" in (await fleet.tenancy.restores.tidy()).errors[0]
         await rebuild(fleet, waiting.database, first)
-        assert (await fleet.tenancy.restores.settle()).errors == ()
+        assert (await fleet.tenancy.restores.tidy()).errors == ()
         assert await writable(fleet) == [waiting.database]
         assert await notes(fleet, "acme") == 101
 
@@ -276,6 +276,6 @@ async def test_a_seal_that_fails_is_repeated_by_housekeeping(swapper: Swapper, m
     assert await writable(fleet) != [first]
     async with fleet.services.control.transaction() as connection:
         await connection.execute(sa.text("UPDATE tenancy.operations SET claimed_until = now()"))
-    assert len((await fleet.tenancy.restores.settle()).settled) == 1
+    assert len((await fleet.tenancy.restores.tidy()).ended) == 1
     assert ":replaced:" in (await markers(fleet))[first]
     assert (await fleet.provisioner.reconcile()).clean

@@ -326,7 +326,7 @@ async def test_databases_of_another_installation_are_left_alone(
         theirs = (await others.tenants.create("theirs")).tenant
         (nothing,) = [await others.rebuilding.look()]
         assert nothing.databases == () and nothing.others == {lost.installation: 2}
-        with pytest.raises(ConfigurationError, match="takes no other's databases"):
+        with pytest.raises(ConfigurationError, match="cannot register databases of another installation"):
             await others.rebuilding.look(installation=lost.installation)
         with pytest.raises(ConfigurationError, match="used already"):
             await others.rebuilding.take_installation(lost.installation)
@@ -367,7 +367,7 @@ async def test_a_purged_tenant_stays_purged(
         # one that is not signed says nothing, and is not passed over
         await tenancy.backups.store.put(path, json.dumps(fields).encode())
         (found,) = [one for one in (await tenancy.rebuilding.look()).databases if one.tenant_id == lost.acme.id]
-        assert found.state == "refused" and f"{path} in file:{tmp_path} is no tombstone" in (found.reason or "")
+        assert found.state == "refused" and f"{path} in file:{tmp_path} is not a tombstone" in (found.reason or "")
         signed = Signer(config.sealing_keys).sign_statement("tenancy-tombstone-1", fields)
         await tenancy.backups.store.put(path, signed.to_bytes())
         report = await tenancy.rebuilding.run(slugs=lost.slugs)

@@ -144,7 +144,9 @@ async def received_from(server: TestServer, directory: Path) -> AsyncIterator[Ba
     """Receive the WAL of a server that no installation knows during the body; yields its base backups."""
     reached = Server("default", Dsn.parse(server.url()), connect_timeout=SECONDS)
     kept, programs, events = BackupDirectory(directory / "kept", "default"), str(server.programs), list[WalEvent]()
-    receiver = WalReceiver(reached, kept, slot="test", client_programs=programs, look_seconds=0.2, tell=events.append)
+    receiver = WalReceiver(
+        reached, kept, slot="test", client_programs=programs, look_seconds=0.2, progress=events.append
+    )
     task = asyncio.create_task(receiver.run())
     try:
         await until(lambda: task.done() or any(event.kind == "received" for event in events), seconds=SECONDS)

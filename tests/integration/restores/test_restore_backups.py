@@ -51,7 +51,7 @@ async def test_a_backup_is_restored_and_never_after_a_purge(fleet: Fleet, tmp_pa
     acme = await fleet.registry.find("acme")
     await tenancy.tenants.delete("acme")
     await tenancy.tenants.purge("acme")
-    assert (await restores.settle()).errors == ()
+    assert (await restores.tidy()).errors == ()
     left = await databases(fleet)
     for attempt, error in enumerate((TenantNotFoundError, OperationError)):
         with pytest.raises(error):
@@ -99,7 +99,7 @@ async def test_a_purged_tenant_has_a_tombstone_whatever_is_left_of_its_backups(f
     assert backup.tenant_id is not None
     await tenancy.backups.keys.destroy(backup.tenant_id)
     assert [one.id for one in (await tenancy.backups.prune()).pruned] == [backup.id]
-    assert (await tenancy.restores.settle()).errors == ()
+    assert (await tenancy.restores.tidy()).errors == ()
     assert [path.stem for path in (tmp_path / "store").rglob("tombstones/*.json")] == [str(backup.tenant_id)]
 
 
@@ -112,7 +112,7 @@ async def test_a_tombstone_counts_if_it_is_signed(fleet: Fleet, tmp_path: Path) 
     tombstones = tmp_path / "store" / str(tenancy.internals.control.installation) / "tombstones"
     await tenancy.tenants.delete("globex")
     await tenancy.tenants.purge("globex")
-    assert (await tenancy.restores.settle()).errors == ()
+    assert (await tenancy.restores.tidy()).errors == ()
     signed = (tombstones / f"{globex.id}.json").read_bytes()
     forged = {
         "not signed": json.dumps({"tenant_id": str(acme.id), "purged_at": "2026-11-29T22:14:03+00:00"}).encode(),
@@ -126,7 +126,7 @@ async def test_a_tombstone_counts_if_it_is_signed(fleet: Fleet, tmp_path: Path) 
     before = await databases(fleet)
     for name, data in forged.items():
         path.write_bytes(data)
-        with pytest.raises(BackupDamagedError, match="is no tombstone that this installation has signed") as caught:
+        with pytest.raises(BackupDamagedError, match="is not a tombstone that this installation has signed") as caught:
             await tenancy.restores.restore("acme", source)
         assert str(acme.id) in str(caught.value) and "delete the object" in str(caught.value), name
     path.unlink()
@@ -135,7 +135,7 @@ async def test_a_tombstone_counts_if_it_is_signed(fleet: Fleet, tmp_path: Path) 
     # what an earlier version has written is signed by the next housekeeping, in each process once
     (tombstones / f"{globex.id}.json").write_bytes(forged["not signed"])
     async with opened(tenancy.config) as later:
-        assert (await later.restores.settle()).errors == ()
+        assert (await later.restores.tidy()).errors == ()
     assert (tombstones / f"{globex.id}.json").read_bytes() == signed
 
 

@@ -103,7 +103,7 @@ async def test_a_tenant_that_is_purged_meanwhile_stays_so(
     assert await databases(fleet) == {globex.placement.database}
     assert (await fleet.tenancy.operations.list())[0].state == "failed"
     assert (await fleet.provisioner.reconcile()).clean
-    assert (await fleet.tenancy.restores.settle()).errors == ()
+    assert (await fleet.tenancy.restores.tidy()).errors == ()
 
 
 async def test_sessions_wait_for_the_swap_and_none_fails(
@@ -220,8 +220,8 @@ async def test_revisions_that_came_since_run_before_an_interrupted_swap_goes_on(
         await connection.execute(sa.text("UPDATE tenancy.operations SET claimed_until = now()"))
     project.add("0002", ADD_COLUMN, 'op.drop_column("notes", "pinned")', down="0001")
     assert (await fleet.tenancy.migrations.upgrade()).ok
-    report = await restores.settle()
-    assert (len(report.settled), report.errors) == (1, ())
+    report = await restores.tidy()
+    assert (len(report.ended), report.errors) == (1, ())
     (operation,) = await fleet.tenancy.operations.list("acme")
     tenant = await fleet.registry.find("acme")
     assert tenant.placement is not None

@@ -18,7 +18,7 @@ async def test_a_restored_tenant_is_looked_after_like_any_other(fleet: Fleet, tm
     first = await restores.restore("acme", DumpSource(archive))
     async with fleet.services.control.transaction() as connection:
         await connection.execute(sa.text("UPDATE tenancy.tenant_databases SET kept_until = now()"))
-    assert (await restores.settle()).dropped == (first.replaced,)
+    assert (await restores.tidy()).dropped == (first.replaced,)
     acme, globex = await fleet.registry.find("acme"), await fleet.registry.find("globex")
     assert acme.placement is not None
     assert globex.placement is not None

@@ -71,7 +71,7 @@ async def test_a_restore_brings_back_what_was_dumped_and_an_undo_what_was_replac
     before, present = await fleet.registry.find("acme"), await databases(fleet)
     restores = fleet.tenancy.restores
     told: list[str] = []
-    report = await restores.restore("acme", DumpSource(archive, before.id), tell=told.append)
+    report = await restores.restore("acme", DumpSource(archive, before.id), progress=told.append)
     assert (report.state, report.differences, report.left_out) == ("done", (), ())
     assert told == ["restoring", "running missing revisions", "swapping"]
     assert await notes(fleet, "acme") == 100
@@ -170,11 +170,11 @@ async def test_what_a_restore_has_replaced_is_dropped_after_its_time_or_with_the
     assert first.replaced is not None
     with pytest.raises(Exception, match="not currently accepting connections"):
         await fleet.provisioner.connect_admin("default", first.replaced)
-    assert await restores.settle() == await restores.settle()
+    assert await restores.tidy() == await restores.tidy()
     assert first.replaced in await databases(fleet)
     async with fleet.services.control.transaction() as connection:
         await connection.execute(sa.text("UPDATE tenancy.tenant_databases SET kept_until = now()"))
-    assert (await restores.settle()).dropped == (first.replaced,)
+    assert (await restores.tidy()).dropped == (first.replaced,)
     assert first.replaced in await databases(fleet)  # the role, which has its name
     with pytest.raises(OperationStateError, match="no database that it has replaced is kept"):
         await restores.undo("acme")
@@ -189,7 +189,7 @@ async def test_what_a_restore_has_replaced_is_dropped_after_its_time_or_with_the
         await restores.restore("acme", DumpSource(archive, tenant.id))
     with pytest.raises(TenantNotFoundError):
         await restores.restore_as("acme-copy", DumpSource(archive, tenant.id))
-    assert (await restores.settle()).settled == (second.operation,)
+    assert (await restores.tidy()).ended == (second.operation,)
     with pytest.raises(OperationStateError, match="undone"):
         await restores.resume(second.operation or 0)
     assert (await fleet.provisioner.reconcile()).clean
@@ -284,7 +284,7 @@ async def test_another_tenant_is_made_of_a_backup(fleet: Fleet, tmp_path: Path) 
     present = await databases(fleet)
     with pytest.raises(OperationError, match="another tenant"):
         await restores.restore("globex", DumpSource(archive, acme.id))
-    with pytest.raises(OperationError, match="does not say which tenant"):
+    with pytest.raises(OperationError, match="names no tenant"):
         await restores.restore_as("other", DumpSource(archive))
     rows = max(archive.glob("[0-9]*"), key=lambda file: file.stat().st_size)
     for damaged in (rows, archive / "toc.dat"):

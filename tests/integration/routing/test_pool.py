@@ -629,10 +629,10 @@ async def _soil(router: Router, tenant: Tenant) -> tuple[int, tuple[Any, ...], l
         driver = raw.driver_connection
         assert driver is not None
         clean = tuple(await driver.fetchrow(_STATE))
-        heard: list[str] = []
-        await driver.add_listener("spoken", lambda *args: heard.append(args[-1]))
+        received: list[str] = []
+        await driver.add_listener("spoken", lambda *args: received.append(args[-1]))
         await driver.execute(_DIRT)
-        return driver.get_server_pid(), clean, heard
+        return driver.get_server_pid(), clean, received
 
 
 async def _look(router: Router, tenant: Tenant) -> tuple[int, tuple[Any, ...]]:
@@ -654,7 +654,7 @@ async def test_a_dirty_connection_is_clean_at_the_next_checkout(
         # prepared, so that the next use shows whether the reset took it away
         statement = "SELECT count(*) FROM public.notes"
         assert await ask(router, a, statement) == 0
-        backend, clean, heard = await _soil(router, a)
+        backend, clean, received = await _soil(router, a)
         await settled(router)
         assert await ask(router, a, statement) == 0
         await settled(router)
@@ -665,7 +665,7 @@ async def test_a_dirty_connection_is_clean_at_the_next_checkout(
         async with made.postgres.connect(a.placement.database) as other:
             await other.execute("NOTIFY spoken, 'word'")
         await ask(router, a)
-        assert heard == ([] if full_reset else ["word"])
+        assert received == ([] if full_reset else ["word"])
 
 
 async def test_what_a_tenant_changed_in_its_schema_is_prepared_anew_for_it_alone(

@@ -349,7 +349,7 @@ async def test_snapshots(side: Side) -> None:
         await side.use(lambda session: refused(session, "INSERT INTO notes (body) VALUES ('x')"), isolation_level=level)
     first, second = await side.use(twice, isolation_level="READ COMMITTED")
     assert second == first + 1
-    with pytest.raises(ConfigurationError, match="'serialisable' is no isolation level; they are READ COMMITTED"):
+    with pytest.raises(ConfigurationError, match="'serialisable' is not an isolation level; they are READ COMMITTED"):
         await side.use(twice, isolation_level="serialisable")
 
 

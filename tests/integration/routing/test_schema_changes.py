@@ -119,7 +119,7 @@ async def acme(made: Databases) -> Tenant:
 async def test_the_first_statement_of_a_transaction_is_repeated(
     made: Databases, router: Router, acme: Tenant, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DDL by hand, of which no process hears. Without the repetition each open connection fails once."""
+    """DDL by hand, of which no process learns. Without the repetition each open connection fails once."""
     use, ddl, fails = CHANGES[what]
     async with router.connection(acme) as one, router.connection(acme) as other:
         for connection in (one, other):
@@ -213,7 +213,7 @@ async def test_in_autocommit_only_what_was_not_executed_is_repeated(
 
 
 @pytest.mark.parametrize("what", CHANGES)
-async def test_connections_that_hear_of_it_prepare_again(
+async def test_connections_that_learn_of_it_prepare_again(
     made: Databases, router: Router, acme: Tenant, what: str
 ) -> None:
     """Then it may be any statement of a transaction; the connection stays the same, and so do other tenants'."""

@@ -202,7 +202,7 @@ async def test_a_process_that_has_some_leaves_another_one(made: Databases, confi
 async def test_a_process_without_notifications_keeps_one_idle_connection(
     made: Databases, patient: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Since it does not hear the others, it closes the others of each tenant soon."""
+    """Since it receives no notifications of the others, it closes the others of each tenant soon."""
     monkeypatch.setattr(connector, "SURPLUS_SECONDS", 0.2)
     a = await made.create(connection_limit=LIMIT)
     async with processes(made, patient, hand_over=False, is_listening=lambda: False) as (first, second):

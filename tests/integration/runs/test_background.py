@@ -104,8 +104,8 @@ async def test_what_an_undone_run_has_not_reached_is_left_to_operators(old: Rele
 
 async def test_the_busiest_come_first(old: Release, new: Release) -> None:
     """Those that somebody is connected to, then those with the most transactions; in any run that is asked for it."""
-    heard: list[str] = []
-    new.tenancy.events.subscribe(TenantMigrated, lambda event: heard.append(event.slug))
+    received: list[str] = []
+    new.tenancy.events.subscribe(TenantMigrated, lambda event: received.append(event.slug))
     services = new.fleet.services
     async with old.fleet.connect("hooli"):
         async with old.fleet.connect("globex") as connection:
@@ -119,7 +119,7 @@ async def test_the_busiest_come_first(old: Release, new: Release) -> None:
         await until(ranked, ["acme", "globex", "hooli"])
         report = await new.fleet.migrations.upgrade(order="busiest", concurrency=1)
         assert report.ok
-    assert heard == ["hooli", "globex", "acme"]
+    assert received == ["hooli", "globex", "acme"]
     assert (await new.fleet.migrations.get_run(report.run or 0)).plan["order"] == "busiest"
     with pytest.raises(ConfigurationError, match="no order 'size'"):
         await new.fleet.migrations.upgrade(order="size")  # type: ignore[arg-type]

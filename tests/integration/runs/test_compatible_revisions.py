@@ -190,7 +190,7 @@ async def test_a_tenant_is_refused_from_the_notice_of_its_migration_on(
         assert (await old.fleet.revision("acme"), await old.fleet.recorded("acme")) == ("0002", "0002")
         with pytest.raises(TenantRevisionError, match="is being migrated to 0003"):
             await old.tenancy.fetch_value("SELECT 1", tenant="acme")
-        # a process that is started now has heard no notice
+        # a process that is started now has received no notice
         async with released(config.replace(compatible_revisions="0002"), "*") as late:
             assert not await served(late)
         run.cancel()
@@ -292,15 +292,15 @@ async def test_the_notice_of_a_killed_migration_ends_by_what_the_database_says(
             [run] = await new.fleet.migrations.runs(state="running")
             await new.fleet.migrations.cancel(run.id)
         else:
-            report = (await new.tenancy.run_housekeeping()).chores["settle_notices"]
-            assert (report.settled, report.errors) == (("changed", "expired", "untouched"), ())
+            report = (await new.tenancy.run_housekeeping()).chores["clear_notices"]
+            assert (report.cleared, report.errors) == (("changed", "expired", "untouched"), ())
         assert [await old.fleet.recorded(slug) for slug in old.fleet.tenants] == ["0002", "0003", "0003", "0002"]
         assert await old.tenancy.fetch_value("SELECT 1", tenant="untouched") == 1
         for slug in ("changed", "expired", "running"):
             with pytest.raises(TenantRevisionError):
                 await old.tenancy.fetch_value("SELECT 1", tenant=slug)
-    assert await new.fleet.migrations.settle_notices() == NoticeReport(settled=("running",))
-    assert await new.fleet.migrations.settle_notices() == NoticeReport()
+    assert await new.fleet.migrations.clear_notices() == NoticeReport(cleared=("running",))
+    assert await new.fleet.migrations.clear_notices() == NoticeReport()
 
 
 async def test_it_is_known_how_many_tenants_are_outside(old: Release, new: Release, caplog: Any) -> None:
@@ -321,9 +321,9 @@ async def test_it_is_known_how_many_tenants_are_outside(old: Release, new: Relea
     assert (before.total, before.outside) == (3, 1)
     with pytest.raises(SettingError):
         await new.fleet.migrations.compatibility("a b")
-    heard: list[tuple[str, str | None]] = []
-    new.tenancy.events.subscribe(TenantRevisionRefused, lambda event: heard.append((event.slug, event.revision)))
+    received: list[tuple[str, str | None]] = []
+    new.tenancy.events.subscribe(TenantRevisionRefused, lambda event: received.append((event.slug, event.revision)))
     for _ in range(3):
         assert await new.get(acme) == 503
-    assert heard == [("acme", "0002")]
+    assert received == [("acme", "0002")]
     await until(lambda: asyncio.sleep(0, "3 tenants, 2 of them at revisions outside 0003:" in caplog.text))

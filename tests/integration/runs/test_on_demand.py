@@ -40,11 +40,11 @@ def new_config(config: TenancyConfig, project: Project, old: Release) -> Tenancy
 async def opened(config: TenancyConfig) -> AsyncIterator[tuple[Release, list[str]]]:
     """A process of the next release, and the tenants that were upgraded there, or failed to be."""
     async with released(config, "id, rating") as release:
-        heard: list[str] = []
+        received: list[str] = []
         events = release.tenancy.events
-        events.subscribe(TenantMigrated, lambda event: heard.append(event.slug) if event.changed else None)
-        events.subscribe(TenantMigrationFailed, lambda event: heard.append(f"{event.slug} failed"))
-        yield release, heard
+        events.subscribe(TenantMigrated, lambda event: received.append(event.slug) if event.changed else None)
+        events.subscribe(TenantMigrationFailed, lambda event: received.append(f"{event.slug} failed"))
+        yield release, received
 
 
 async def control(release: Release, sql: str) -> Any:
@@ -56,10 +56,10 @@ async def control(release: Release, sql: str) -> Any:
 async def test_requests_of_all_processes_share_one_upgrade(old: Release, new_config: TenancyConfig) -> None:
     """It is at the first request, in the audit log, and concerns that tenant alone."""
     acme, _ = [await create(old, slug) for slug in ("acme", "globex")]
-    async with opened(new_config) as (one, heard), opened(new_config) as (other, also_heard):
+    async with opened(new_config) as (one, received), opened(new_config) as (other, also_received):
         answers = await asyncio.gather(*(release.get(acme) for release in (one, other) * 20))
         assert answers == [200] * 40
-        assert heard + also_heard == ["acme"]
+        assert received + also_received == ["acme"]
         assert [await old.fleet.recorded(slug) for slug in ("acme", "globex")] == ["0003", "0002"]
         events = await one.tenancy.audit.events(action="tenant.upgrade")
         assert [(event.slug, event.detail) for event in events] == [("acme", {"before": "0002", "after": "0003"})]
@@ -78,16 +78,16 @@ async def test_without_a_notice_nothing_is_changed(
     async def fail(*_: object, **__: object) -> None:
         raise ControlUnavailableError("the control database", "injected")
 
-    async with opened(new_config) as (new, heard):
+    async with opened(new_config) as (new, received):
         monkeypatch.setattr(new.fleet.registry, "announce_migration", fail)
-        assert (await new.get(acme), heard) == (503, ["acme failed"])
+        assert (await new.get(acme), received) == (503, ["acme failed"])
     assert await old.fleet.revision("acme") == "0002"
     assert await old.get(acme) == 200
 
 
 async def test_an_upgrade_that_takes_long_answers_503_and_goes_on(old: Release, new_config: TenancyConfig) -> None:
     acme = await create(old, "acme")
-    async with opened(new_config.replace(migration={"upgrade_wait": 0.05})) as (new, heard):
+    async with opened(new_config.replace(migration={"upgrade_wait": 0.05})) as (new, received):
         async with old.fleet.connect("acme") as other, other.transaction():
             await other.execute("LOCK TABLE notes")
             answer = await new.client.get("/notes", headers={"X-API-Key": acme})
@@ -103,7 +103,7 @@ async def test_an_upgrade_that_takes_long_answers_503_and_goes_on(old: Release, 
                 await TaskGate(new.tenancy, queue="tests").arrive(header, message)
             assert (raised.value.reason, raised.value.outcome) == ("provisioning", "retry")
         await until(lambda: new.get(acme), 200)
-        assert heard == ["acme"]
+        assert received == ["acme"]
 
 
 async def test_a_failed_upgrade_is_recorded_and_left_alone_by_every_process(
@@ -112,18 +112,18 @@ async def test_a_failed_upgrade_is_recorded_and_left_alone_by_every_process(
     """For a minute, then for twice as long; and served again after the next migration that succeeds."""
     acme = await create(old, "acme")
     await old.fleet.execute("acme", "ALTER TABLE notes ADD rating text")
-    async with opened(new_config) as (one, heard), opened(new_config) as (other, also_heard):
+    async with opened(new_config) as (one, received), opened(new_config) as (other, also_received):
         answers = await asyncio.gather(*(release.get(acme) for release in (one, other) * 5))
         assert answers == [503] * 10
         assert [await one.get(acme), await other.get(acme)] == [503, 503]
-        assert heard + also_heard == ["acme failed"]
+        assert received + also_received == ["acme failed"]
         [failed] = await one.fleet.registry.failed_upgrades()
         assert (failed.slug, failed.target, failed.failures, failed.sqlstate) == ("acme", "0003", 1, "42701")
         assert 50 < (failed.next_at - failed.failed_at).total_seconds() < 61  # each by a clock of its own
 
         async def again() -> None:
             await control(one, "UPDATE tenancy.tenant_upgrades SET next_at = now()")
-            one.tenancy._lifetime.parts.first_use._settled.clear()
+            one.tenancy._lifetime.parts.first_use._left.clear()
             one.tenancy.internals.directory.invalidate()
 
         await again()
@@ -136,7 +136,7 @@ async def test_a_failed_upgrade_is_recorded_and_left_alone_by_every_process(
         await until(lambda: one.get(acme), 200)
         assert await one.fleet.registry.failed_upgrades() == []
         # by either of them
-        assert sorted(heard + also_heard) == ["acme", "acme failed", "acme failed"]
+        assert sorted(received + also_received) == ["acme", "acme failed", "acme failed"]
 
 
 async def test_without_a_declaration_every_tenant_that_is_behind_is_upgraded(
@@ -145,15 +145,15 @@ async def test_without_a_declaration_every_tenant_that_is_behind_is_upgraded(
     """One that fails is used as it is."""
     acme, globex = [await create(old, slug) for slug in ("acme", "globex")]
     await old.fleet.execute("globex", "ALTER TABLE notes ADD rating text")
-    async with opened(new_config.replace(compatible_revisions=None)) as (new, heard):
+    async with opened(new_config.replace(compatible_revisions=None)) as (new, received):
         assert [await new.get(acme), await new.get(globex)] == [200, 200]
-        assert heard == ["acme", "globex failed"]
+        assert received == ["acme", "globex failed"]
 
 
 async def test_what_an_operator_has_moved_back_stays_there(old: Release, new_config: TenancyConfig) -> None:
     """Until an operator upgrades it again."""
     acme = await create(old, "acme")
-    async with opened(new_config) as (new, heard):
+    async with opened(new_config) as (new, received):
         assert await new.get(acme) == 200
         await new.fleet.migrations.downgrade("0002", tenants=["acme"])
         await until(lambda: old.get(acme), 200)
@@ -161,7 +161,7 @@ async def test_what_an_operator_has_moved_back_stays_there(old: Release, new_con
         assert await old.fleet.revision("acme") == "0002"
         await new.fleet.migrations.upgrade(tenants=["acme"])
         await until(lambda: new.get(acme), 200)
-        assert heard == ["acme"] * 3
+        assert received == ["acme"] * 3
 
 
 async def test_older_code_upgrades_nothing(old: Release, new_config: TenancyConfig) -> None:
@@ -171,12 +171,12 @@ async def test_older_code_upgrades_nothing(old: Release, new_config: TenancyConf
         await new.fleet.migrations.upgrade(tenants=[])
         await new.fleet.registry.set_fleet_revision("0003")
         await new.fleet.registry.set_revision(old.fleet.tenants["acme"].id, "0001")
-        heard: list[object] = []
-        old.tenancy.events.subscribe(TenantMigrated, heard.append)
+        received: list[object] = []
+        old.tenancy.events.subscribe(TenantMigrated, received.append)
         await until(lambda: asyncio.sleep(0, old.tenancy.internals.directory.peek_tenant("acme") is None))
         with pytest.raises(TenantRevisionError):
             await old.tenancy.fetch_value("SELECT 1", tenant="acme")
-        assert (heard, await old.fleet.recorded("acme")) == ([], "0001")
+        assert (received, await old.fleet.recorded("acme")) == ([], "0001")
 
 
 async def test_the_claim_of_a_killed_process_ends_and_another_one_goes_on(
@@ -184,16 +184,16 @@ async def test_the_claim_of_a_killed_process_ends_and_another_one_goes_on(
 ) -> None:
     """Until then it may still be at work."""
     acme = await create(old, "acme")
-    async with opened(new_config.replace(migration={"upgrade_wait": 0.1})) as (new, heard):
+    async with opened(new_config.replace(migration={"upgrade_wait": 0.1})) as (new, received):
         await control(
             new,
             "INSERT INTO tenancy.tenant_upgrades (tenant_id, target, claim, claimed_until) "
             "SELECT id, '0003', gen_random_uuid(), 'infinity' FROM tenancy.tenants WHERE slug = 'acme'",
         )
-        assert (await new.get(acme), heard) == (503, [])
+        assert (await new.get(acme), received) == (503, [])
         await control(new, "UPDATE tenancy.tenant_upgrades SET claimed_until = now()")
         await until(lambda: new.get(acme), 200)
-        assert heard == ["acme"]
+        assert received == ["acme"]
 
 
 async def test_closing_lets_the_next_process_go_on_at_once(old: Release, new_config: TenancyConfig) -> None:

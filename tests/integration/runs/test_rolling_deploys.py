@@ -87,16 +87,16 @@ async def test_no_request_fails_and_every_tenant_reaches_the_new_revision(old: R
 
 async def test_housekeeping_upgrades_what_nobody_has_used(old: Release, new: Release) -> None:
     """Old code's housekeeping does nothing, before and after."""
-    heard: list[str] = []
-    new.tenancy.events.subscribe(TenantMigrated, lambda event: heard.append(event.slug))
+    received: list[str] = []
+    new.tenancy.events.subscribe(TenantMigrated, lambda event: received.append(event.slug))
     await new.fleet.migrations.upgrade()
     await create(old, "late")
-    heard.clear()
+    received.clear()
     assert (await old.tenancy.run_housekeeping()).chores["catch_up"].upgraded == ()
     reports = await asyncio.gather(*(new.tenancy.run_housekeeping() for _ in range(2)))
     assert {slug for report in reports for slug in report.chores["catch_up"].upgraded} == {"late"}
     assert await new.fleet.revision("late") == await new.fleet.recorded("late") == "0003"
-    assert set(heard) == {"late"}
+    assert set(received) == {"late"}
     # one of the two migrated it
     assert len(await audited(new, "late")) == 1
     assert (await old.tenancy.run_housekeeping()).chores["catch_up"].upgraded == ()
@@ -185,17 +185,17 @@ async def test_what_changes_during_an_upgrade_counts(old: Release, new: Release)
     async def stopped(tenant: Tenant) -> None:
         begun.set()
         await go_on.wait()
-        new.tenancy._lifetime.parts.first_use._settle(tenant.id, 60.0)  # as after a failure
+        new.tenancy._lifetime.parts.first_use._leave(tenant.id, 60.0)  # as after a failure
 
     new.tenancy._lifetime.parts.first_use._upgrade = stopped  # type: ignore[method-assign]
     requests = [asyncio.create_task(new.get(key)) for key in keys]
     fetch = asyncio.create_task(new.tenancy.fetch_value("SELECT 1", tenant="later"))
     await begun.wait()
-    heard: list[object] = []
-    new.tenancy.internals.directory.on_invalidate(heard.append)
+    received: list[object] = []
+    new.tenancy.internals.directory.on_invalidate(received.append)
     await old.tenancy.keys.revoke(credentials[0].id)
     await old.tenancy.tenants.suspend("later")
-    await until(lambda: asyncio.sleep(0, credentials[1].tenant.id in heard))
+    await until(lambda: asyncio.sleep(0, credentials[1].tenant.id in received))
     go_on.set()
     assert await asyncio.gather(*requests) == [401, 403]
     with pytest.raises(TenantSuspendedError):
@@ -235,19 +235,19 @@ async def test_closing_ends_an_upgrade(old: Release, new_config: TenancyConfig) 
         assert await again.get(key) == 200
 
 
-async def test_open_connections_hear_that_a_schema_changes(
+async def test_open_connections_learn_that_a_schema_changes(
     old: Release, new: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the notifications, the second statement of a transaction fails once in each open connection."""
     key = await create(old, "initech")
     assert await old.get(key) == 200
     router = old.tenancy.internals.router
-    heard: list[bool] = []
+    received: list[bool] = []
     with monkeypatch.context() as patch:
-        patch.setattr(router, "schema_changed", lambda tenant, changing: heard.append(changing))
+        patch.setattr(router, "schema_changed", lambda tenant, changing: received.append(changing))
         old.tenancy.internals.directory._schema_callbacks[:] = [router.schema_changed]
         await new.fleet.migrations.upgrade(tenants=["initech"])
-        await until(lambda: asyncio.sleep(0, heard == [True, False]))
+        await until(lambda: asyncio.sleep(0, received == [True, False]))
         assert await old.get(key) == 500
     old.tenancy.internals.directory._schema_callbacks[:] = [router.schema_changed]
     before = await old.tenancy.fetch_value("SELECT pg_backend_pid()", tenant="initech")
@@ -289,23 +289,23 @@ async def test_many_tenants_are_used_at_once(old: Release, new_config: TenancyCo
 async def test_the_schema_of_a_tenant_in_use_changes_only_after_a_notice(
     old: Release, new_config: TenancyConfig
 ) -> None:
-    """So that a process hears of it even if its event loop is busy. A tenant that nobody uses is not waited for."""
+    """So that a process learns of it even if its event loop is busy. A tenant that nobody uses is not waited for."""
     key = await create(old, "initech")
     assert await old.get(key) == 200
     initech = old.fleet.tenants["initech"].id
-    heard: list[bool] = []
+    received: list[bool] = []
     old.tenancy.internals.directory.on_schema_change(
-        lambda tenant, changing: heard.append(changing) if tenant == initech else None
+        lambda tenant, changing: received.append(changing) if tenant == initech else None
     )
     async with released(new_config.replace(migration={"notice": 3600.0}), "*") as new:
         run = asyncio.create_task(new.fleet.migrations.upgrade(tenants=["initech", "globex"]))
         await until(lambda: new.fleet.recorded("globex"), "0003")
-        await until(lambda: asyncio.sleep(0, heard), [True])
+        await until(lambda: asyncio.sleep(0, received), [True])
         # nothing of it has changed yet, so it needs no look-up
         assert old.tenancy.internals.directory.peek(key) is not None
         assert await old.fleet.revision("initech") == "0002"
         run.cancel()
         await asyncio.gather(run, return_exceptions=True)
         # an interrupted one says that it has ended
-        await until(lambda: asyncio.sleep(0, heard), [True, False])
+        await until(lambda: asyncio.sleep(0, received), [True, False])
     assert await old.get(key) == 200

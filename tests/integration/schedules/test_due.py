@@ -174,7 +174,7 @@ async def sent_ids(tenancy: Tenancy, known: list[UUID]) -> list[UUID]:
 
 
 async def test_a_claim_that_has_run_out_is_another_s(tenancy: Tenancy) -> None:
-    """A body that takes longer than the lease: what it has not begun goes to who asks next, and to no one twice."""
+    """A body that outlives its claim: what it has not begun goes to who asks next, and to no one twice."""
     await tenancy.tenants.create("acme")
     await many(tenancy, 4)
     await seen(tenancy)
@@ -195,7 +195,7 @@ async def test_a_claim_that_has_run_out_is_another_s(tenancy: Tenancy) -> None:
 
 
 async def test_a_slow_body_leaves_the_claim_of_a_later_time(tenancy: Tenancy) -> None:
-    """It outlives its lease and the tenant's next time comes: that one goes to one process alone."""
+    """It outlives its claim, and the tenant's next time comes: that one goes to one process alone."""
     await tenancy.tenants.create("acme")
     await seen(tenancy)
     twice, six = ["06:00", "06:05"], DAY + timedelta(hours=6)
@@ -251,7 +251,7 @@ async def test_leaving_the_loop(tenancy: Tenancy) -> None:
         {"spread": timedelta(days=32)},
         {"catch_up": timedelta(0)},
         {"catch_up": timedelta(days=32)},
-        {"lease": timedelta(0)},
+        {"retry_after": timedelta(0)},
         {"now": datetime(2031, 1, 1)},  # noqa: DTZ001 - the point
         {"status": ["happy"]},
     ],

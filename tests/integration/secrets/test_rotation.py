@@ -164,7 +164,7 @@ async def test_one_failure_does_not_stop_the_others(tenancy: Tenancy, postgres: 
         await tenancy.secrets.rotate_password(initech)
 
 
-async def test_a_process_that_has_not_heard_reads_the_registry_once_more(
+async def test_a_process_that_has_received_nothing_reads_the_registry_once_more(
     tenancy: Tenancy, tenancy_config: TenancyConfig
 ) -> None:
     """It has cached the old password, is refused, and connects with the new one; without a look-up it would fail."""
@@ -646,7 +646,7 @@ async def data_keys(tenancy: Tenancy) -> list[str]:
 
 
 async def test_invitations_outlive_a_rotation_of_the_data_key(wrapped_config: TenancyConfig) -> None:
-    """Every process verifies those that were signed before and after, also one that has not heard of the new key.
+    """Every process verifies those that were signed before and after, also one that does not know the new key yet.
 
     Those of a key that is deleted end with it.
     """
@@ -838,7 +838,7 @@ async def test_rotations_of_the_key_at_once_end_under_the_newest(
         assert report.keys_in_use == {newest}
 
 
-async def test_a_process_that_hears_of_nothing_learns_of_the_newest_key(
+async def test_a_process_that_receives_nothing_learns_of_the_newest_key(
     wrapped_config: TenancyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From time to time, and whenever it rotates a password: otherwise deleted keys would still seal."""

@@ -82,7 +82,7 @@ async def test_existing_tenants_get_new_and_raised_versions_once(opened: Opened)
         again = await fleet.tenancy.seeds.apply("acme", only=["clerk"], force=True)
         assert again.summary().startswith("seed: 1 tenant, 1 seeded, 0 unchanged, 0 failed")
         assert (await roles(fleet, "acme"))["clerk"] == "1 1>1"
-        with pytest.raises(ConfigurationError, match="by only"):
+        with pytest.raises(ConfigurationError, match="pass only="):
             await fleet.tenancy.seeds.apply(force=True)
         with pytest.raises(ConfigurationError, match=r"reference table 'x'; there are: base, owner, clerk"):
             await fleet.tenancy.seeds.apply(only="x")

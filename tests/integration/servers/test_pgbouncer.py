@@ -247,7 +247,7 @@ async def test_statement_mode_is_refused_by_the_first_session(
                     assert await tenancy.fetch_value("SELECT 1", tenant="acme") == 1
                     async with tenancy.session("acme") as session:
                         raw = await (await session.connection()).get_raw_connection()
-                        with pytest.raises(PoolerError, match="LISTEN hears nothing"):
+                        with pytest.raises(PoolerError, match="LISTEN receives nothing"):
                             await raw.driver_connection.add_listener("news", print)  # type: ignore[union-attr]
 
                     assert await asyncio.to_thread(tenancy.sync.fetch_value, "SELECT 1", tenant="acme") == 1
@@ -255,7 +255,7 @@ async def test_statement_mode_is_refused_by_the_first_session(
                     def listen() -> None:
                         with tenancy.sync.session("acme") as session:
                             driver: Any = session.connection().connection.driver_connection
-                            with pytest.raises(PoolerError, match="LISTEN hears nothing"):
+                            with pytest.raises(PoolerError, match="LISTEN receives nothing"):
                                 next(driver.notifies(timeout=0))
 
                     await asyncio.to_thread(listen)

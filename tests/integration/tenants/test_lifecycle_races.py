@@ -94,7 +94,7 @@ async def test_a_suspension_does_not_wait_for_whoever_works_on_the_tenant(tenanc
         await session.rollback()
 
 
-async def test_a_suspension_by_housekeeping_that_a_server_does_not_hear_of_is_an_error(
+async def test_a_suspension_by_housekeeping_that_a_server_does_not_receive_is_an_error(
     tenancy: Tenancy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tenant is suspended all the same, and reconcile of the same run tells the server."""

@@ -386,13 +386,13 @@ async def test_clone_gives_each_test_a_database_and_both_modes_mix(suite: Suite)
             async with tenancy.session(tenant.slug) as session, tenancy.session(tenant.slug) as other:
                 pids = {await one.scalar(text("SELECT pg_backend_pid()")) for one in (session, other)}
                 assert len(pids) == 2
-                heard = asyncio.Queue()
+                received = asyncio.Queue()
                 raw = await (await session.connection()).get_raw_connection()
-                await raw.driver_connection.add_listener("news", lambda *given: heard.put_nowait(given[-1]))
+                await raw.driver_connection.add_listener("news", lambda *given: received.put_nowait(given[-1]))
                 await session.commit()
                 await other.execute(text("NOTIFY news, 'x'"))
                 await other.commit()
-                assert await heard.get() == "x"
+                assert await received.get() == "x"
                 await session.invalidate()
 
         def test_rolled_back(tenant_client):
@@ -657,7 +657,7 @@ async def test_what_hinders_all_tests_is_said_in_short(suite: Suite) -> None:
     for setting, said in {
         "tenancy_app=shop": "tenancy_app = 'shop' is not of the form \"module:attribute\"",
         "tenancy_object=:tenancy": "tenancy_object = ':tenancy' is not of the form",
-        "tenancy_mode=clne": 'tenancy_mode = \'clne\' is no mode: write "rollback" or "clone"',
+        "tenancy_mode=clne": 'tenancy_mode = \'clne\' is not a mode: write "rollback" or "clone"',
     }.items():
         outcome = await suite.run("-o", setting)
         assert outcome.status == 4 and outcome.text.strip().startswith(f"ERROR: {said}"), outcome.text

@@ -458,7 +458,7 @@ async def test_after_a_silence_what_is_watched_is_asked_about_and_the_rest_when_
     assert idle.ended is None
 
 
-async def test_while_nothing_is_heard_what_is_watched_is_asked_about_every_ttl(
+async def test_while_nothing_is_received_what_is_watched_is_asked_about_every_ttl(
     admissions: Admissions, registry: Registry
 ) -> None:
     """Not while notifications arrive."""

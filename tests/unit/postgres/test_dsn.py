@@ -185,8 +185,8 @@ def test_ssl_is_taken_as_sslmode(query: str, sslmode: str) -> None:
         ("sslrootcert=system&sslmode=require", "sslrootcert=system needs sslmode=verify-full"),
         ("hostaddr=10.0.0.1", "hostaddr beside host is not supported"),
         ("a%20b=hunter2", "a parameter's name is malformed"),
-        ("port=hunter2", "a port is no number from 1 to 65535"),
-        ("port=0", "a port is no number from 1 to 65535"),
+        ("port=hunter2", "a port is not a number from 1 to 65535"),
+        ("port=0", "a port is not a number from 1 to 65535"),
         ("port=1,2,3", "there are 3 ports for 1 hosts"),
     ],
 )

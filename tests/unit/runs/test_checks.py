@@ -70,8 +70,8 @@ async def test_commands_decide_by_their_exit_status(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("check", "message"),
     [
-        ({"commands": ["true", "/nowhere/check --all"]}, "'/nowhere/check' is no program that can be executed here"),
-        ({"commands": [str(Path(__file__))]}, "is no program that can be executed here"),
+        ({"commands": ["true", "/nowhere/check --all"]}, "'/nowhere/check' is not a program that can be executed here"),
+        ({"commands": [str(Path(__file__))]}, "is not a program that can be executed here"),
         ({"commands": ["  "]}, "a command is empty"),
         ({"commands": ["sh 'a"]}, "cannot be read: No closing quotation"),
         ({"functions": ["wave_checks:missing"]}, "'wave_checks:missing' cannot be loaded"),

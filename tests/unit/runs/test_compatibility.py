@@ -78,8 +78,8 @@ async def test_a_branch_of_its_own(project: Project) -> None:
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        ("0002:0009", "'0009' of '0002:0009' is no revision"),
-        ("0009:", "'0009' of '0009:' is no revision"),
+        ("0002:0009", "'0009' of '0002:0009' is not a revision"),
+        ("0009:", "'0009' of '0009:' is not a revision"),
         ("0004:0002", "has nothing"),
         ("0001:0003", "does not have 0004, the head"),
         ("0003", "does not have 0004"),

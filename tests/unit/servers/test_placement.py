@@ -153,10 +153,10 @@ def test_a_policy_as_a_setting(written: Any, policy: PlacementPolicy | None) -> 
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("fewest", "'fewest' is no policy: write fewest_tenants"),
+        ("fewest", "'fewest' is not a policy: write fewest_tenants"),
         ("nowhere:policy", "cannot be loaded"),
         ("{", "is not JSON"),
-        (3, "int is no policy"),
+        (3, "int is not a policy"),
         ({"policy": "by_name"}, "policy is 'by_name'"),
         ({"policy": "by_region"}, "by_region takes regions and then"),
         ({"policy": "by_region", "regions": []}, "needs one region"),

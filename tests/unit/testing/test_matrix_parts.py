@@ -126,7 +126,7 @@ def test_an_answer_shows_what_the_caller_has_not_sent() -> None:
     owner.claim(1_234_567, "notes.id")
     owner.learn({"items": [{"file_id": file, "state": "waiting for it"}]}, "files", label="GET /files")
     other.learn({"items": [{"state": "waiting for it"}]}, "files", label="GET /files")
-    owner.settle(other)
+    owner.assign(other)
     assert owner.shown_in(f'["{text}"]') == ("notes.text",)
     assert owner.shown_in(f"no {text}", sent=f"/notes/{text}") == ()
     assert owner.shown_in("[1234567]") == ("notes.id",)

@@ -29,7 +29,7 @@ CREATE TRIGGER tenants_notify_pause AFTER UPDATE OF paused_until ON tenancy.tena
 
 
 def upgrade() -> None:
-    """Add the column, and the notification that all processes hear."""
+    """Add the column, and the notification that all processes receive."""
     run_script(COLUMNS + FUNCTIONS)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tenancy_orm.errors import QuotaExceededError
 from tenancy_orm.loops import HomeLoop
-from tenancy_orm.quotas.leases import BlockManager, LeasedQuota
+from tenancy_orm.quotas.blocks import BlockManager, LeasedQuota
 from tests.support.control import Clock
 from tests.support.waiting import HANGS
 
@@ -69,7 +69,7 @@ async def test_nothing_is_spent_while_the_database_is_asked() -> None:
 async def test_a_block_lasts_from_before_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that took long says how long the period lasts from when it was given: by now it may be over."""
     clock = Clock()
-    monkeypatch.setattr("tenancy_orm.quotas.leases.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr("tenancy_orm.quotas.blocks.time", SimpleNamespace(monotonic=clock))
     database = Database()
     share = LeasedQuota(database, UUID(int=1), "calls", 10)
     task = asyncio.create_task(share.consume())
