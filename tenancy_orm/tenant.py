@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 from uuid import UUID
 
+from .errors import TenantNotFoundError
 from .protocols import Admission
 
 
@@ -102,6 +103,17 @@ class Tenant:
 
 TenantRef: TypeAlias = str | UUID | Tenant
 """How a caller names a tenant: by slug, former slug or verified domain, by id, or as an older ``Tenant``."""
+
+
+def placement_of(tenant: Tenant) -> Placement:
+    """Return a tenant's placement.
+
+    Raises:
+        TenantNotFoundError: the tenant has been purged.
+    """
+    if tenant.placement is None:
+        raise TenantNotFoundError(tenant.slug)
+    return tenant.placement
 
 
 def _restore(values: dict[str, Any]) -> Tenant:

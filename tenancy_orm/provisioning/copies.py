@@ -24,7 +24,7 @@ from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
 from ..control.names import Names
-from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
+from ..errors import ProvisioningError, TenancyError
 from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
@@ -32,7 +32,7 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.programs import Programs, find_programs, run_piped, run_program
 from ..postgres.snapshots import LOCK_WAIT, begin_snapshot, readable_tables
 from ..servers import Server, Servers
-from ..tenant import Placement, Tenant
+from ..tenant import Placement, Tenant, placement_of
 from . import archives, databases, event_trigger, removal
 from .admin_connections import HOLDING
 from .blockers import Blockers
@@ -101,7 +101,7 @@ class Copies:
         """
         refuse_while_bound("measuring a tenant's database")
         self._home.check()
-        place = _placement(tenant)
+        place = placement_of(tenant)
         connection = await self._blockers(self._servers[place.server]).connect(purpose="tenancy-copy")
         try:
             found = await databases.sizes(connection, [place.database])
@@ -141,7 +141,7 @@ class Copies:
         """
         refuse_while_bound("copying a tenant's database")
         self._home.check()
-        place = _placement(tenant)
+        place = placement_of(tenant)
         server = self._servers[place.server]
         blockers = self._blockers(server)
         connection = await blockers.connect(settings=HOLDING, purpose="tenancy-copy")
@@ -362,12 +362,6 @@ SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.reln
  WHERE c.relkind = 'm' AND c.relispopulated = $1 ORDER BY c.oid
 """
 _UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
-
-
-def _placement(tenant: Tenant) -> Placement:
-    if tenant.placement is None:
-        raise TenantNotFoundError(tenant.slug)
-    return tenant.placement
 
 
 def _pattern(name: str) -> str:

@@ -23,9 +23,9 @@ from ..provisioning.replaced_databases import refuse_stale
 from ..provisioning.restoring import Restored
 from ..registry.databases import TenantDatabase
 from ..runs import FleetMigrator
-from ..tenant import Placement, Status, Tenant, TenantRef
+from ..tenant import Placement, Status, Tenant, TenantRef, placement_of
 from ..tenants.manager import TenantManager
-from .making import Making, placement_of
+from .making import Making
 from .report import RestoreReport, UpkeepReport
 from .sources import RestoreSource
 from .steps import UNDO, RestoreServices, Tell, begin, claim, silent

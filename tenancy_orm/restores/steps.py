@@ -25,8 +25,8 @@ from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
 from ..registry.databases import TenantDatabase
 from ..registry.registry import Registry
-from ..tenant import Tenant
-from .making import Making, placement_of
+from ..tenant import Tenant, placement_of
+from .making import Making
 from .report import RestoreReport
 from .sources import RestoreSource
 from .switching import Swapped, Switching, check_swappable

@@ -41,8 +41,7 @@ from ..registry.databases import TenantDatabase
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..registry.registry import Registry
 from ..routing.marker import marker_text, replaced_text
-from ..tenant import Status, Tenant
-from .making import placement_of
+from ..tenant import Status, Tenant, placement_of
 
 logger = logging.getLogger("tenancy_orm.restores")
 
