@@ -22,6 +22,7 @@ from ..provisioning.readers import Reader
 from ..provisioning.replaced_databases import refuse_stale
 from ..provisioning.restoring import Restored
 from ..registry.databases import TenantDatabase
+from ..registry.lifecycle import check_database_in_use
 from ..runs import FleetMigrator
 from ..tenant import Placement, Status, Tenant, TenantRef, placement_of
 from ..tenants.manager import TenantManager
@@ -29,7 +30,7 @@ from .making import Making
 from .report import RestoreReport, UpkeepReport
 from .sources import RestoreSource
 from .steps import UNDO, RestoreServices, Tell, begin, claim, silent
-from .switching import Switching, check_swappable
+from .switching import Switching
 from .tombstones import Tombstones
 from .upkeep import RestoreUpkeep
 
@@ -113,7 +114,7 @@ class RestoreManager:
         refuse_while_bound("restoring a tenant")
         started = time.monotonic()
         found = await self._registry.find(tenant)
-        check_swappable(found)
+        check_database_in_use(found)
         if source.tenant_id is not None and source.tenant_id != found.id:
             raise OperationError(
                 f"this is a backup of another tenant ({source.tenant_id}) than {found.slug!r}, and never restored into "
@@ -262,7 +263,7 @@ class RestoreManager:
         refuse_while_bound("restoring a tenant")
         started = time.monotonic()
         found = await self._registry.find(tenant)
-        check_swappable(found)
+        check_database_in_use(found)
         place = placement_of(found)
         await self._refuse_replaced(place)
         kept = await self._kept(found, place.server)
