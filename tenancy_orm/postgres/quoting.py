@@ -16,6 +16,11 @@ def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def quote_pattern(name: str) -> str:
+    """Quote ``name`` as one of psql's patterns, which match it alone: for the options of ``pg_dump``."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 def quote_literal(text: str) -> str:
     """Quote ``text`` as an SQL string constant, for the statements (DDL) that take no parameters.
 

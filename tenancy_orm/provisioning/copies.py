@@ -29,8 +29,9 @@ from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..postgres.programs import Programs, find_programs, run_piped, run_program
-from ..postgres.snapshots import LOCK_WAIT, begin_snapshot, readable_tables
+from ..postgres.programs import SCHEMA_ONLY, Programs, find_programs, run_piped, run_program
+from ..postgres.quoting import quote_pattern
+from ..postgres.snapshots import begin_snapshot, readable_tables
 from ..servers import Server, Servers
 from ..tenant import Placement, Tenant, placement_of
 from . import archives, databases, event_trigger, removal
@@ -43,8 +44,6 @@ from .empty_databases import InstalledExtension, create_for_login, read_extensio
 Content = Literal["data", "schema", "nothing"]
 """What a copy has: everything; or the schema alone, with statistics from PostgreSQL 18 on; or only ``extensions``."""
 
-_COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
-_SCHEMA = ("--schema-only", "--no-publications", "--no-subscriptions")
 _STATISTICS_VERSION = 18
 
 
@@ -308,22 +307,14 @@ class _Copying:
             if content == "data" and await holding.fetchval(HIDES_ROWS):
                 await see_all_rows(self._connection, reader.role)
             filled = {row["name"] for row in await holding.fetch(_MATERIALIZED, True)}
-            dump = (
-                programs.path("pg_dump"),
-                *_COMMON,
-                f"--exclude-schema={_pattern(event_trigger.NAME)}",
-                f"--lock-wait-timeout={LOCK_WAIT}",
-                f"--snapshot={snapshot}",
-            )
-            exact = ("--exit-on-error",) if programs.version == connections.version(self._connection) else ()
-            restore = (programs.path("pg_restore"), *exact, "--no-owner", "--no-acl", f"--dbname={restorer.database}")
+            dump = programs.dump_command(f"--exclude-schema={quote_pattern(event_trigger.NAME)}", snapshot=snapshot)
+            exact = programs.version == connections.version(self._connection)
+            restore = programs.restore_command(restorer.database, exact=exact)
             with tempfile.TemporaryDirectory(prefix="tenancy-copy-") as directory:
                 schema, listing = f"{directory}/schema.dump", Path(directory, "list")
-                kinds = ("--no-data", "--statistics", *_SCHEMA[1:]) if with_statistics else _SCHEMA
+                kinds = ("--no-data", "--statistics", *SCHEMA_ONLY[1:]) if with_statistics else SCHEMA_ONLY
                 await run_program([*dump, *kinds, f"--file={schema}"], reader.environment())
-                entries = await run_program([programs.path("pg_restore"), "--list", schema], {})
-                kept, left_out = archives.select(entries, schemas)
-                await asyncio.to_thread(listing.write_text, kept, "utf-8")
+                left_out = await archives.write_list(programs, schema, listing, schemas)
                 parts = [*restore, f"--use-list={listing}"]
                 await run_program([*parts, "--section=pre-data", schema], restorer.environment())
                 if content == "data":
@@ -362,11 +353,6 @@ SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.reln
  WHERE c.relkind = 'm' AND c.relispopulated = $1 ORDER BY c.oid
 """
 _UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
-
-
-def _pattern(name: str) -> str:
-    """A name as one of psql's patterns."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 __all__ = ["Content", "Copies", "DatabaseCopy"]
