@@ -15,7 +15,7 @@ from ..cancellation import run_to_completion
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import Programs, run_piped, run_program
-from ..postgres.quoting import quote_identifier, quote_pattern
+from ..postgres.quoting import quote_identifier, quote_pattern, quote_qualified
 from ..provisioning import archives, event_trigger, roles
 from ..provisioning.copy_logins import CopyLogin
 
@@ -162,7 +162,7 @@ async def copy_tables(source: Connection, target: Connection, tables: Sequence[t
     """
     if not tables:
         return
-    quoted = [f"{quote_identifier(schema)}.{quote_identifier(name)}" for schema, name in tables]
+    quoted = [quote_qualified(schema, name) for schema, name in tables]
     async with connections.transaction(target):
         columns = [row["names"] for row in await source.fetch(_COLUMNS, quoted)]
         triggers = await target.fetch(_TRIGGERS, quoted)
