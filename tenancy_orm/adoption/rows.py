@@ -8,10 +8,10 @@ from typing import Any
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
-from .frame import Tell
+from ..operations.telling import Tell, silent
 from .refusals import open_adoptable
 from .rows_report import RowsReport
-from .rows_work import GivenMapping, RowsWork, read_mapping, report_of, silent
+from .rows_work import GivenMapping, RowsWork, read_mapping, report_of
 from .source import Source
 
 

@@ -18,6 +18,7 @@ from ..migrations.connections import Connections
 from ..migrations.plan import Plan, format_revision
 from ..migrations.scripts import Environment
 from ..operations import Operation
+from ..operations.telling import Tell
 from ..postgres import connections
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
@@ -28,7 +29,7 @@ from ..provisioning.tenant_rights import RECORD_SCHEMA
 from ..runs import FleetMigrator
 from ..servers.placement import Placer
 from ..tenant import Tenant
-from .frame import KEY_SHOWN, AdoptionFrame, Steps, Tell
+from .frame import KEY_SHOWN, AdoptionFrame, Steps
 from .looking import Looking
 from .mapping import RowsMapping
 from .reach import Reach
@@ -295,10 +296,6 @@ def read_mapping(mapping: GivenMapping, where: str | None) -> RowsMapping:
     return RowsMapping.parse(mapping or {}, where=where)
 
 
-def silent(text: str) -> None:
-    """Tell nobody."""
-
-
 def _source_text(described: Source, said: RowsMapping) -> str:
     return f"{described} where {said.where}"
 
@@ -361,4 +358,4 @@ def _recorded(tenant: Tenant, operation: Operation, described: Source, said: Row
     )
 
 
-__all__ = ["Building", "GivenMapping", "RowsLook", "RowsWork", "read_mapping", "report_of", "silent"]
+__all__ = ["Building", "GivenMapping", "RowsLook", "RowsWork", "read_mapping", "report_of"]
