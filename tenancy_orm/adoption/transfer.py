@@ -19,17 +19,12 @@ from ..postgres.quoting import quote_identifier, quote_pattern
 from ..provisioning import archives, event_trigger
 from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.materialized_views import fill_views
 from ..provisioning.tenant_rights import RECORD_SCHEMA
 from .contents import Contents
 from .source import OpenSource
 
-_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 _OWN_SCHEMAS = (event_trigger.NAME, CHECKPOINTS_SCHEMA, RECORD_SCHEMA)
-_VIEWS = """
-SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
-  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind = 'm' AND NOT c.relispopulated ORDER BY c.oid
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +82,7 @@ class Transfer:
         for archive, options in parts:
             await self._restore(*options, "--section=post-data", archive)
         if with_rows:
-            await self._fill()
+            await fill_views(self.into, self.contents.filled, timeout=self.connect_timeout)
         return tuple(dict.fromkeys(left_out))
 
     def _scopes(self) -> list[tuple[str, ...]]:
@@ -126,17 +121,6 @@ class Transfer:
 
     async def _restore(self, *options: str) -> None:
         await run_program([*self._restore_command(), *options], self.into.environment())
-
-    async def _fill(self) -> None:
-        """Fill the materialized views that the source has filled, and make the planner's statistics."""
-        connection = await self.into.connect(timeout=self.connect_timeout, settings=_UNBOUNDED)
-        try:
-            for row in await connection.fetch(_VIEWS):
-                if row["name"] in self.contents.filled:
-                    await connection.execute(f"REFRESH MATERIALIZED VIEW {row['name']}")
-            await connection.execute("ANALYZE")
-        finally:
-            await run_to_completion(connections.close(connection))
 
 
 __all__ = ["Transfer"]

@@ -17,9 +17,8 @@ from ..postgres.connections import Connection
 from ..postgres.programs import Programs, run_piped, run_program
 from ..postgres.quoting import quote_identifier, quote_pattern, quote_qualified
 from ..provisioning import archives, event_trigger, roles
-from ..provisioning.copy_logins import CopyLogin
+from ..provisioning.copy_logins import UNBOUNDED, CopyLogin
 
-_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 _SPOOLED_BYTES = 16 * 1024**2
 _BATCH = 200
 
@@ -119,7 +118,7 @@ class Copying:
         return left_out
 
     async def _filled(self, timeout: float) -> list[str]:
-        connection = await self.reader.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-move")
+        connection = await self.reader.connect(timeout=timeout, settings=UNBOUNDED, purpose="tenancy-move")
         try:
             return [row["name"] for row in await connection.fetch(MATERIALIZED)]
         finally:
@@ -127,7 +126,7 @@ class Copying:
 
     async def _finish(self, filled: Sequence[str], timeout: float) -> None:
         """Fill materialized views, and make the planner's statistics."""
-        connection = await self.restorer.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-move")
+        connection = await self.restorer.connect(timeout=timeout, settings=UNBOUNDED, purpose="tenancy-move")
         try:
             for name in filled:
                 await connection.execute(f"REFRESH MATERIALIZED VIEW {name}")

@@ -37,9 +37,10 @@ from ..tenant import Placement, Tenant, placement_of
 from . import archives, databases, event_trigger, removal
 from .admin_connections import HOLDING
 from .blockers import Blockers
-from .copy_logins import HIDES_ROWS, CopyLogin, create_reader, end_login, see_all_rows
+from .copy_logins import HIDES_ROWS, UNBOUNDED, CopyLogin, create_reader, end_login, see_all_rows
 from .database_properties import read_properties
 from .empty_databases import InstalledExtension, create_for_login, read_extensions
+from .materialized_views import fill_views, filled_views
 
 Content = Literal["data", "schema", "nothing"]
 """What a copy has: everything; or the schema alone, with statistics from PostgreSQL 18 on; or only ``extensions``."""
@@ -298,7 +299,7 @@ class _Copying:
         """Copy the contents, and return what is left out."""
         timeout = self._config.pool.connect_timeout
         # both dumps are of this snapshot, which is there as long as its transaction
-        holding = await reader.connect(timeout=timeout, settings=_UNBOUNDED)
+        holding = await reader.connect(timeout=timeout, settings=UNBOUNDED)
         try:
             if connections.version(holding) >= 17:
                 await holding.execute("SET transaction_timeout = 0")
@@ -306,7 +307,7 @@ class _Copying:
             snapshot = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
             if content == "data" and await holding.fetchval(HIDES_ROWS):
                 await see_all_rows(self._connection, reader.role)
-            filled = {row["name"] for row in await holding.fetch(_MATERIALIZED, True)}
+            filled = await filled_views(holding)
             dump = programs.dump_command(f"--exclude-schema={quote_pattern(event_trigger.NAME)}", snapshot=snapshot)
             exact = programs.version == connections.version(self._connection)
             restore = programs.restore_command(restorer.database, exact=exact)
@@ -331,28 +332,9 @@ class _Copying:
         finally:
             await run_to_completion(connections.close(holding))
         if content == "data":
-            await self._fill(restorer, filled)
+            # only PostgreSQL 18 dumps the statistics
+            await fill_views(restorer, filled, timeout=timeout)
         return left_out
-
-    async def _fill(self, restorer: CopyLogin, views: set[str]) -> None:
-        """Fill the materialized views, and make the planner's statistics, which only PostgreSQL 18 dumps."""
-        connection = await restorer.connect(timeout=self._config.pool.connect_timeout, settings=_UNBOUNDED)
-        try:
-            for row in await connection.fetch(_MATERIALIZED, False):
-                if row["name"] in views:
-                    await connection.execute(f"REFRESH MATERIALIZED VIEW {row['name']}")
-            await connection.execute("ANALYZE")
-        finally:
-            await run_to_completion(connections.close(connection))
-
-
-# pg_dump has no entry for filling one in a dump of the schema; in this order each comes after those that it reads
-_MATERIALIZED = """
-SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
-  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind = 'm' AND c.relispopulated = $1 ORDER BY c.oid
-"""
-_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 
 
 __all__ = ["Content", "Copies", "DatabaseCopy"]
