@@ -16,7 +16,6 @@ from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from ..errors import AdoptionError, TenancyError
 from ..migrations.services import FleetServices
-from ..operations.telling import silent
 from ..postgres.errors import describe, without_detail
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
@@ -267,7 +266,7 @@ class FleetAdoption:
                 said = read_mapping(plan.mapping, one.where)
                 server = await self._rows.choose(one.slug, one.server, one.region, one.tier)
                 building = await buildings.get(server, one.at)
-                found = await self._rows.look(opened, said, building, silent, totals)
+                found = await self._rows.look(opened, said, building, _silent, totals)
                 report = report_of(one.slug, opened, said, building, server, found, started)
                 reports.append(report)
                 failed = "; ".join(report.problems[:5]) or None
@@ -301,7 +300,7 @@ class FleetAdoption:
         building = await buildings.get(server, one.at)
         values = {"tier": one.tier, "region": one.region}
         made = await self._rows.create(
-            one.slug, described, said, building, server, values=values, tell=silent, actor=actor
+            one.slug, described, said, building, server, values=values, tell=_silent, actor=actor
         )
         return _outcome(made, "adopted")
 
@@ -317,7 +316,7 @@ class _Buildings:
     async def get(self, server: str, at: str | None) -> Building:
         async with self._lock:
             if (server, at) not in self._made:
-                self._made[server, at] = await self._rows.build(server, at, silent)
+                self._made[server, at] = await self._rows.build(server, at, _silent)
             return self._made[server, at]
 
 
@@ -368,6 +367,10 @@ def _judge(table: FleetTable, leave: bool, problems: list[str], notes: list[str]
             notes.append(said)
         else:
             problems.append(said)
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 __all__ = ["FleetAdoption", "FleetOutcome", "FleetReport", "FleetTable"]

@@ -18,13 +18,15 @@ from ..errors import AdoptionError, TenantNotFoundError
 from ..jobs.claims import Claimant
 from ..migrations.services import FleetServices
 from ..operations import Operation, Operations
-from ..operations.telling import Tell
 from ..postgres.connections import POLL_SECONDS
 from ..provisioning.empty_databases import InstalledExtension
 from ..provisioning.filled_creation import Filling
 from ..provisioning.new_databases import ContentsPolicy, NewDatabase
 from ..tenant import Status, Tenant
 from ..tenants.manager import CreatedTenant, TenantManager
+
+Tell = Callable[[str], None]
+"""Receives a line about what is done now."""
 
 KEY_SHOWN = "and its API key was shown then; tenancy keys issue makes another"
 """What there is to say of a tenant that is complete already."""
@@ -187,4 +189,4 @@ class AdoptionFrame:
             await asyncio.sleep(POLL_SECONDS)
 
 
-__all__ = ["KEY_SHOWN", "AdoptionFrame", "Steps", "Work"]
+__all__ = ["KEY_SHOWN", "AdoptionFrame", "Steps", "Tell", "Work"]

@@ -23,7 +23,6 @@ from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.services import FleetServices
 from ..operations import Operation, Operations
-from ..operations.telling import Tell
 from ..postgres import connections as plain_connections
 from ..postgres.connections import Connection
 from ..postgres.errors import describe
@@ -34,6 +33,7 @@ from ..tenant import Tenant
 from ..tenants.manager import CreatedTenant, TenantManager
 from .comparison import comparable, differences
 from .contents import Contents
+from .frame import Tell
 from .looking import Looking
 from .source import OpenSource
 

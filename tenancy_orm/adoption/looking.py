@@ -22,7 +22,6 @@ from ..migrations.database import ConnectionAdapter, DatabaseMigration, Target
 from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.services import FleetServices
-from ..operations.telling import Tell
 from ..postgres import connections as plain_connections
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
@@ -36,6 +35,7 @@ from ..provisioning.new_databases import SAFE_PATH
 from ..tenant import Tenant
 from .comparison import comparable, differences
 from .contents import Contents, SourceTable, read_contents
+from .frame import Tell
 from .renaming import move_schema, remaining
 from .source import OpenSource
 from .transfer import Transfer

@@ -18,7 +18,6 @@ from ..migrations.connections import Connections
 from ..migrations.plan import format_revision
 from ..migrations.scripts import Environment
 from ..operations import Operation, Operations
-from ..operations.telling import Tell, silent
 from ..postgres import connections
 from ..provisioning.new_databases import NewDatabase
 from ..runs import FleetMigrator
@@ -26,7 +25,7 @@ from ..servers.placement import Placer
 from ..tenant import Status
 from ..tenants.manager import TenantManager
 from .fleet import FleetAdoption
-from .frame import AdoptionFrame, Steps
+from .frame import AdoptionFrame, Steps, Tell
 from .in_place import InPlace, InPlaceLook
 from .looking import Look, Looking, extensions_of, place_of
 from .refusals import open_adoptable
@@ -35,6 +34,10 @@ from .rows import RowsAdoption
 from .rows_work import RowsWork
 from .source import OpenSource, Source
 from .verification import verify
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 class AdoptionManager:
@@ -109,10 +112,10 @@ class AdoptionManager:
         looking, plain, environment = await self._looking()
         async with open_adoptable(self._services, described) as opened:
             if in_place:
-                place = await InPlace(self._services, plain, environment, looking).look(opened, tell or silent)
+                place = await InPlace(self._services, plain, environment, looking).look(opened, tell or _silent)
                 return in_place_report(slug, opened, place, started)
             chosen = await self._choose(slug, server, region, tier)
-            look = await looking.look(opened, chosen, tell or silent)
+            look = await looking.look(opened, chosen, tell or _silent)
             return copy_report(slug, opened, look, started)
 
     async def adopt(
@@ -171,7 +174,7 @@ class AdoptionManager:
             TenancyError: as ``TenantManager.create``, and ``check``.
         """
         refuse_while_bound("adopting a database")
-        started, tell = time.monotonic(), tell or silent
+        started, tell = time.monotonic(), tell or _silent
         described = Source.parse(url, schema=schema, shared=with_shared, without=without, at=at)
         if (former := await self._frame.settle_former(slug, str(described), actor=actor)) is not None:
             return await self._finished(former_report(*former, started), tell, actor)

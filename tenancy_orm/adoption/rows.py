@@ -8,10 +8,10 @@ from typing import Any
 
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
-from ..operations.telling import Tell, silent
+from .frame import Tell
 from .refusals import open_adoptable
 from .rows_report import RowsReport
-from .rows_work import GivenMapping, RowsWork, read_mapping, report_of
+from .rows_work import GivenMapping, RowsWork, read_mapping, report_of, silent
 from .source import Source
 
 

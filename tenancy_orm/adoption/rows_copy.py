@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 import asyncpg
 
 from ..errors import AdoptionError
-from ..operations.telling import Tell
 from ..postgres.connections import Connection, transaction
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from .contents import Contents
+from .frame import Tell
 from .selection import PLAIN_TEXTS, Selection, Transferred
 from .source import OpenSource
 from .verification import SEQUENCES, set_sequence, verify

@@ -18,7 +18,6 @@ from ..migrations.connections import Connections
 from ..migrations.plan import Plan, format_revision
 from ..migrations.scripts import Environment
 from ..operations import Operation
-from ..operations.telling import Tell
 from ..postgres import connections
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
@@ -29,7 +28,7 @@ from ..provisioning.tenant_rights import RECORD_SCHEMA
 from ..runs import FleetMigrator
 from ..servers.placement import Placer
 from ..tenant import Tenant
-from .frame import KEY_SHOWN, AdoptionFrame, Steps
+from .frame import KEY_SHOWN, AdoptionFrame, Steps, Tell
 from .looking import Looking
 from .mapping import RowsMapping
 from .reach import Reach
@@ -296,6 +295,10 @@ def read_mapping(mapping: GivenMapping, where: str | None) -> RowsMapping:
     return RowsMapping.parse(mapping or {}, where=where)
 
 
+def silent(text: str) -> None:
+    """Tell nobody."""
+
+
 def _source_text(described: Source, said: RowsMapping) -> str:
     return f"{described} where {said.where}"
 
@@ -358,4 +361,4 @@ def _recorded(tenant: Tenant, operation: Operation, described: Source, said: Row
     )
 
 
-__all__ = ["Building", "GivenMapping", "RowsLook", "RowsWork", "read_mapping", "report_of"]
+__all__ = ["Building", "GivenMapping", "RowsLook", "RowsWork", "read_mapping", "report_of", "silent"]

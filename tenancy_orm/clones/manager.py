@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -32,7 +32,6 @@ from ..jobs.claims import Claimant
 from ..migrations.connections import Connections
 from ..migrations.scripts import Environment
 from ..operations import Operations
-from ..operations.telling import Tell, silent
 from ..postgres import connections as postgres_connections
 from ..postgres.connections import Connection
 from ..postgres.errors import describe
@@ -59,8 +58,15 @@ from .values import Replacing
 
 logger = logging.getLogger("tenancy_orm.clones")
 
+Tell = Callable[[str], None]
+"""Called with what begins, for a progress display."""
+
 LONGEST = timedelta(days=365)
 """For how long a clone is kept at most."""
+
+
+def _silent(_: str) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +145,7 @@ class CloneManager:
         metadata: Mapping[str, Any] | None = None,
         server: str | None = None,
         accept: bool = False,
-        tell: Tell = silent,
+        tell: Tell = _silent,
         actor: Actor = SYSTEM,
     ) -> CloneReport:
         """Make another tenant of a copy of a tenant's database as it is now, all or nothing.

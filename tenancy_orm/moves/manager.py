@@ -13,7 +13,6 @@ from ..context import refuse_while_bound
 from ..control.database import ControlDatabase
 from ..errors import OperationError, OperationStateError, TenancyError
 from ..operations import Operation, Operations, Switch
-from ..operations.telling import Tell
 from ..postgres.connections import Connection
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
@@ -27,7 +26,7 @@ from ..tenant import Status, TenantRef
 from ..tenants.manager import TenantManager
 from .prerequisites import check_servers
 from .rebalance import MovePlan, PlannedMove, Planner
-from .record import MoveServices, begin, claim
+from .record import MoveServices, Tell, begin, claim
 from .report import MoveOutcome, MoveProgress, MoveReport, TidyReport
 from .room import check_room
 from .steps import Move, carry_out

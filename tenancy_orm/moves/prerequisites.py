@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..cancellation import run_to_completion
 from ..errors import OperationError
-from ..operations.telling import Tell
 from ..postgres import connections
 from ..provisioning import Provisioner, roles
+from .record import Tell
 from .room import look
 from .streams import MORE_WORKERS
 

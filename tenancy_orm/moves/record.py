@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
@@ -13,7 +13,6 @@ from ..config.sections import MoveConfig
 from ..errors import OperationStateError
 from ..jobs.claims import Claimant
 from ..operations import Operation, Operations, Switch
-from ..operations.telling import Tell, silent
 from ..postgres.errors import describe
 from ..provisioning import Provisioner
 from ..provisioning.pipeline import ProvisioningServices
@@ -21,6 +20,8 @@ from ..registry.databases import TenantDatabase
 from ..tenant import Placement, Tenant, placement_of
 from ..tenants.manager import TenantManager
 from .streams import Stream
+
+Tell: TypeAlias = Callable[[str], None]
 
 _TOLD = {
     "publishing": "looking at the tables",
@@ -31,6 +32,10 @@ _TOLD = {
     "rolling_back": "catching up, and switching back",
     "confirming": "dropping the former database",
 }
+
+
+def _silent(step: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +87,7 @@ class MoveRecord:
         self.operation = operation
         self.tenant = tenant
         self.actor = actor
-        self.tell = silent if tell is None else tell
+        self.tell = _silent if tell is None else tell
         detail = operation.detail
         sealed = placement_of(tenant).sealed_password
         self.old = Placement(detail["from"]["server"], detail["from"]["database"], detail["from"]["role"], sealed)
@@ -228,4 +233,4 @@ async def claim(services: MoveServices, operation: Operation, *, actor: Actor) -
     return MoveRecord(services, claimant, claimed, tenant, actor=actor)
 
 
-__all__ = ["MoveRecord", "MoveServices", "begin", "claim"]
+__all__ = ["MoveRecord", "MoveServices", "Tell", "begin", "claim"]

@@ -21,7 +21,6 @@ from ..migrations.plan import Heads, Plan
 from ..migrations.scripts import Environment
 from ..migrations.selection import NO_TENANTS, Selection
 from ..migrations.services import FleetServices
-from ..operations.telling import silent
 from ..postgres import connections as plain_connections
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import databases
@@ -34,6 +33,10 @@ from .report import CloneReport, RehearsalReport
 
 DEFAULT_CLONES = 3
 _MARGIN = 1.2  # what a clone may need over the size of its source, and the migration's own
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 class Rehearsal:
@@ -73,7 +76,7 @@ class Rehearsal:
         self._content = content
         self._downgrade = downgrade
         self._concurrency = concurrency
-        self._tell = tell or silent
+        self._tell = tell or _silent
         self._actor = actor
         self._plan = Plan.of(environment, "upgrade", revision)
         self._notes: dict[str, None] = {}

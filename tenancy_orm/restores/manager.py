@@ -15,7 +15,6 @@ from ..errors import OperationError, OperationStateError, TenantNotFoundError
 from ..events import EventBus
 from ..migrations.connections import Connections
 from ..operations import Operations
-from ..operations.telling import Tell, silent
 from ..provisioning.filled_creation import Filling
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.provisioner import services_of
@@ -30,7 +29,7 @@ from ..tenants.manager import TenantManager
 from .making import Making
 from .report import RestoreReport, UpkeepReport
 from .sources import RestoreSource
-from .steps import UNDO, RestoreServices, begin, claim
+from .steps import UNDO, RestoreServices, Tell, begin, claim, silent
 from .switching import Switching
 from .tombstones import Tombstones
 from .upkeep import RestoreUpkeep
@@ -373,4 +372,4 @@ class RestoreManager:
         return await self._upkeep.settle(actor=actor)
 
 
-__all__ = ["READ_ONLY", "RestoreManager"]
+__all__ = ["READ_ONLY", "RestoreManager", "Tell"]

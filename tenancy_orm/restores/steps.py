@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,6 @@ from ..errors import JobLostError, OperationError, OperationStateError, TenancyE
 from ..events import EventBus, TenantRestored
 from ..jobs import Claimant
 from ..operations import Operation, Operations
-from ..operations.telling import Tell, silent
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
@@ -35,11 +34,18 @@ from .switching import Swapped, Switching
 
 logger = logging.getLogger("tenancy_orm.restores")
 
+Tell = Callable[[str], None]
+"""Called with what begins, for a progress display."""
+
 UNDO = "tenant.undo_restore_backup"
 """The action of a restore that swaps back to the database which an earlier one has replaced."""
 
 FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 """What can keep a restore from being taken back now."""
+
+
+def silent(_: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,4 +302,4 @@ async def claim(services: RestoreServices, number: int, *, tell: Tell = silent) 
     return Restore(services, claimant, await services.operations.claim(number, claimant), tell=tell)
 
 
-__all__ = ["FAILURES", "UNDO", "Restore", "RestoreServices", "begin", "claim"]
+__all__ = ["FAILURES", "UNDO", "Restore", "RestoreServices", "Tell", "begin", "claim", "silent"]
