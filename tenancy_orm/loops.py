@@ -12,11 +12,14 @@ import os
 import select
 import socket
 import weakref
+from collections.abc import Coroutine
 from contextlib import suppress
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from .errors import WrongEventLoopError
+
+T = TypeVar("T")
 
 _FORKED = -1  # in place of a thread's number, which is never negative
 
@@ -106,6 +109,19 @@ class OtherThreads:
             raise WrongEventLoopError(waiting=True)
 
 
+def run_in(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in an event loop of another thread, in this thread's context, and return its result.
+
+    An interruption of this thread cancels it.
+    """
+    future = asyncio.run_coroutine_threadsafe(work, loop)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
 class Home(Protocol):
     """Where something may be used."""
 
@@ -158,4 +174,4 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_forget_threads)
 
 
-__all__ = ["Home", "HomeLoop", "OtherThreads"]
+__all__ = ["Home", "HomeLoop", "OtherThreads", "run_in"]

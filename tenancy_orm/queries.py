@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from .cancellation import run_to_completion
 from .context import refuse_while_bound
 from .errors import ConfigurationError, FleetQueryError, QueryError, QueryFailure, TenancyError
-from .migrations.connections import Health, is_down, placement_of
+from .migrations.connections import Health, is_down
 from .migrations.failures import describe
 from .migrations.selection import Selection
 from .postgres.errors import sqlstate_of
@@ -30,7 +30,7 @@ from .registry.reading import TenantFilter
 from .registry.registry import Registry
 from .routing import Router
 from .routing.connection import ROWS_ONLY
-from .tenant import Status, Tenant, TenantRef
+from .tenant import Status, Tenant, TenantRef, placement_of
 
 if TYPE_CHECKING:
     _Row: TypeAlias = Row[*tuple[Any, ...]]

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 from uuid import UUID
 
+from .errors import TenantNotFoundError
 from .protocols import Admission
 
 _ID = re.compile(r"[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -113,6 +114,17 @@ class Tenant:
 
 TenantRef: TypeAlias = str | UUID | Tenant
 """How a caller names a tenant: by slug, former slug or verified domain, by id, or as an older ``Tenant``."""
+
+
+def placement_of(tenant: Tenant) -> Placement:
+    """Return a tenant's placement.
+
+    Raises:
+        TenantNotFoundError: the tenant has been purged.
+    """
+    if tenant.placement is None:
+        raise TenantNotFoundError(tenant.slug)
+    return tenant.placement
 
 
 def _restore(values: dict[str, Any]) -> Tenant:

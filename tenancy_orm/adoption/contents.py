@@ -167,7 +167,7 @@ async def read_contents(opened: OpenSource) -> Contents:
     if not found:
         raise AdoptionError(f"{source} has no tables: there is nothing to adopt")
     if closed := [f"{row['schema']}.{row['name']}" for row in found if not row["readable"]]:
-        raise AdoptionError(f"role {opened.role!r} may not read {_listed(closed)} of {source}; grant it SELECT there")
+        raise AdoptionError(f"role {opened.role!r} may not read {first_of(closed)} of {source}; grant it SELECT there")
     tables = [await _count(opened, row["schema"], row["name"]) for row in found]
     used = {row["name"] for row in await connection.fetch(_USED_EXTENSIONS)}
     installed = await read_extensions(connection)
@@ -205,7 +205,7 @@ async def _check_schema(opened: OpenSource) -> list[str]:
     if lost:
         raise AdoptionError(
             f"tables of schema {source.schema!r} have partitions outside of it, and their rows would be lost: "
-            + "; ".join(f"{_listed(partitions)} (of {name})" for name, partitions in lost.items())
+            + "; ".join(f"{first_of(partitions)} (of {name})" for name, partitions in lost.items())
             + f"; move them in the source: ALTER TABLE {next(iter(lost.values()))[0]} SET SCHEMA {source.schema}"
         )
     others: dict[str, list[str]] = {}
@@ -214,8 +214,8 @@ async def _check_schema(opened: OpenSource) -> list[str]:
             missing.setdefault(row["named"], []).append(row["by"])
         else:
             others.setdefault(f"{row['kind']} {row['identity']}", []).append(row["by"])
-    problems = [f"{name} (for {_listed(by)})" for name, by in missing.items()]
-    problems += [f"{name} (for {_listed(by)})" for name, by in others.items()]
+    problems = [f"{name} (for {first_of(by)})" for name, by in missing.items()]
+    problems += [f"{name} (for {first_of(by)})" for name, by in others.items()]
     if not problems:
         return notes
     options = " ".join(f"--with-shared {name}" for name in missing)
@@ -250,8 +250,9 @@ def differing_rows(expected: Sequence[SourceTable], found: Mapping[str, int | No
     ]
 
 
-def _listed(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
+    """Return some of the names for a message, the first ones, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-__all__ = ["Contents", "SourceTable", "count_rows", "differing_rows", "read_contents"]
+__all__ = ["Contents", "SourceTable", "count_rows", "differing_rows", "first_of", "read_contents"]

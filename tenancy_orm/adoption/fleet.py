@@ -20,6 +20,7 @@ from ..operations.progress import silent
 from ..postgres.errors import describe, without_detail
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
+from .contents import first_of
 from .fleet_plan import AdoptionPlan, PlannedTenant
 from .refusals import open_adoptable
 from .report import AdoptionReport
@@ -155,7 +156,7 @@ class FleetAdoption:
             reports[source] = await self._check_rows(plan, source, members, keep)
         tables: list[FleetTable] = []
         problems: list[str] = []
-        notes = [f"{_listed(slugs)}: {text}" for text, slugs in said.items()]
+        notes = [f"{first_of(slugs)}: {text}" for text, slugs in said.items()]
         for found in reports.values():
             problems += _same_customers(found)
             for table in _summed(found):
@@ -354,10 +355,6 @@ def _summed(reports: Sequence[RowsReport]) -> list[FleetTable]:
         rows = table.total if table.shared else claimed[table.source]
         found.append(FleetTable(source=table.source, total=table.total, claimed=rows, nobodys=table.nobodys, way=way))
     return found
-
-
-def _listed(slugs: Sequence[str]) -> str:
-    return ", ".join(slugs[:5]) + (f" and {len(slugs) - 5} more" if len(slugs) > 5 else "")
 
 
 def _judge(table: FleetTable, leave: bool, problems: list[str], notes: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from ..postgres.quoting import quote_literal
+from . import toml_values
 
 _COMMON = frozenset({"from", "where", "schema", "with_shared", "without", "accept_differences", "at", "tier", "region"})
 _FIELDS = _COMMON | {"mapping", "concurrency", "query"}
@@ -80,10 +80,10 @@ class AdoptionPlan:
         Raises:
             ConfigurationError: a file cannot be read, or says something that is not understood.
         """
-        values = _load(path)
+        values = toml_values.load(path)
         mapping = values.get("mapping", {})
         if isinstance(mapping, str):
-            mapping = _load(path.parent / mapping)
+            mapping = toml_values.load(path.parent / mapping)
         return cls.parse({**values, "mapping": mapping}, source=source, resolve=resolve)
 
     @classmethod
@@ -95,23 +95,23 @@ class AdoptionPlan:
         Raises:
             ConfigurationError: it says something that is not understood.
         """
-        _refuse_unknown(values, _FIELDS | {"tenants"}, "the plan")
+        toml_values.refuse_unknown(values, _FIELDS | {"tenants"}, "the plan")
         concurrency, mapping = values.get("concurrency", 4), values.get("mapping", {})
         if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
             raise ConfigurationError(f"concurrency of the plan is a number from 1, not {concurrency!r}")
         if not isinstance(mapping, Mapping):
             raise ConfigurationError("mapping of the plan is a file, or a table")
-        url = _text(values, "from", "the plan")
-        common: dict[str, Any] = {name: _text(values, name, "the plan") for name in ("at", "tier", "region")}
-        common |= {name: _list(values, name, "the plan") for name in ("with_shared", "without")}
-        common["accept_differences"] = _flag(values, "accept_differences", "the plan")
+        url = toml_values.text(values, "from", "the plan")
+        common: dict[str, Any] = {name: toml_values.text(values, name, "the plan") for name in ("at", "tier", "region")}
+        common |= {name: toml_values.names(values, name, "the plan") for name in ("with_shared", "without")}
+        common["accept_differences"] = toml_values.flag(values, "accept_differences", "the plan")
         common["source"] = source if url is None else resolve(url)
         given = values.get("tenants", [])
         if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
             raise ConfigurationError("tenants of the plan are written as [[tenants]]")
         tenants = tuple(_tenant(one, common, resolve) for one in given)
-        query = _text(values, "query", "the plan")
-        keyed = {name: text for name in ("where", "schema") if (text := _text(values, name, "the plan")) is not None}
+        query = toml_values.text(values, "query", "the plan")
+        keyed = toml_values.texts(values, ("where", "schema"), "the plan")
         if query is None and keyed:
             raise ConfigurationError(f"{next(iter(keyed))} of the plan is for the keys of its query, which is missing")
         if not tenants and query is None:
@@ -156,18 +156,18 @@ def _defaults(common: Mapping[str, Any], keyed: Mapping[str, str]) -> PlannedTen
 
 
 def _tenant(values: Mapping[str, Any], common: Mapping[str, Any], resolve: Callable[[str], str]) -> PlannedTenant:
-    slug = _text(values, "slug", "a tenant of the plan")
+    slug = toml_values.text(values, "slug", "a tenant of the plan")
     if slug is None:
         raise ConfigurationError("a tenant of the plan has no slug")
     place = f"tenant {slug!r} of the plan"
-    _refuse_unknown(values, _TENANT_FIELDS, place)
+    toml_values.refuse_unknown(values, _TENANT_FIELDS, place)
     names = ("where", "schema", "tier", "region", "server", "at")
-    said: dict[str, Any] = {name: text for name in names if (text := _text(values, name, place)) is not None}
-    said |= {name: _list(values, name, place) for name in ("with_shared", "without") if name in values}
+    said: dict[str, Any] = {**toml_values.texts(values, names, place)}
+    said |= {name: toml_values.names(values, name, place) for name in ("with_shared", "without") if name in values}
     if "accept_differences" in values:
-        said["accept_differences"] = _flag(values, "accept_differences", place)
+        said["accept_differences"] = toml_values.flag(values, "accept_differences", place)
     _refuse_unfit(said, place)
-    url = _text(values, "from", place)
+    url = toml_values.text(values, "from", place)
     return _applied(_made({**common, **said, "slug": slug, **({} if url is None else {"source": resolve(url)})}))
 
 
@@ -209,39 +209,6 @@ def _refuse_twice(tenants: tuple[PlannedTenant, ...]) -> None:
         slugs.add(one.slug)
         if (other := parts.setdefault((one.source, one.where, one.schema), one.slug)) != one.slug:
             raise ConfigurationError(f"tenants {other!r} and {one.slug!r} of the plan are made of the same")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as exc:
-        raise ConfigurationError(f"{path} cannot be read: {exc}") from exc
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: frozenset[str], place: str) -> None:
-    if unknown := sorted(values.keys() - known):
-        raise ConfigurationError(f"{place} has no {unknown[0]!r}; it knows {', '.join(sorted(known))}")
-
-
-def _text(values: Mapping[str, Any], name: str, place: str) -> str | None:
-    found = values.get(name)
-    if found is not None and (not isinstance(found, str) or not found.strip()):
-        raise ConfigurationError(f"{name} of {place} must be a string, not {found!r}")
-    return found
-
-
-def _list(values: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
-    found = values.get(name, [])
-    if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
-        raise ConfigurationError(f"{name} of {place} is a list of names")
-    return tuple(found)
-
-
-def _flag(values: Mapping[str, Any], name: str, place: str) -> bool:
-    found = values.get(name, False)
-    if not isinstance(found, bool):
-        raise ConfigurationError(f"{name} of {place} is true or false, not {found!r}")
-    return found
 
 
 __all__ = ["AdoptionPlan", "PlannedTenant"]

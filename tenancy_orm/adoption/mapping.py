@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigurationError
+from . import toml_values
 
 Strays = Literal["refuse", "follow", "leave"]
 Constant = str | int | float | bool
@@ -89,11 +89,7 @@ class RowsMapping:
         Raises:
             ConfigurationError: the file cannot be read, or says something that is not understood.
         """
-        try:
-            values = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeError, tomllib.TOMLDecodeError) as exc:
-            raise ConfigurationError(f"the mapping {path} cannot be read: {exc}") from exc
-        return cls.parse(values, where=where)
+        return cls.parse(toml_values.load(path, what="the mapping "), where=where)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, where: str | None = None) -> RowsMapping:
@@ -106,11 +102,11 @@ class RowsMapping:
         Raises:
             ConfigurationError: it says something that is not understood.
         """
-        _refuse_unknown(values, _FIELDS, "the mapping")
-        condition = where if where is not None else _text(values, "where", "the mapping")
+        toml_values.refuse_unknown(values, _FIELDS, "the mapping")
+        condition = where if where is not None else toml_values.text(values, "where", "the mapping")
         if condition is None or not condition.strip():
             raise ConfigurationError('the mapping needs the root condition: where = "tenant_id = 42", or --where')
-        column = _text(values, "column", "the mapping") or _column_of(condition)
+        column = toml_values.text(values, "column", "the mapping") or _column_of(condition)
         shared, exclude = _tables(values, "shared"), _tables(values, "exclude")
         given = values.get("tables", {})
         if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
@@ -124,14 +120,14 @@ class RowsMapping:
             column=column,
             shared=shared,
             exclude=exclude,
-            drop=frozenset(_names(values, "drop", "the mapping")),
+            drop=frozenset(toml_values.names(values, "drop", "the mapping")),
             tables=tables,
         )
 
 
 def _table(name: str, values: Mapping[str, Any]) -> TableMapping:
     place = f"table {name!r} of the mapping"
-    _refuse_unknown(values, _TABLE_FIELDS, place)
+    toml_values.refuse_unknown(values, _TABLE_FIELDS, place)
     strays = values.get("strays", "refuse")
     if strays not in _STRAYS:
         raise ConfigurationError(f"strays of {place} is one of {', '.join(_STRAYS)}, not {strays!r}")
@@ -142,14 +138,14 @@ def _table(name: str, values: Mapping[str, Any]) -> TableMapping:
         raise ConfigurationError(f"values of {place} are strings, numbers, true or false")
     if len(set(columns.values())) != len(columns):
         raise ConfigurationError(f"two columns of {place} become one")
-    drop = frozenset(_names(values, "drop", place))
+    drop = frozenset(toml_values.names(values, "drop", place))
     if both := sorted(drop & columns.keys()):
         raise ConfigurationError(f"column {both[0]!r} of {place} is dropped and renamed: keep one of the two")
-    rename = _text(values, "rename", place)
+    rename = toml_values.text(values, "rename", place)
     return TableMapping(
-        where=_text(values, "where", place),
+        where=toml_values.text(values, "where", place),
         rename=None if rename is None else _qualified(rename),
-        via=tuple(_names(values, "via", place)),
+        via=toml_values.names(values, "via", place),
         drop=drop,
         columns=columns,
         values=constants,
@@ -166,27 +162,8 @@ def _refuse_twice(shared: frozenset[str], exclude: frozenset[str], tables: Mappi
         raise ConfigurationError(f"table {both[0]!r} of the mapping is shared, and so has neither where nor via")
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], place: str) -> None:
-    if unknown := sorted(values.keys() - set(known)):
-        raise ConfigurationError(f"{place} has no {unknown[0]!r}; it knows {', '.join(sorted(known))}")
-
-
-def _text(values: Mapping[str, Any], name: str, place: str) -> str | None:
-    found = values.get(name)
-    if found is not None and (not isinstance(found, str) or not found.strip()):
-        raise ConfigurationError(f"{name} of {place} must be a string, not {found!r}")
-    return found
-
-
-def _names(values: Mapping[str, Any], name: str, place: str) -> list[str]:
-    found = values.get(name, [])
-    if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
-        raise ConfigurationError(f'{name} of {place} is a list of names, as ["one", "two"]')
-    return found
-
-
 def _tables(values: Mapping[str, Any], name: str) -> frozenset[str]:
-    return frozenset(map(_qualified, _names(values, name, "the mapping")))
+    return frozenset(map(_qualified, toml_values.names(values, name, "the mapping")))
 
 
 def _qualified(name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..postgres.connections import Connection
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_identifier, quote_qualified
 
 _RELATIONS = """
 SELECT c.oid::bigint AS oid, n.nspname::text AS schema, c.relname::text AS name, c.relkind = 'p' AS partitioned,
@@ -114,7 +114,7 @@ class Relation:
     @property
     def quoted(self) -> str:
         """The table in SQL."""
-        return f"{quote_identifier(self.schema)}.{quote_identifier(self.name)}"
+        return quote_qualified(self.schema, self.name)
 
     def rows(self, alias: str) -> str:
         """The table in FROM, without tables that inherit from it."""

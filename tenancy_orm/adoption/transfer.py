@@ -7,7 +7,6 @@ triggers and extensions of the source are left out.
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +14,17 @@ from pathlib import Path
 from ..cancellation import run_to_completion
 from ..errors import AdoptionError, ProvisioningError
 from ..postgres import connections
-from ..postgres.programs import Programs, run_piped, run_program
-from ..postgres.quoting import quote_identifier
-from ..postgres.snapshots import LOCK_WAIT
+from ..postgres.programs import SCHEMA_ONLY, Programs, run_piped, run_program
+from ..postgres.quoting import quote_identifier, quote_pattern
 from ..provisioning import archives, event_trigger
 from ..provisioning.copy_logins import CopyLogin
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.materialized_views import fill_views
 from ..provisioning.tenant_rights import RECORD_SCHEMA
 from .contents import Contents
 from .source import OpenSource
 
-_COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
-_SCHEMA_ONLY = ("--schema-only", "--no-publications", "--no-subscriptions")
-_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 _OWN_SCHEMAS = (event_trigger.NAME, CHECKPOINTS_SCHEMA, RECORD_SCHEMA)
-_VIEWS = """
-SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
-  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind = 'm' AND NOT c.relispopulated ORDER BY c.oid
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +66,8 @@ class Transfer:
         schemas = {one.schema for one in self.contents.extensions}
         for number, scope in enumerate(self._scopes()):
             archive, listing = str(directory / f"{number}.dump"), directory / f"{number}.list"
-            await self._dump(*scope, *_SCHEMA_ONLY, f"--file={archive}")
-            entries = await run_program([self.programs.path("pg_restore"), "--list", archive], {})
-            kept, left = archives.select(entries, schemas)
-            await asyncio.to_thread(listing.write_text, kept, "utf-8")
-            left_out += left
+            await self._dump(*scope, *SCHEMA_ONLY, f"--file={archive}")
+            left_out += await archives.write_list(self.programs, archive, listing, schemas)
             parts.append((archive, [f"--use-list={listing}"]))
         for archive, options in parts:
             await self._restore(*options, "--section=pre-data", archive)
@@ -94,19 +82,19 @@ class Transfer:
         for archive, options in parts:
             await self._restore(*options, "--section=post-data", archive)
         if with_rows:
-            await self._fill()
+            await fill_views(self.into, self.contents.filled, timeout=self.connect_timeout)
         return tuple(dict.fromkeys(left_out))
 
     def _scopes(self) -> list[tuple[str, ...]]:
         """The options of each dump; what others refer to comes first."""
         source = self.opened.source
         if source.schema is None:
-            return [tuple(f"--exclude-schema={_pattern(name)}" for name in _OWN_SCHEMAS)]
+            return [tuple(f"--exclude-schema={quote_pattern(name)}" for name in _OWN_SCHEMAS)]
         scopes: list[tuple[str, ...]] = []
         if source.shared:
             # tables that are named take no others along, whatever schemas are named beside them
-            scopes.append(tuple(f"--table={'.'.join(map(_pattern, name.split('.')))}" for name in source.shared))
-        return [*scopes, (f"--schema={_pattern(source.schema)}",)]
+            scopes.append(tuple(f"--table={'.'.join(map(quote_pattern, name.split('.')))}" for name in source.shared))
+        return [*scopes, (f"--schema={quote_pattern(source.schema)}",)]
 
     async def _make_schemas(self) -> None:
         """Create the schemas of shared tables, which a dump of tables does not."""
@@ -121,40 +109,18 @@ class Transfer:
             await run_to_completion(connections.close(connection))
 
     def _dump_command(self) -> list[str]:
-        return [
-            self.programs.path("pg_dump"),
-            *_COMMON,
-            f"--lock-wait-timeout={LOCK_WAIT}",
-            f"--snapshot={self.opened.snapshot}",
-            *(f"--exclude-table={_pattern(schema)}.{_pattern(name)}" for schema, name in self.contents.without),
-        ]
+        without = (".".join(map(quote_pattern, table)) for table in self.contents.without)
+        options = (f"--exclude-table={pattern}" for pattern in without)
+        return self.programs.dump_command(*options, snapshot=self.opened.snapshot)
 
     def _restore_command(self) -> list[str]:
-        exact = ("--exit-on-error",) if self.programs.version == self.version else ()
-        program = self.programs.path("pg_restore")
-        return [program, *exact, "--no-owner", "--no-acl", f"--dbname={self.into.database}"]
+        return self.programs.restore_command(self.into.database, exact=self.programs.version == self.version)
 
     async def _dump(self, *options: str) -> None:
         await run_program([*self._dump_command(), *options], self.opened.environment())
 
     async def _restore(self, *options: str) -> None:
         await run_program([*self._restore_command(), *options], self.into.environment())
-
-    async def _fill(self) -> None:
-        """Fill the materialized views that the source has filled, and make the planner's statistics."""
-        connection = await self.into.connect(timeout=self.connect_timeout, settings=_UNBOUNDED)
-        try:
-            for row in await connection.fetch(_VIEWS):
-                if row["name"] in self.contents.filled:
-                    await connection.execute(f"REFRESH MATERIALIZED VIEW {row['name']}")
-            await connection.execute("ANALYZE")
-        finally:
-            await run_to_completion(connections.close(connection))
-
-
-def _pattern(name: str) -> str:
-    """A name as one of psql's patterns."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 __all__ = ["Transfer"]

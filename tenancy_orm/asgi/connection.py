@@ -136,11 +136,7 @@ class WatchedConnection:
                 return
             if self.ended is not None and kind == "http.response.start":
                 raise self.abort_error()
-            self.started = True
-            if self.before_start is not None:
-                await self._add_headers()
-            if (self.headers or self.labels) and "status" in message:
-                message = self._with_headers(message)
+            message = await self._start(message)
         token = _bind(None)
         try:
             await self._send(message)
@@ -154,12 +150,17 @@ class WatchedConnection:
     async def answer(self, message: Message) -> None:
         """Send an answer of the middleware itself, also where the application's answer would be refused."""
         if message["type"] in _STARTS:
-            self.started = True
-            if self.before_start is not None:
-                await self._add_headers()
-            if (self.headers or self.labels) and "status" in message:
-                message = self._with_headers(message)
+            message = await self._start(message)
         await self._pass_on(message)
+
+    async def _start(self, message: Message) -> Message:
+        """Note that the answer starts, and return its first message with the headers that are added."""
+        self.started = True
+        if self.before_start is not None:
+            await self._add_headers()
+        if (self.headers or self.labels) and "status" in message:
+            return self._with_headers(message)
+        return message
 
     async def _add_headers(self) -> None:
         before_start, self.before_start = self.before_start, None

@@ -23,6 +23,7 @@ from ..errors import BackupError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import Programs, running
+from ..postgres.quoting import quote_pattern
 from ..postgres.snapshots import LOCK_WAIT, begin_snapshot
 from ..provisioning.restoring import count_rows
 from .archive import Digest, pack
@@ -159,8 +160,8 @@ class Scope:
 
     def to_arguments(self) -> Iterator[str]:
         """Return ``pg_dump``'s arguments."""
-        yield from (f"--exclude-schema={pattern(name)}" for name in self.left_out)
-        yield from (f"--schema={pattern(name)}" for name in self.schemas or ())
+        yield from (f"--exclude-schema={quote_pattern(name)}" for name in self.left_out)
+        yield from (f"--schema={quote_pattern(name)}" for name in self.schemas or ())
         yield from (f"--exclude-table-data={name}" for name in self.without_rows)
         if self.row_security:
             yield "--enable-row-security"
@@ -376,11 +377,6 @@ class Dump:
             program.resume()
 
 
-def pattern(name: str) -> str:
-    """Return a name as one of psql's patterns."""
-    return '"' + name.replace('"', '""') + '"'
-
-
 class _Written:
     """Tells which files ``pg_dump`` has closed. It writes one at a time: all but the one that appeared last.
 
@@ -541,6 +537,5 @@ __all__ = [
     "Source",
     "in_thread",
     "lockable_tables",
-    "pattern",
     "read_tables",
 ]

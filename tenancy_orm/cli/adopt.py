@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +11,9 @@ import typer
 from ..adoption import AdoptionReport
 from ..errors import AdoptionDifferencesError
 from ..tenancy import Tenancy
-from .adopt_rows import INTERRUPTED, adopt_fleet, adopt_rows, refuse_unfit
+from .adopt_rows import INTERRUPTED, adopt_fleet, adopt_rows, print_made, refuse_unfit
 from .metadata import Metadata, parse_metadata
-from .migrate_rehearsal import size_text
-from .output import Column, console, note, print_json, print_table, printable, tenant_fields
+from .output import Column, console, note, print_table, printable, size_text
 from .runtime import EXIT_FAILED, Json, Yes, confirm, exit_on_error, fail, given_url, operator, run_stoppable
 
 _QUESTION = (
@@ -182,8 +180,7 @@ def _adopt_database(
 
 def _show(report: AdoptionReport, as_json: bool) -> None:
     if as_json:
-        tenant = None if report.tenant is None else tenant_fields(report.tenant)
-        print_json({field.name: getattr(report, field.name) for field in fields(report)} | {"tenant": tenant})
+        print_made(report)
         return
     rows = [(one.source, one.target, one.rows) for one in report.tables]
     print_table("tables", (Column("source", drop=1), "table", "rows"), rows)

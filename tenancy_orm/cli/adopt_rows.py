@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from ..adoption import AdoptionPlan, FleetOutcome, FleetReport, RowsMapping, RowsReport
+from ..adoption import AdoptionPlan, AdoptionReport, FleetOutcome, FleetReport, RowsMapping, RowsReport
 from ..tenancy import Tenancy
 from .output import (
     Column,
@@ -53,8 +53,7 @@ def adopt_rows(
 
     report = run_stoppable(command, stopped=INTERRUPTED)
     if as_json:
-        tenant = None if report.tenant is None else tenant_fields(report.tenant)
-        print_json({field.name: getattr(report, field.name) for field in fields(report)} | {"tenant": tenant})
+        print_made(report)
     else:
         _show(report)
     if report.problems:
@@ -90,6 +89,12 @@ def adopt_fleet(plan: Path, source: str | None, *, concurrency: int | None, dry_
         _show_fleet(report, dry_run)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)
+
+
+def print_made(report: AdoptionReport | RowsReport) -> None:
+    """Print a report as JSON, with the tenant that was made, or null."""
+    tenant = None if report.tenant is None else tenant_fields(report.tenant)
+    print_json({field.name: getattr(report, field.name) for field in fields(report)} | {"tenant": tenant})
 
 
 def refuse_unfit(given: dict[str, Any], what: str) -> None:

@@ -15,7 +15,17 @@ from ..backups import Backup, BackupReport, PruneReport, Verification, recover_c
 from ..errors import BackupNotFoundError
 from ..tenancy import Tenancy
 from ..tenant import Tenant, parse_id
-from .output import Column, TenantBar, failures_listed, note, print_fields, print_json, print_table, progress_bar
+from .output import (
+    Column,
+    TenantBar,
+    failures_listed,
+    note,
+    print_fields,
+    print_json,
+    print_table,
+    progress_bar,
+    size_text,
+)
 from .runtime import (
     EXIT_FAILED,
     TENANT_NAMES,
@@ -48,7 +58,6 @@ _LISTED = (
     Column("verified", drop=2),
     Column("error", drop=4),
 )
-_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 @app.command("run")
@@ -186,7 +195,7 @@ def prune_backups(
         print_json({"pruned": pruned, "freed_bytes": report.freed_bytes, "errors": list(report.errors)})
     else:
         print_table("would be removed" if dry_run else "removed", _LISTED, map(_row, report.pruned))
-        note(f"{size(report.freed_bytes)} {'would be freed' if dry_run else 'freed'}")
+        note(f"{size_text(report.freed_bytes)} {'would be freed' if dry_run else 'freed'}")
         for error in report.errors:
             note(error)
     if report.errors:
@@ -361,7 +370,7 @@ def _show_report(report: BackupReport, as_json: bool) -> None:
         print_json({"done": done, "failed": report.reasons, "skipped": list(report.skipped)})
         return
     rows: list[tuple[Any, ...]] = [
-        (one.slug or "(control)", one.id, size(one.bytes), _seconds(one), "done") for one in report.done
+        (one.slug or "(control)", one.id, _size(one), _seconds(one), "done") for one in report.done
     ]
     rows += [(slug, None, None, None, reason) for slug, reason in report.reasons.items()]
     columns = ("tenant", Column("backup", keep=True), "size", Column("seconds", drop=1), "result")
@@ -375,7 +384,7 @@ def _row(backup: Backup) -> tuple[Any, ...]:
         backup.slug or "(control)",
         backup.state,
         backup.started_at,
-        size(backup.bytes),
+        _size(backup),
         None if backup.manifest is None else backup.manifest.revision,
         verified,
         backup.error or backup.verify_error,
@@ -410,14 +419,8 @@ def _seconds(backup: Backup) -> str | None:
     return None if backup.ended_at is None else f"{(backup.ended_at - backup.started_at).total_seconds():.1f}"
 
 
-def size(number: int | None) -> str | None:
-    """Return a size for people."""
-    if number is None:
-        return None
-    value, unit = float(number), 0
-    while value >= 1_000 and unit < len(_UNITS) - 1:
-        value, unit = value / 1_000, unit + 1
-    return f"{value:.{0 if unit == 0 else 1}f} {_UNITS[unit]}"
+def _size(backup: Backup) -> str | None:
+    return None if backup.bytes is None else size_text(backup.bytes)
 
 
-__all__ = ["app", "backup_fields", "find_backup", "size"]
+__all__ = ["app", "backup_fields", "find_backup"]

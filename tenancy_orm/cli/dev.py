@@ -8,9 +8,8 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,12 @@ import typer
 from ..config import TenancyConfig, project, sources
 from ..config.values import parse_keys
 from ..control.database import head
-from ..errors import ConfigurationError, MissingExtraError
+from ..errors import ConfigurationError
 from ..postgres.dsn import Dsn
 from ..tenancy import Tenancy
 from . import preparation, setup
 from .output import console, print_json
+from .psql import exit_with_psql, run_psql
 from .runtime import Json, TenantArgument, Yes, exit_on_error, extend_path, fail, operator, run
 
 _MIGRATIONS = "migrations"
@@ -252,38 +252,7 @@ def psql(
             )
         return await run_psql(arguments or (), environment)
 
-    # psql handles Ctrl-C itself
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        status = run(command)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    raise typer.Exit(status)
-
-
-async def run_psql(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run psql to its end, with this terminal, and return its exit status.
-
-    Raises:
-        ConfigurationError: there is no psql.
-    """
-    process = await asyncio.create_subprocess_exec(_find_psql(), *arguments, env=environment)
-    try:
-        return await process.wait()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-
-
-def _find_psql() -> str:
-    found = shutil.which("psql")
-    if found is None:
-        try:
-            from ..testing.embedded import find_binary
-        except MissingExtraError as exc:
-            raise ConfigurationError("there is no psql on PATH; install PostgreSQL's client programs") from exc
-        found = str(find_binary("psql"))
-    return found
+    exit_with_psql(command)
 
 
 def secret(as_json: Json = False) -> None:

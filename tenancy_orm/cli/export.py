@@ -10,10 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..exports import ExportFormat, ExportProgress, ExportReport
 from ..tenancy import Tenancy
-from .output import console, errors, note, print_json, printable
+from .output import console, errors, note, print_json, printable, size_text
 from .runtime import Json, TenantArgument, fail, operator, run_stoppable
 
-_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _FORMATS: tuple[ExportFormat, ...] = ("jsonl", "csv")
 
 
@@ -38,7 +37,7 @@ def export(
             task = bar.add_task("export", total=None)
 
             def show(progress: ExportProgress) -> None:
-                text = printable(f"{progress.part} ({_size(progress.bytes)})")
+                text = printable(f"{progress.part} ({size_text(progress.bytes)})")
                 bar.update(task, description=text, completed=progress.done, total=progress.total)
 
             return await tenancy.exports.write(
@@ -62,7 +61,7 @@ def export(
         note(f"its tables were read at {times} different times, since it was resumed: see its manifest.json")
     console.print(
         f"[bold]{report.slug}[/]: {report.rows:,} rows of {report.tables:,} tables in {printable(str(report.path))} "
-        f"({report.files:,} files, {_size(report.bytes)} unpacked)",
+        f"({report.files:,} files, {size_text(report.bytes)} unpacked)",
         highlight=False,
     )
 
@@ -70,14 +69,6 @@ def export(
 def _bar(*, shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=errors, disable=not (shown and errors.is_terminal))
-
-
-def _size(count: float) -> str:
-    for unit in _UNITS[:-1]:
-        if count < 1_000:
-            return f"{count:.0f} {unit}"
-        count /= 1_000
-    return f"{count:.1f} {_UNITS[-1]}"
 
 
 __all__ = ["export"]

@@ -9,11 +9,10 @@ import typer
 
 from ..rehearsal import CloneReport, Estimate, PhaseReport, RehearsalReport, StatementReport
 from ..tenancy import Tenancy
-from .output import Column, console, note, print_json, print_table, printable
+from .output import Column, console, note, print_json, print_table, printable, size_text
 from .runtime import EXIT_FAILED, Json, operator, run_stoppable
 
 _STATEMENT = 200  # characters of a statement that are shown; JSON has more
-_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def rehearse(
@@ -163,12 +162,4 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7_200 else f"{seconds / 3_600:.1f} h"
 
 
-def size_text(size: int) -> str:
-    """Return a number of bytes as people write it."""
-    value, unit = float(size), 0
-    while value >= 1_000 and unit < len(_UNITS) - 1:
-        value, unit = value / 1_000, unit + 1
-    return f"{value:.{0 if unit == 0 else 1}f} {_UNITS[unit]}"
-
-
-__all__ = ["rehearse", "show", "size_text"]
+__all__ = ["rehearse", "show"]

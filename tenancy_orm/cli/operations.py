@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any, cast, get_args
 
@@ -12,8 +11,8 @@ import typer
 from ..operations import Operation, OperationKind, OperationState
 from ..restores.manager import READ_ONLY
 from ..tenancy import Tenancy
-from .dev import run_psql
 from .output import Column, note, print_fields, print_json, print_table
+from .psql import exit_with_psql, run_psql
 from .runtime import TENANT_NAMES, Json, Yes, confirm, fail, operator, run
 
 app = typer.Typer(
@@ -140,13 +139,7 @@ def psql(
             environment["PGOPTIONS"] = f"{environment.get('PGOPTIONS', '')} {settings}".strip()
             return await run_psql(arguments or (), environment)
 
-    # psql handles Ctrl-C itself
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        status = run(command)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    raise typer.Exit(status)
+    exit_with_psql(command)
 
 
 def _refusal(operation: Operation) -> str:

@@ -30,6 +30,7 @@ from ..tenant import Tenant
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
 _GAP = "  "
 _SHORTEST = 10  # cells that are left of a text that is shortened
 
@@ -107,6 +108,14 @@ def json_text(value: Any) -> str:
 def printable(text: str) -> str:
     """Return ``text``, of one line or several, with the signs that control the terminal as escapes."""
     return "".join(sign if sign.isprintable() or sign == "\n" else ascii(sign)[1:-1] for sign in text)
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes as people write it: 512 bytes, 1.5 MB."""
+    unit = 0
+    while count >= 1_000 and unit < len(_UNITS) - 1:
+        count, unit = count / 1_000, unit + 1
+    return f"{count:.{0 if unit == 0 else 1}f} {_UNITS[unit]}"
 
 
 def _plain(value: Any) -> Any:

@@ -96,10 +96,7 @@ def prepare(
             _line("its control database is upgraded if it is at an older revision, as at each start")
         _line("nothing was changed (--dry-run)")
     elif plan is not None:
-        if not as_json:
-            _show(plan, kept)
-        _confirm(plan, kept, yes=yes, as_json=as_json)
-        exit_on_error(lambda: asyncio.run(plan.apply(config, keep=kept)))
+        _carry_out(plan, config, kept, yes=yes, as_json=as_json)
     return described
 
 
@@ -135,10 +132,7 @@ def prepare_server(
     if plan.unavailable:
         fail(str(plan.unavailable[0]), kind=type(plan.unavailable[0]).__name__)
     kept = _roles_to_keep(plan, keep)
-    if not as_json:
-        _show(plan, kept)
-    _confirm(plan, kept, yes=yes, as_json=as_json)
-    exit_on_error(lambda: asyncio.run(plan.apply(config, keep=kept)))
+    _carry_out(plan, config, kept, yes=yes, as_json=as_json)
 
 
 def _read_plan(config: TenancyConfig, *, shared: bool) -> PreparationPlan | None:
@@ -175,6 +169,16 @@ def _roles_to_keep(plan: PreparationPlan, chosen: Collection[str]) -> frozenset[
         else:
             kept.add(name)
     return frozenset(kept)
+
+
+def _carry_out(
+    plan: PreparationPlan, config: TenancyConfig, kept: Collection[str], *, yes: bool, as_json: bool
+) -> None:
+    """Say what a plan changes, ask where somebody would lose access, and do it."""
+    if not as_json:
+        _show(plan, kept)
+    _confirm(plan, kept, yes=yes, as_json=as_json)
+    exit_on_error(lambda: asyncio.run(plan.apply(config, keep=kept)))
 
 
 def _confirm(plan: PreparationPlan, kept: Collection[str], *, yes: bool, as_json: bool) -> None:

@@ -25,7 +25,6 @@ from ..errors import (
     LoginNotBlockedError,
     OperationError,
     TenancyError,
-    TenantDeletedError,
     TenantNotFoundError,
 )
 from ..events import EventBus, TenantCloned
@@ -48,8 +47,9 @@ from ..provisioning.grants import CHECKPOINTS_SCHEMA
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.restoring import programs_for
 from ..provisioning.tenant_rights import RECORD_SCHEMA
+from ..registry.lifecycle import check_database_in_use
 from ..runs import FleetMigrator
-from ..tenant import Status, Tenant, TenantRef
+from ..tenant import Tenant, TenantRef
 from ..tenants.manager import CreatedTenant, TenantManager
 from .plan import Table, plan_tables, read_names
 from .records import Clone, CloneRecords
@@ -175,7 +175,7 @@ class CloneManager:
             raise ConfigurationError(f"a clone must be kept for more than 0 seconds and at most {LONGEST.days} days")
         parsed = None if rules is None else AnonymisationRules.of(rules)
         found = await self._registry.find(tenant)
-        self._check(found)
+        check_database_in_use(found)
         environment = None if self._config.migrations is None else await self._migrations.environment()
         policy = RevisionPolicy(self._services, self._connections, environment, accept=accept)
         made = _Made()
@@ -234,15 +234,6 @@ class CloneManager:
             left_out=made.left_out,
             seconds=time.monotonic() - started,
         )
-
-    @staticmethod
-    def _check(tenant: Tenant) -> None:
-        if tenant.status is Status.PURGED or tenant.placement is None:
-            raise TenantNotFoundError(tenant.slug)
-        if tenant.status is Status.DELETED:
-            raise TenantDeletedError(tenant.slug)
-        if tenant.status is Status.PROVISIONING:
-            raise OperationError(f"tenant {tenant.slug!r} is being created")
 
     async def _look(
         self, tenant: Tenant, rules: AnonymisationRules | None, environment: Environment | None, require_rules: bool

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import AnonymisationError
 from ..postgres.connections import Connection
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_qualified
 from ..provisioning.event_trigger import NAME as GUARD_SCHEMA
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
 from .rules import AnonymisationRules, ColumnRule, TableRules, is_pattern, matches
@@ -147,7 +147,7 @@ class Table:
     @property
     def quoted(self) -> str:
         """The table in SQL."""
-        return f"{quote_identifier(self.schema)}.{quote_identifier(self.name)}"
+        return quote_qualified(self.schema, self.name)
 
     @property
     def is_changed(self) -> bool:
@@ -228,10 +228,7 @@ async def read_tables(connection: Connection) -> dict[int, Any]:
 
 async def read_names(connection: Connection) -> list[str]:
     """Return the tables' names for LOCK, quoted."""
-    return [
-        f"ONLY {quote_identifier(row['schema'])}.{quote_identifier(row['name'])}"
-        for row in (await read_tables(connection)).values()
-    ]
+    return [f"ONLY {quote_qualified(row['schema'], row['name'])}" for row in (await read_tables(connection)).values()]
 
 
 async def _refuse_batches(connection: Connection) -> None:

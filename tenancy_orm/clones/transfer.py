@@ -21,9 +21,8 @@ from ..cancellation import run_to_completion
 from ..errors import AnonymisationError, OperationError
 from ..postgres import connections
 from ..postgres.connections import Connection
-from ..postgres.programs import Programs, run_piped, run_program
-from ..postgres.quoting import quote_identifier
-from ..postgres.snapshots import LOCK_WAIT
+from ..postgres.programs import SCHEMA_ONLY, Programs, run_piped, run_program
+from ..postgres.quoting import quote_identifier, quote_pattern
 from ..provisioning import archives, event_trigger
 from ..provisioning.copy_logins import HIDES_ROWS, CopyLogin
 from ..provisioning.readers import Reader
@@ -52,8 +51,6 @@ READING = {
 }
 """Settings of the session that reads: names are complete, no row is hidden without an error, the order is the same."""
 
-_COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
-_SCHEMA_ONLY = ("--schema-only", "--no-publications", "--no-subscriptions")
 _QUEUED = 16  # pieces of a table that are in memory at most
 _MATERIALIZED = """
 SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
@@ -118,11 +115,11 @@ class CloneTransfer:
         }
         with tempfile.TemporaryDirectory(prefix="tenancy-clone-") as directory:
             archive, listing = str(Path(directory, "schema.dump")), Path(directory, "list")
-            dump = self._dump_command(snapshot)
-            await run_program([*dump, *_SCHEMA_ONLY, f"--file={archive}"], self.reader.environment())
-            entries = await run_program([self.programs.path("pg_restore"), "--list", archive], {})
-            kept, left_out = archives.select(entries, {row[0] for row in await self._extension_schemas()})
-            await asyncio.to_thread(listing.write_text, kept, "utf-8")
+            guard = f"--exclude-schema={quote_pattern(event_trigger.NAME)}"
+            dump = self.programs.dump_command(guard, snapshot=snapshot)
+            await run_program([*dump, *SCHEMA_ONLY, f"--file={archive}"], self.reader.environment())
+            schemas = {row[0] for row in await self._extension_schemas()}
+            left_out = await archives.write_list(self.programs, archive, listing, schemas)
             use = f"--use-list={listing}"
             await self._restore(use, "--section=pre-data", archive)
             await self._bring_rows(dump)
@@ -131,20 +128,9 @@ class CloneTransfer:
         await self._finish(views)
         return left_out
 
-    def _dump_command(self, snapshot: str) -> list[str]:
-        return [
-            self.programs.path("pg_dump"),
-            *_COMMON,
-            f"--exclude-schema={_pattern(event_trigger.NAME)}",
-            f"--lock-wait-timeout={LOCK_WAIT}",
-            f"--snapshot={snapshot}",
-        ]
-
     def _restore_command(self) -> list[str]:
-        # newer programs set parameters that an older server does not know; the rows are counted anyway
-        exact = ("--exit-on-error",) if self.programs.version == self.version else ()
-        program = self.programs.path("pg_restore")
-        return [program, *exact, "--no-owner", "--no-acl", f"--dbname={self.into.database}"]
+        # where not every error ends it, the rows are counted anyway
+        return self.programs.restore_command(self.into.database, exact=self.programs.version == self.version)
 
     async def _restore(self, *options: str) -> None:
         await run_program([*self._restore_command(), *options], self.into.environment())
@@ -159,7 +145,7 @@ class CloneTransfer:
     async def _bring_rows(self, dump: Sequence[str]) -> None:
         """Bring the rows of tables that no rule changes, the positions of sequences, and large objects."""
         excluded = [
-            f"--exclude-table-data={_pattern(table.schema)}.{_pattern(table.name)}"
+            f"--exclude-table-data={quote_pattern(table.schema)}.{quote_pattern(table.name)}"
             for table in self.tables
             if table.is_changed
         ]
@@ -296,11 +282,6 @@ def _flat(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [found for one in error.exceptions for found in _flat(one)]
     return [error]
-
-
-def _pattern(name: str) -> str:
-    """A name as one of psql's patterns."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 __all__ = ["READING", "CloneTransfer"]

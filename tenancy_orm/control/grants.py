@@ -102,7 +102,7 @@ _WITHOUT_POLICY = text(
     "SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'tenancy'::regnamespace AND c.relrowsecurity "
     "AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = :policy) ORDER BY 1"
 )
-# the months of the audit log, those that retention has detached too: revision 0027 shares them in the same way
+# the months of the audit log, those that retention has detached too: revision 0006 shares them in the same way
 _MONTHS = text(
     "SELECT relname FROM pg_class WHERE relnamespace = 'tenancy'::regnamespace AND relkind = 'r' "
     "AND relname LIKE 'audit\\_log\\_y%' ORDER BY 1"

@@ -1,4 +1,7 @@
-"""SQL scripts of several statements in an Alembic migration over asyncpg."""
+"""SQL scripts of several statements in an Alembic migration over asyncpg, and SQL that many of them share.
+
+Revisions of the control database import nothing else of the package: what a released one runs must never change.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def run_script(sql: str) -> None:
 def for_applications(statement: str) -> str:
     """Return the SQL that executes ``statement`` for each role that ``grants.grant_application`` was called for.
 
-    A migration that adds a table grants it so to the roles of existing installations.
+    A migration that adds a table grants it so to the roles of existing installations. The text is frozen: where later
+    revisions need another one, they get another function.
 
     Args:
         statement: SQL as for PostgreSQL's ``format``, with ``%1$I`` for the role's name, and ``%2$I`` for that of

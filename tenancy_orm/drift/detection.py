@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from ..errors import MigrationError, UnknownTierError
 from ..migrations.concurrency import interleave, map_concurrently
-from ..migrations.connections import Connections, Health, placement_of
+from ..migrations.connections import Connections, Health
 from ..migrations.database import close, lock, read_state
 from ..migrations.failures import describe
 from ..migrations.plan import Heads, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
-from ..tenant import Tenant, TenantRef
+from ..tenant import Tenant, TenantRef, placement_of
 from . import catalogue
 from .catalogue import Catalogue, Ignored
 from .compare import Difference, compare

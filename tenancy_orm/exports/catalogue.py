@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..postgres.connections import Connection
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_qualified
 from ..provisioning import event_trigger
 from ..provisioning.grants import CHECKPOINTS_SCHEMA
 from ..provisioning.tenant_rights import RECORD_SCHEMA
@@ -206,7 +206,7 @@ class Relation:
     @property
     def sql(self) -> str:
         """As FROM has it: a partitioned table with its partitions, another without those that inherit from it."""
-        name = f"{quote_identifier(self.schema)}.{quote_identifier(self.name)}"
+        name = quote_qualified(self.schema, self.name)
         return name if self.kind == "p" else f"ONLY {name}"
 
     @property

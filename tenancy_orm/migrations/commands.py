@@ -14,10 +14,10 @@ from alembic.config import Config
 from sqlalchemy import Connection as SyncConnection
 
 from ..postgres.connections import Connection
-from ..tenant import Tenant, TenantRef
+from ..tenant import Tenant, TenantRef, placement_of
 from . import local
 from .concurrency import map_concurrently
-from .connections import Connections, Health, placement_of
+from .connections import Connections, Health
 from .database import Target, active, close, lock, make_version_table, read_state
 from .logs import labelled
 from .scripts import Environment

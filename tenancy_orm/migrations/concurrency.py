@@ -8,8 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
-from ..tenant import Tenant
-from .connections import placement_of
+from ..tenant import Tenant, placement_of
 
 T = TypeVar("T")
 

@@ -18,12 +18,11 @@ from ..errors import (
     MigrationError,
     ServerUnavailableError,
     TemplateError,
-    TenantNotFoundError,
 )
 from ..postgres.connections import Connection
 from ..postgres.errors import TOO_MANY_CONNECTIONS, sqlstate_of
 from ..routing.marker import marker_text
-from ..tenant import Placement, Tenant
+from ..tenant import Tenant, placement_of
 from .data_batches import DataLimits
 from .database import ConnectionAdapter, Target, close
 from .extensions import WantedExtensions
@@ -258,17 +257,6 @@ class Connections:
             logger.debug("server %s does not answer: %s", server, describe(exc))
             health.silent(server)
             return None
-
-
-def placement_of(tenant: Tenant) -> Placement:
-    """Return a tenant's placement.
-
-    Raises:
-        TenantNotFoundError: the tenant has been purged.
-    """
-    if tenant.placement is None:
-        raise TenantNotFoundError(tenant.slug)
-    return tenant.placement
 
 
 def is_down(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection as SyncConnection
 from sqlalchemy import Executable
 
 from ..errors import ConfigurationError, MigrationError
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_identifier, quote_qualified
 from ..tenant import Tenant
 from .plan import MigrationStep
 
@@ -83,7 +83,7 @@ class DataMigration:
     @property
     def quoted(self) -> str:
         """The table, quoted."""
-        return ".".join(quote_identifier(part) for part in (self.schema, self.table) if part is not None)
+        return quote_qualified(self.schema, self.table)
 
     def reverse(self, function: BatchFunction) -> BatchFunction:
         """Register what a downgrade does to the same rows, before the DDL of ``downgrade()``."""

@@ -18,7 +18,7 @@ from ..errors import MigrationError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.errors import UNIQUE_VIOLATION
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_qualified
 from .failures import describe
 from .logs import logger
 from .statements import statements, tokens
@@ -102,12 +102,12 @@ class InvalidIndex:
     @property
     def qualified(self) -> str:
         """The quoted name, with its schema."""
-        return f"{quote_identifier(self.schema)}.{quote_identifier(self.name)}"
+        return quote_qualified(self.schema, self.name)
 
     @property
     def qualified_table(self) -> str:
         """The quoted name of the table, with its schema."""
-        return f"{quote_identifier(self.table_schema)}.{quote_identifier(self.table)}"
+        return quote_qualified(self.table_schema, self.table)
 
     @property
     def is_remainder(self) -> bool:

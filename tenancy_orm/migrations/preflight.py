@@ -18,11 +18,11 @@ from ..errors import MigrationError, PreflightError, counted
 from ..events import EventBus, MigrationPreflightEnded
 from ..postgres.connections import Connection
 from ..postgres.errors import without_detail
-from ..tenant import Tenant
+from ..tenant import Tenant, placement_of
 from . import local
 from .checks import Finding, ask, refuse_foreign_code, script_of
 from .concurrency import interleave, map_concurrently
-from .connections import Connections, Health, placement_of
+from .connections import Connections, Health
 from .data_checkpoints import read
 from .data_migrations import data_migrations_of, of_step
 from .database import State, active, close, read_state

@@ -17,7 +17,7 @@ from alembic.util.exc import CommandError
 from sqlalchemy.exc import NoSuchModuleError
 
 from ..errors import ConfigurationError
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_identifier, quote_qualified
 from . import envfile, local, logs, plain
 from .failures import describe
 
@@ -57,7 +57,7 @@ class Environment:
     def quoted_version_table(self) -> str:
         """The quoted name of Alembic's version table, with its schema if env.py gives one."""
         schema, table = self.options.get("version_table_schema"), self.options.get("version_table", "alembic_version")
-        return ".".join(quote_identifier(part) for part in (schema, table) if part is not None)
+        return quote_qualified(schema, table)
 
 
 class _RunContext(EnvironmentContext):

@@ -6,7 +6,6 @@ pause, when nobody writes.
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,21 +15,10 @@ from ..cancellation import run_to_completion
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import Programs, run_piped, run_program
-from ..postgres.quoting import quote_identifier
-from ..postgres.snapshots import LOCK_WAIT
+from ..postgres.quoting import quote_identifier, quote_pattern, quote_qualified
 from ..provisioning import archives, event_trigger, roles
-from ..provisioning.copy_logins import CopyLogin
+from ..provisioning.copy_logins import UNBOUNDED, CopyLogin
 
-_COMMON = (
-    "--format=custom",
-    "--no-owner",
-    "--no-acl",
-    "--no-security-labels",
-    "--no-tablespaces",
-    "--no-publications",
-    "--no-subscriptions",
-)
-_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 _SPOOLED_BYTES = 16 * 1024**2
 _BATCH = 200
 
@@ -108,20 +96,9 @@ class Copying:
             ProvisioningError: a program failed.
         """
         reader, restorer = self.reader.environment(), self.restorer.environment()
-        dump = [
-            self.programs.path("pg_dump"),
-            *_COMMON,
-            f'--exclude-schema="{event_trigger.NAME}"',
-            f"--lock-wait-timeout={LOCK_WAIT}",
-            *([] if self.snapshot is None else [f"--snapshot={self.snapshot}"]),
-        ]
-        restore = [
-            self.programs.path("pg_restore"),
-            *(["--exit-on-error"] if self.exact else []),
-            "--no-owner",
-            "--no-acl",
-            f"--dbname={self.restorer.database}",
-        ]
+        guard = f"--exclude-schema={quote_pattern(event_trigger.NAME)}"
+        dump = self.programs.dump_command(guard, "--no-publications", "--no-subscriptions", snapshot=self.snapshot)
+        restore = self.programs.restore_command(self.restorer.database, exact=self.exact)
         carried = [
             *([] if self.everything else ["--no-blobs", "--no-unlogged-table-data"]),
             *(f"--exclude-table-data={name}" for name in self.without_rows),
@@ -130,9 +107,7 @@ class Copying:
         with tempfile.TemporaryDirectory(prefix="tenancy-move-") as directory:
             schema, listing = f"{directory}/schema.dump", Path(directory, "list")
             await run_program([*dump, "--schema-only", f"--file={schema}"], reader)
-            entries = await run_program([self.programs.path("pg_restore"), "--list", schema], {})
-            kept, left_out = archives.select(entries, set(self.schemas))
-            await asyncio.to_thread(listing.write_text, kept, "utf-8")
+            left_out = await archives.write_list(self.programs, schema, listing, set(self.schemas))
             parts = [*restore, f"--use-list={listing}"]
             await run_program([*parts, "--section=pre-data", schema], restorer)
             await run_piped(
@@ -143,7 +118,7 @@ class Copying:
         return left_out
 
     async def _filled(self, timeout: float) -> list[str]:
-        connection = await self.reader.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-move")
+        connection = await self.reader.connect(timeout=timeout, settings=UNBOUNDED, purpose="tenancy-move")
         try:
             return [row["name"] for row in await connection.fetch(MATERIALIZED)]
         finally:
@@ -151,7 +126,7 @@ class Copying:
 
     async def _finish(self, filled: Sequence[str], timeout: float) -> None:
         """Fill materialized views, and make the planner's statistics."""
-        connection = await self.restorer.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-move")
+        connection = await self.restorer.connect(timeout=timeout, settings=UNBOUNDED, purpose="tenancy-move")
         try:
             for name in filled:
                 await connection.execute(f"REFRESH MATERIALIZED VIEW {name}")
@@ -186,7 +161,7 @@ async def copy_tables(source: Connection, target: Connection, tables: Sequence[t
     """
     if not tables:
         return
-    quoted = [f"{quote_identifier(schema)}.{quote_identifier(name)}" for schema, name in tables]
+    quoted = [quote_qualified(schema, name) for schema, name in tables]
     async with connections.transaction(target):
         columns = [row["names"] for row in await source.fetch(_COLUMNS, quoted)]
         triggers = await target.fetch(_TRIGGERS, quoted)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..audit.actor import SYSTEM, Actor
 from ..cancellation import run_to_completion
 from ..config.sections import MoveConfig
-from ..errors import OperationStateError, TenantNotFoundError
+from ..errors import OperationStateError
 from ..jobs.claims import Claimant
 from ..operations import Operation, Operations, Switch
 from ..operations.progress import StepProgress, silent
@@ -18,7 +18,7 @@ from ..postgres.errors import describe
 from ..provisioning import Provisioner
 from ..provisioning.pipeline import ProvisioningServices
 from ..registry.databases import TenantDatabase
-from ..tenant import Placement, Tenant
+from ..tenant import Placement, Tenant, placement_of
 from ..tenants.manager import TenantManager
 from .streams import Stream
 
@@ -84,9 +84,7 @@ class MoveRecord:
         self.actor = actor
         self.progress = silent if progress is None else progress
         detail = operation.detail
-        if tenant.placement is None:
-            raise TenantNotFoundError(tenant.slug)
-        sealed = tenant.placement.sealed_password
+        sealed = placement_of(tenant).sealed_password
         self.old = Placement(detail["from"]["server"], detail["from"]["database"], detail["from"]["role"], sealed)
         self.new = Placement(detail["to"]["server"], detail["to"]["database"], detail["to"]["role"], sealed)
         self.forward = Stream(self.provisioning, operation.id, "f", self.old, self.new)

@@ -17,6 +17,10 @@ from pathlib import Path
 from ..cancellation import run_to_completion
 from ..errors import ConfigurationError, ProvisioningError
 from .archive_headers import dump_version
+from .snapshots import LOCK_WAIT
+
+SCHEMA_ONLY = ("--schema-only", "--no-publications", "--no-subscriptions")
+"""Options of ``pg_dump`` for a schema without publications and subscriptions."""
 
 _VERSION = re.compile(r"\(PostgreSQL\) (\d+)")
 _KEPT_BYTES = 65_536  # of what a program prints about its errors
@@ -53,6 +57,35 @@ class Programs:
     def path(self, name: str) -> str:
         """Return the path of one of them."""
         return str(self.directory / name)
+
+    def dump_command(self, *options: str, snapshot: str | None) -> list[str]:
+        """Return the command of a dump for ``restore_command``: without owners, rights, security labels, tablespaces.
+
+        Args:
+            options: Further options.
+            snapshot: The snapshot that is read; None: one of the dump's own.
+        """
+        return [
+            self.path("pg_dump"),
+            "--format=custom",
+            "--no-owner",
+            "--no-acl",
+            "--no-security-labels",
+            "--no-tablespaces",
+            f"--lock-wait-timeout={LOCK_WAIT}",
+            *([] if snapshot is None else [f"--snapshot={snapshot}"]),
+            *options,
+        ]
+
+    def restore_command(self, database: str, *, exact: bool) -> list[str]:
+        """Return the command that restores a dump of ``dump_command`` as the login that it is run with.
+
+        Args:
+            database: The database.
+            exact: Whether the first error ends it: newer programs set parameters that an older server does not know.
+        """
+        every_error = ["--exit-on-error"] if exact else []
+        return [self.path("pg_restore"), *every_error, "--no-owner", "--no-acl", f"--dbname={database}"]
 
     def can_restore_exactly(self, server_version: int) -> bool:
         """Whether ``pg_restore --exit-on-error`` works with a server: it sets what older servers do not know."""
@@ -332,6 +365,7 @@ def _check(arguments: Sequence[str], process: asyncio.subprocess.Process, errors
 
 
 __all__ = [
+    "SCHEMA_ONLY",
     "Programs",
     "RunningProgram",
     "able_to_read",

@@ -16,6 +16,20 @@ def quote_identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def quote_qualified(*parts: str | None) -> str:
+    """Quote the parts of a qualified name, as schema and table, joined by full stops; None is left out.
+
+    Raises:
+        ValueError: as ``quote_identifier``.
+    """
+    return ".".join(quote_identifier(part) for part in parts if part is not None)
+
+
+def quote_pattern(name: str) -> str:
+    """Quote ``name`` as one of psql's patterns, which match it alone: for the options of ``pg_dump``."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 def quote_literal(text: str) -> str:
     """Quote ``text`` as an SQL string constant, for the statements (DDL) that take no parameters.
 

@@ -5,8 +5,11 @@ Left out is what only an administrator may create, what reaches other servers, a
 
 from __future__ import annotations
 
+import asyncio
 import re
+from pathlib import Path
 
+from ..postgres.programs import Programs, run_program
 from . import event_trigger
 
 LEFT_OUT = (
@@ -57,4 +60,22 @@ def select(entries: str, schemas: set[str]) -> tuple[str, tuple[str, ...]]:
     return "".join(f"{line}\n" for line in kept), tuple(left_out)
 
 
-__all__ = ["LEFT_OUT", "select"]
+async def write_list(programs: Programs, archive: str, listing: Path, schemas: set[str]) -> tuple[str, ...]:
+    """Write the list of what is restored of an archive, for ``pg_restore --use-list``; returns what is left out.
+
+    Args:
+        programs: Those that can read it.
+        archive: The archive.
+        listing: The file that is written.
+        schemas: As for ``select``.
+
+    Raises:
+        ProvisioningError: ``pg_restore`` failed.
+    """
+    entries = await run_program([programs.path("pg_restore"), "--list", archive], {})
+    kept, left_out = select(entries, schemas)
+    await asyncio.to_thread(listing.write_text, kept, "utf-8")
+    return left_out
+
+
+__all__ = ["LEFT_OUT", "select", "write_list"]

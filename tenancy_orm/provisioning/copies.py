@@ -24,27 +24,27 @@ from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..context import refuse_while_bound
 from ..control.names import Names
-from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
+from ..errors import ProvisioningError, TenancyError
 from ..loops import HomeLoop
 from ..postgres import connections, locks
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..postgres.programs import Programs, find_programs, run_piped, run_program
-from ..postgres.snapshots import LOCK_WAIT, begin_snapshot, readable_tables
+from ..postgres.programs import SCHEMA_ONLY, Programs, find_programs, run_piped, run_program
+from ..postgres.quoting import quote_pattern
+from ..postgres.snapshots import begin_snapshot, readable_tables
 from ..servers import Server, Servers
-from ..tenant import Placement, Tenant
+from ..tenant import Placement, Tenant, placement_of
 from . import archives, databases, event_trigger, removal
 from .admin_connections import HOLDING
 from .blockers import Blockers
-from .copy_logins import HIDES_ROWS, CopyLogin, create_reader, end_login, see_all_rows
+from .copy_logins import HIDES_ROWS, UNBOUNDED, CopyLogin, create_reader, end_login, see_all_rows
 from .database_properties import read_properties
 from .empty_databases import InstalledExtension, create_for_login, read_extensions
+from .materialized_views import fill_views, filled_views
 
 Content = Literal["data", "schema", "nothing"]
 """What a copy has: everything; or the schema alone, with statistics from PostgreSQL 18 on; or only ``extensions``."""
 
-_COMMON = ("--format=custom", "--no-owner", "--no-acl", "--no-security-labels", "--no-tablespaces")
-_SCHEMA = ("--schema-only", "--no-publications", "--no-subscriptions")
 _STATISTICS_VERSION = 18
 
 
@@ -101,7 +101,7 @@ class Copies:
         """
         refuse_while_bound("measuring a tenant's database")
         self._home.check()
-        place = _placement(tenant)
+        place = placement_of(tenant)
         connection = await self._blockers(self._servers[place.server]).connect(purpose="tenancy-copy")
         try:
             found = await databases.sizes(connection, [place.database])
@@ -141,7 +141,7 @@ class Copies:
         """
         refuse_while_bound("copying a tenant's database")
         self._home.check()
-        place = _placement(tenant)
+        place = placement_of(tenant)
         server = self._servers[place.server]
         blockers = self._blockers(server)
         connection = await blockers.connect(settings=HOLDING, purpose="tenancy-copy")
@@ -299,7 +299,7 @@ class _Copying:
         """Copy the contents, and return what is left out."""
         timeout = self._config.pool.connect_timeout
         # both dumps are of this snapshot, which is there as long as its transaction
-        holding = await reader.connect(timeout=timeout, settings=_UNBOUNDED)
+        holding = await reader.connect(timeout=timeout, settings=UNBOUNDED)
         try:
             if connections.version(holding) >= 17:
                 await holding.execute("SET transaction_timeout = 0")
@@ -307,23 +307,15 @@ class _Copying:
             snapshot = await holding.fetchval("SELECT pg_catalog.pg_export_snapshot()")
             if content == "data" and await holding.fetchval(HIDES_ROWS):
                 await see_all_rows(self._connection, reader.role)
-            filled = {row["name"] for row in await holding.fetch(_MATERIALIZED, True)}
-            dump = (
-                programs.path("pg_dump"),
-                *_COMMON,
-                f"--exclude-schema={_pattern(event_trigger.NAME)}",
-                f"--lock-wait-timeout={LOCK_WAIT}",
-                f"--snapshot={snapshot}",
-            )
-            exact = ("--exit-on-error",) if programs.version == connections.version(self._connection) else ()
-            restore = (programs.path("pg_restore"), *exact, "--no-owner", "--no-acl", f"--dbname={restorer.database}")
+            filled = await filled_views(holding)
+            dump = programs.dump_command(f"--exclude-schema={quote_pattern(event_trigger.NAME)}", snapshot=snapshot)
+            exact = programs.version == connections.version(self._connection)
+            restore = programs.restore_command(restorer.database, exact=exact)
             with tempfile.TemporaryDirectory(prefix="tenancy-copy-") as directory:
                 schema, listing = f"{directory}/schema.dump", Path(directory, "list")
-                kinds = ("--no-data", "--statistics", *_SCHEMA[1:]) if with_statistics else _SCHEMA
+                kinds = ("--no-data", "--statistics", *SCHEMA_ONLY[1:]) if with_statistics else SCHEMA_ONLY
                 await run_program([*dump, *kinds, f"--file={schema}"], reader.environment())
-                entries = await run_program([programs.path("pg_restore"), "--list", schema], {})
-                kept, left_out = archives.select(entries, schemas)
-                await asyncio.to_thread(listing.write_text, kept, "utf-8")
+                left_out = await archives.write_list(programs, schema, listing, schemas)
                 parts = [*restore, f"--use-list={listing}"]
                 await run_program([*parts, "--section=pre-data", schema], restorer.environment())
                 if content == "data":
@@ -340,39 +332,9 @@ class _Copying:
         finally:
             await run_to_completion(connections.close(holding))
         if content == "data":
-            await self._fill(restorer, filled)
+            # only PostgreSQL 18 dumps the statistics
+            await fill_views(restorer, filled, timeout=timeout)
         return left_out
-
-    async def _fill(self, restorer: CopyLogin, views: set[str]) -> None:
-        """Fill the materialized views, and make the planner's statistics, which only PostgreSQL 18 dumps."""
-        connection = await restorer.connect(timeout=self._config.pool.connect_timeout, settings=_UNBOUNDED)
-        try:
-            for row in await connection.fetch(_MATERIALIZED, False):
-                if row["name"] in views:
-                    await connection.execute(f"REFRESH MATERIALIZED VIEW {row['name']}")
-            await connection.execute("ANALYZE")
-        finally:
-            await run_to_completion(connections.close(connection))
-
-
-# pg_dump has no entry for filling one in a dump of the schema; in this order each comes after those that it reads
-_MATERIALIZED = """
-SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname) AS name
-  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relkind = 'm' AND c.relispopulated = $1 ORDER BY c.oid
-"""
-_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
-
-
-def _placement(tenant: Tenant) -> Placement:
-    if tenant.placement is None:
-        raise TenantNotFoundError(tenant.slug)
-    return tenant.placement
-
-
-def _pattern(name: str) -> str:
-    """A name as one of psql's patterns."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 __all__ = ["Content", "Copies", "DatabaseCopy"]

@@ -41,6 +41,9 @@ SELECT EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r O
   WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass AND s.deptype = 'o' AND r.rolname = $1
     AND s.dbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = $2))
 """
+UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
+"""Settings of a session for statements that may take long."""
+
 HIDES_ROWS = (
     "SELECT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.relrowsecurity AND c.relforcerowsecurity "
     "AND c.relkind IN ('r', 'p') AND c.relpersistence <> 't')"

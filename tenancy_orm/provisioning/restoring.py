@@ -18,7 +18,7 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import Programs, able_to_read, find_programs, run_program
 from . import archives
-from .copy_logins import CopyLogin
+from .copy_logins import UNBOUNDED, CopyLogin
 from .empty_databases import InstalledExtension
 
 _EXTENSION = re.compile(
@@ -36,7 +36,6 @@ SELECT pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.reln
                       AND d.objid = c.oid AND d.deptype = 'e')
  ORDER BY 1
 """
-_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 _COUNTED_AT_ONCE = 200  # tables that are counted in one statement
 
 
@@ -162,7 +161,7 @@ async def connected(new: Filled, *, timeout: float) -> AsyncIterator[Connection]
         new: The filled database.
         timeout: Seconds until the connection must be open.
     """
-    connection = await new.login.connect(timeout=timeout, settings=_UNBOUNDED, purpose="tenancy-restore")
+    connection = await new.login.connect(timeout=timeout, settings=UNBOUNDED, purpose="tenancy-restore")
     try:
         yield connection
     finally:

@@ -19,7 +19,8 @@ from .differences import Deviation, enumeration
 
 PUBLIC = ""
 
-_INVALID = -2  # pg_database.datconnlimit of a database that DROP DATABASE has left half removed
+HALF_DROPPED = -2
+"""``pg_database.datconnlimit`` of a database of which DROP DATABASE has begun to delete the files."""
 
 _DATABASES = """
 WITH named AS (
@@ -205,7 +206,7 @@ def _database(facts: DatabaseFacts, names: Names, placement: Placement) -> Itera
             True,
             tuple(f"REVOKE ALL ON DATABASE {name} FROM {quote_identifier(other)} CASCADE" for other in others),
         )
-    if facts.connection_limit == _INVALID:
+    if facts.connection_limit == HALF_DROPPED:
         yield Deviation("database.invalid", "an interrupted DROP DATABASE has left it unusable; restore it", False)
     elif facts.connection_limit != -1:
         detail = f"its database has a connection limit of {facts.connection_limit}"

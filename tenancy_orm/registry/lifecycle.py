@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from ..control.models import tenants
 from ..errors import (
     InvalidTransitionError,
+    OperationError,
     TenantDeletedError,
     TenantMaintenanceError,
     TenantNotFoundError,
@@ -77,6 +78,21 @@ def check_usable(tenant: Tenant, *, operator: bool = False) -> None:
         raise TenantSuspendedError(tenant.slug, reason=tenant.reason)
     if not operator:
         raise TenantMaintenanceError(tenant.slug, reason=tenant.reason)
+
+
+def check_database_in_use(tenant: Tenant) -> None:
+    """Refuse a tenant that has no database in use, which could be copied or exchanged for another one.
+
+    Raises:
+        TenantDeletedError, TenantNotFoundError: it is deleted, or purged.
+        OperationError: it is being created.
+    """
+    if tenant.status is Status.PURGED or tenant.placement is None:
+        raise TenantNotFoundError(tenant.slug)
+    if tenant.status is Status.DELETED:
+        raise TenantDeletedError(tenant.slug)
+    if tenant.status is Status.PROVISIONING:
+        raise OperationError(f"tenant {tenant.slug!r} is being created")
 
 
 def check_revision(tenant: Tenant) -> None:

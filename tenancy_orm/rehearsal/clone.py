@@ -23,13 +23,13 @@ from ..migrations.scripts import Environment
 from ..operations.progress import StepProgress
 from ..postgres.connections import Connection
 from ..provisioning.copies import DatabaseCopy
+from ..provisioning.copy_logins import UNBOUNDED
 from ..tenant import Tenant
 from .contents import lost, read_digests
 from .recorder import Recorder, RecordingAdapter, read_relations
 from .report import DifferenceReport, PhaseName, PhaseReport
 
 _NO_DOWNGRADE = "; rehearse the upgrade alone with --no-downgrade (downgrade=False in Python)"
-_UNBOUNDED = {"statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class CloneRehearsal:
         self._tenant = tenant
         self._environment = environment
         self._limits = replace(connections.limits, attempts=1)
-        self._settings = {**_UNBOUNDED, "lock_timeout": "0"}
+        self._settings = {**UNBOUNDED, "lock_timeout": "0"}
         self._url: URL = connections.url(copy.server, copy.database)
         self._progress = progress
         self.findings = Findings()

@@ -14,7 +14,7 @@ from ..cancellation import run_to_completion
 from ..drift.catalogue import Catalogue
 from ..errors import ConfigurationError, MigrationError, ProvisioningError, TenancyError
 from ..migrations import local
-from ..migrations.connections import Connections, Health, placement_of
+from ..migrations.connections import Connections, Health
 from ..migrations.database import close, read_state
 from ..migrations.failures import describe
 from ..migrations.plan import Heads, Plan
@@ -26,7 +26,7 @@ from ..postgres import connections as plain_connections
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import databases
 from ..provisioning.copies import Content
-from ..tenant import Tenant, TenantRef
+from ..tenant import Tenant, TenantRef, placement_of
 from .choice import Candidate, choose, is_behind
 from .clone import CloneRehearsal, Findings
 from .estimate import Sample, estimate

@@ -12,7 +12,7 @@ from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..drift.policy import RevisionPolicy, check_revision
 from ..drift.reference import KeptCatalogues
-from ..errors import OperationError, TenantNotFoundError
+from ..errors import OperationError
 from ..migrations.beside import upgrade_beside
 from ..migrations.connections import Connections
 from ..migrations.scripts import Environment
@@ -24,7 +24,7 @@ from ..provisioning.empty_databases import InstalledExtension, read_extensions
 from ..provisioning.new_databases import NewDatabase
 from ..provisioning.restoring import Restored, check_rows, connected, extensions_in, programs_for, restore_archive
 from ..runs import FleetMigrator
-from ..tenant import Placement, Tenant
+from ..tenant import Placement, Tenant, placement_of
 from .sources import Archive, RestoreSource
 
 # the database was dropped, or the DROP was interrupted; or it is closed
@@ -177,15 +177,4 @@ class Making:
         return await upgrade_beside(tenant, place, self._connections, await self.environment())
 
 
-def placement_of(tenant: Tenant) -> Placement:
-    """Return a tenant's placement.
-
-    Raises:
-        TenantNotFoundError: the tenant has been purged.
-    """
-    if tenant.placement is None:
-        raise TenantNotFoundError(tenant.slug)
-    return tenant.placement
-
-
-__all__ = ["Making", "placement_of"]
+__all__ = ["Making"]

@@ -23,14 +23,15 @@ from ..provisioning.readers import Reader
 from ..provisioning.replaced_databases import refuse_stale
 from ..provisioning.restoring import Restored
 from ..registry.databases import TenantDatabase
+from ..registry.lifecycle import check_database_in_use
 from ..runs import FleetMigrator
-from ..tenant import Placement, Status, Tenant, TenantRef
+from ..tenant import Placement, Status, Tenant, TenantRef, placement_of
 from ..tenants.manager import TenantManager
-from .making import Making, placement_of
+from .making import Making
 from .report import RestoreReport, UpkeepReport
 from .sources import RestoreSource
 from .steps import UNDO, RestoreServices, begin, claim
-from .switching import Switching, check_swappable
+from .switching import Switching
 from .tombstones import Tombstones
 from .upkeep import RestoreUpkeep
 
@@ -114,7 +115,7 @@ class RestoreManager:
         refuse_while_bound("restoring a tenant")
         started = time.monotonic()
         found = await self._registry.find(tenant)
-        check_swappable(found)
+        check_database_in_use(found)
         if source.tenant_id is not None and source.tenant_id != found.id:
             raise OperationError(
                 f"this is a backup of another tenant ({source.tenant_id}) than {found.slug!r}, and cannot be restored "
@@ -266,7 +267,7 @@ class RestoreManager:
         refuse_while_bound("restoring a tenant")
         started = time.monotonic()
         found = await self._registry.find(tenant)
-        check_swappable(found)
+        check_database_in_use(found)
         place = placement_of(found)
         await self._refuse_replaced(place)
         kept = await self._kept(found, place.server)

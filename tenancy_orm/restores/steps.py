@@ -25,12 +25,13 @@ from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
 from ..registry.databases import TenantDatabase
+from ..registry.lifecycle import check_database_in_use
 from ..registry.registry import Registry
-from ..tenant import Tenant
-from .making import Making, placement_of
+from ..tenant import Tenant, placement_of
+from .making import Making
 from .report import RestoreReport
 from .sources import RestoreSource
-from .switching import Swapped, Switching, check_swappable
+from .switching import Swapped, Switching
 
 logger = logging.getLogger("tenancy_orm.restores")
 
@@ -186,7 +187,7 @@ class Restore:
                 )
             if placement_of(tenant).database != self.database:
                 # again where its swap was interrupted: code with further revisions may go on with it
-                check_swappable(tenant)
+                check_database_in_use(tenant)
                 await self.upgrade(tenant)
             return await self.swap(actor)
 

@@ -21,12 +21,9 @@ from ..audit.actor import Actor
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..errors import (
-    OperationError,
     OperationStateError,
     ProvisioningError,
     TenancyError,
-    TenantDeletedError,
-    TenantNotFoundError,
 )
 from ..migrations.connections import Connections, Health
 from ..migrations.database import close, lock
@@ -38,11 +35,10 @@ from ..provisioning import Provisioner, databases
 from ..provisioning.provisioner import services_of
 from ..provisioning.replaced_databases import refuse_stale
 from ..registry.databases import TenantDatabase
-from ..registry.lifecycle import LOGIN_BLOCKED
+from ..registry.lifecycle import LOGIN_BLOCKED, check_database_in_use
 from ..registry.registry import Registry
 from ..routing.marker import marker_text, replaced_text
-from ..tenant import Status, Tenant
-from .making import placement_of
+from ..tenant import Tenant, placement_of
 
 logger = logging.getLogger("tenancy_orm.restores")
 
@@ -110,7 +106,7 @@ class Switching:
             raise OperationStateError(
                 f"tenant {before.slug!r} was moved or restored in the meantime: it uses {place.database}"
             )
-        check_swappable(before)
+        check_database_in_use(before)
         try:
             async with self._between_migrations(before), self._switch.pause(before, seconds=PAUSE_SECONDS) as paused:
                 after = await self._exchange(paused, operation, database, action, revision, actor)
@@ -126,7 +122,7 @@ class Switching:
         self, paused: Paused, operation: Operation, database: str, action: str, revision: str | None, actor: Actor
     ) -> Tenant:
         old = placement_of(paused.tenant)
-        check_swappable(paused.tenant)
+        check_database_in_use(paused.tenant)
         new = replace(old, database=database)
         # by an undo: until here it says that the other one has replaced it
         mark = marker_text(self._services.installation, paused.tenant.id)
@@ -245,19 +241,4 @@ class Switching:
         await self._new.set_connect(replace(place, database=beside.name), False)
 
 
-def check_swappable(tenant: Tenant) -> None:
-    """Refuse a tenant with a status that no swap fits.
-
-    Raises:
-        TenantDeletedError, TenantNotFoundError: it is deleted, or purged.
-        OperationError: it is being created.
-    """
-    if tenant.status is Status.PURGED or tenant.placement is None:
-        raise TenantNotFoundError(tenant.slug)
-    if tenant.status is Status.DELETED:
-        raise TenantDeletedError(tenant.slug)
-    if tenant.status is Status.PROVISIONING:
-        raise OperationError(f"tenant {tenant.slug!r} is being created")
-
-
-__all__ = ["Swapped", "Switching", "check_swappable"]
+__all__ = ["Swapped", "Switching"]

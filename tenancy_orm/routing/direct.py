@@ -18,7 +18,7 @@ from sqlalchemy.engine import result_tuple
 from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
-from ..postgres.errors import READ_ONLY_SQL_TRANSACTION
+from ..postgres.errors import READ_ONLY_SQL_TRANSACTION, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..tenant import Tenant
 from .connection import TenantConnection, TenantEngine
@@ -215,7 +215,7 @@ async def _run(
         return answer
     except DBAPIError as exc:
         # as the dialect's ``is_disconnect`` does: the connection may lead to what is not the primary any more
-        sqlstate = getattr(exc.orig, "sqlstate", None)
+        sqlstate = sqlstate_of(exc)
         broken = sqlstate == READ_ONLY_SQL_TRANSACTION and pool.connector.outage.write_refused(connection)
         exc.connection_invalidated = exc.connection_invalidated or broken
         if exc.connection_invalidated:

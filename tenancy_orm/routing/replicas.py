@@ -27,6 +27,7 @@ from ..errors import (
     ServerUnavailableError,
 )
 from ..events import EventBus, ReplicaPassedOver
+from ..postgres.errors import sqlstate_of
 from ..servers.positions import Position
 from ..servers.replicas import Replica, ReplicaMonitor
 from ..servers.server import Server
@@ -348,7 +349,7 @@ class ReplicaReads:
         chosen = self._chosen
         if chosen is None:
             return False
-        if getattr(error.orig, "sqlstate", None) in _CONFLICTS:
+        if sqlstate_of(error) in _CONFLICTS:
             self._passed[chosen] = CONFLICT
         elif error.connection_invalidated:
             self._passed[chosen] = AWAY

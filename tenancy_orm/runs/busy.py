@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from ..errors import ConfigurationError, TenancyError
-from ..migrations.connections import placement_of
 from ..migrations.services import FleetServices
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..servers.activity import Activity, read_activity
-from ..tenant import Tenant
+from ..tenant import Tenant, placement_of
 
 logger = logging.getLogger("tenancy_orm.migrations")
 

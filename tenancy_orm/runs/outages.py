@@ -6,11 +6,11 @@ from datetime import datetime
 from uuid import UUID
 
 from ..errors import MigrationError, ProvisioningError
-from ..migrations.connections import Connections, Health, is_down, placement_of
+from ..migrations.connections import Connections, Health, is_down
 from ..migrations.failures import describe
 from ..migrations.logs import logger
 from ..postgres.errors import READ_ONLY_SQL_TRANSACTION, sqlstate_of
-from ..tenant import Tenant
+from ..tenant import Tenant, placement_of
 
 
 class Outages:

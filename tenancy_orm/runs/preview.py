@@ -10,11 +10,10 @@ from alembic.runtime.migration import RevisionStep
 
 from ..errors import MigrationError
 from ..migrations.checks import script_of
-from ..migrations.connections import placement_of
 from ..migrations.data_migrations import of_step
 from ..migrations.plan import MigrationStep, Plan, format_revision
 from ..migrations.rendering import render, sql_text
-from ..tenant import Tenant
+from ..tenant import Tenant, placement_of
 from .reversal import heads_of
 from .waves import Waves
 

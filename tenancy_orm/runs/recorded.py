@@ -15,11 +15,10 @@ from ..audit.actor import SYSTEM, Actor
 from ..config import TenancyConfig
 from ..errors import ConfigurationError, RunMismatchError
 from ..jobs import Claimant
-from ..migrations.connections import placement_of
 from ..migrations.logs import logger
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
-from ..tenant import TenantRef
+from ..tenant import TenantRef, placement_of
 from .busy import Order, busiest_first, check_order
 from .checks import require_checks, seal_checks
 from .records import NewRun, NewTenant, RunRecord, RunRecords, Way

@@ -11,13 +11,13 @@ from uuid import UUID
 from ..cancellation import run_to_completion
 from ..errors import ControlUnavailableError, NotOpenError, TenancyError
 from ..migrations.concurrency import map_concurrently
-from ..migrations.connections import Connections, placement_of
+from ..migrations.connections import Connections
 from ..migrations.logs import logger, warning_once
 from ..migrations.plan import Plan
 from ..migrations.preflight import ChecksAsked
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
-from ..tenant import Tenant, TenantRef
+from ..tenant import Tenant, TenantRef, placement_of
 from .report import FleetReport, TenantOutcome
 from .work import MigrationWork
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from ..migrations.concurrency import map_concurrently
-from ..migrations.connections import Connections, Health, placement_of
+from ..migrations.connections import Connections, Health
 from ..migrations.database import State, close, read_state
 from ..migrations.failures import describe
 from ..migrations.plan import format_revision
 from ..migrations.scripts import Environment
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
-from ..tenant import Tenant, TenantRef
+from ..tenant import Tenant, TenantRef, placement_of
 from .records import RunRecords
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..cancellation import run_to_completion
 from ..errors import ControlUnavailableError, JobLostError
 from ..events import TenantMigrated, TenantMigrationFailed
-from ..migrations.connections import Connections, placement_of
+from ..migrations.connections import Connections
 from ..migrations.data_batches import DataObserver
 from ..migrations.database import DatabaseMigration
 from ..migrations.failures import describe
@@ -19,7 +19,7 @@ from ..migrations.plan import Heads, Plan, format_revision
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
 from ..postgres.errors import sqlstate_of, without_detail
-from ..tenant import Tenant
+from ..tenant import Tenant, placement_of
 from .outages import Outages
 from .patience import repeat
 from .report import TenantOutcome

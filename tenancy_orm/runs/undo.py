@@ -14,13 +14,12 @@ from sqlalchemy import text
 
 from ..errors import MigrationError, RunStateError, UndoRefusedError, counted
 from ..jobs import CLAIM_SECONDS
-from ..migrations.connections import placement_of
 from ..migrations.failures import describe
 from ..migrations.plan import Plan, format_revision
 from ..migrations.scripts import Environment
 from ..migrations.selection import Selection
 from ..migrations.services import FleetServices
-from ..tenant import Tenant, TenantRef
+from ..tenant import Tenant, TenantRef, placement_of
 from .preview import WavePreview
 from .records import RunRecord, TenantRecord, Way
 from .reversal import heads_of, return_to, taken_back

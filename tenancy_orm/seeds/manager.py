@@ -14,7 +14,7 @@ from ..context import refuse_while_bound
 from ..errors import ConfigurationError, UnknownTierError
 from ..events import TenantSeeded, TenantSeedingFailed
 from ..migrations.concurrency import interleave, map_concurrently
-from ..migrations.connections import Connections, Health, placement_of, prepare_servers
+from ..migrations.connections import Connections, Health, prepare_servers
 from ..migrations.database import close, lock
 from ..migrations.failures import describe
 from ..migrations.logs import TENANT_FAILED
@@ -25,7 +25,7 @@ from ..postgres.errors import sqlstate_of, without_detail
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..routing import Router
 from ..routing.marker import marker_text
-from ..tenant import Status, Tenant, TenantRef
+from ..tenant import Status, Tenant, TenantRef, placement_of
 from . import records, reference, running
 from .definition import Seed
 from .failures import describe_without

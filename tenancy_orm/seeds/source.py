@@ -18,7 +18,7 @@ from ..config.sections import ReferenceTable
 from ..config.values import load_object, named
 from ..errors import ConfigurationError
 from ..migrations.statements import statements
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_qualified
 
 # Changes when this package writes the same rows in another way.
 _LAYOUT = "1"
@@ -124,7 +124,7 @@ class Reference:
         digest = hashlib.sha256(json_of(content).encode()).hexdigest()
         self.loaded = ReferenceRows(
             name=self.name,
-            table=".".join(map(quote_identifier, settings.place)),
+            table=quote_qualified(*settings.place),
             key=settings.key,
             protected=settings.protected,
             digest=digest,

@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
+from ..loops import run_in
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -49,12 +51,7 @@ class LoopThread:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the loop, in this thread's context, and wait for it; an interruption cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return run_in(self.loop, work)
 
     def stop(self) -> None:
         """Cancel what is left in the loop, and end the thread."""

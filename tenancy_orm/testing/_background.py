@@ -7,6 +7,8 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from ..loops import run_in
+
 T = TypeVar("T")
 
 
@@ -30,12 +32,7 @@ class BackgroundLoop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` there, wait for it, and return its result; an interrupt cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return run_in(self.loop, work)
 
     async def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` there, for a coroutine of another event loop."""

@@ -16,7 +16,7 @@ from sqlalchemy import CheckConstraint, Column, MetaData, Table, insert
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ..postgres.quoting import quote_identifier
+from ..postgres.quoting import quote_qualified
 from ..tenant import Tenant
 from ._matrix_values import Owned, singular
 
@@ -76,7 +76,7 @@ class Rows:
         # each row is hashed first: the texts of all rows may be more than one value holds
         parts = [
             f"(SELECT count(*) || ':' || coalesce(sum(hashtextextended(t::text, 0)), 0) "  # noqa: S608 - quoted
-            f"FROM {quote_identifier(schema)}.{quote_identifier(name)} AS t)"
+            f"FROM {quote_qualified(schema, name)} AS t)"
             for schema, name in names
         ]
         async with self._tenancy.session(self._tenant) as session:

@@ -151,14 +151,6 @@ class NestedConnection(TenantConnection):
             error.add_note(f"in mode rollback every statement is within a transaction; {REMEDY}")
         super()._handle_exception(error)
 
-    async def prepare_again(self, now: float) -> None:
-        """Forget the types of the schema, and every statement that is prepared, as of now."""
-        cache: Any = self._prepared_statement_cache
-        if cache is not None:
-            cache.clear()
-        await self._connection.reload_schema_state()
-        self._invalidate_schema_cache_asof = now
-
 
 class RollbackPool(TenantPool):
     """Gives every session the same connection."""

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from sqlalchemy import text
 
 from ...control.database import ControlDatabase
-from ...errors import RecoveryTargetError, TenantNotFoundError
-from ...tenant import Tenant
+from ...errors import RecoveryTargetError
+from ...tenant import Tenant, placement_of
 
 # what a tenant has left at its first switch after that time
 _NEXT_SWITCH = text(
@@ -57,15 +57,14 @@ async def database_at(control: ControlDatabase, tenant: Tenant, target: datetime
         RecoveryTargetError: the tenant was not made yet.
         TenantNotFoundError: it has been purged.
     """
-    if tenant.placement is None:
-        raise TenantNotFoundError(tenant.slug)
+    place = placement_of(tenant)
     if tenant.created_at is not None and target < tenant.created_at:
         raise RecoveryTargetError(
             f"tenant {tenant.slug!r} was created at {tenant.created_at.isoformat()}, after {target.isoformat()}"
         )
     async with control.connect() as connection:
         row = (await connection.execute(_NEXT_SWITCH, {"tenant": tenant.id, "target": target})).one_or_none()
-    return (tenant.placement.server, tenant.placement.database) if row is None else (row.server, row.name)
+    return (place.server, place.database) if row is None else (row.server, row.name)
 
 
 __all__ = ["check_target", "database_at"]

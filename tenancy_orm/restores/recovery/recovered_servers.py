@@ -16,7 +16,7 @@ from ...errors import ConfigurationError, RecoveryError, RecoveryTargetError, Se
 from ...postgres import connections, login
 from ...postgres.connections import Connection
 from ...postgres.dsn import Dsn
-from ...postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE
+from ...postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, sqlstate_of
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.quoting import quote_identifier
 from ...provisioning import advisory_locks
@@ -101,12 +101,12 @@ class RecoveredServer:
                 self._dsn, purpose="tenancy-recovery", timeout=_CONNECT_SECONDS, database=request.database
             )
         except SERVER_FAILURES as exc:
-            if getattr(exc, "sqlstate", None) == INVALID_CATALOG_NAME:
+            if sqlstate_of(exc) == INVALID_CATALOG_NAME:
                 raise RecoveryTargetError(
                     f"the recovered server has no database {request.database!r}, which tenant {request.slug!r} had at "
                     f"{request.time.isoformat()}"
                 ) from exc
-            if getattr(exc, "sqlstate", None) == NOT_IN_PREREQUISITE_STATE:
+            if sqlstate_of(exc) == NOT_IN_PREREQUISITE_STATE:
                 # at that time the tenant used it, so it was open
                 raise dropped(request.database, request.slug) from exc
             raise RecoveryError(f"the recovered server cannot be opened: {login.reason_of(exc)}") from exc

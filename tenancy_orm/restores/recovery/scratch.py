@@ -28,6 +28,7 @@ from ...postgres.failures import SERVER_FAILURES
 from ...postgres.programs import Programs
 from ...postgres.quoting import quote_identifier, quote_literal
 from ...provisioning.scram import scram_verifier
+from ...provisioning.server_state import HALF_DROPPED
 from ...routing.marker import marker_text
 from ...secrets.keyring import new_password
 from .keeper import Keeper
@@ -41,7 +42,6 @@ _STOPPED_AT = re.compile(r"recovery stopping (?:before|after) (?:commit|abort) o
 _LAST_COMMIT = re.compile(r"last completed transaction was at log time ([0-9: .-]+\+00)")
 _FATAL = re.compile(r"(?:FATAL|PANIC|ERROR): +(?P<text>.*)")
 _SHOWN = 300  # characters of an error
-_INVALID = -2  # the connection limit of a database of which DROP DATABASE has begun to delete the files
 
 # What else a server reads at its start, and what a standby or a killed server leaves. The last one would lead the
 # tablespaces back to the directories of the server that was backed up.
@@ -296,7 +296,7 @@ class ScratchServer:
             raise RecoveryTargetError(f"tenant {slug!r} had no database {database!r} at that time")
         if row["marker"] != marker:
             raise MarkerMismatchError(tenant=slug, database=database, expected=marker, found=row["marker"])
-        if row["connection_limit"] == _INVALID:
+        if row["connection_limit"] == HALF_DROPPED:
             raise dropped(database, slug, before=self._last_commit)
 
     async def _connect(self) -> Connection:

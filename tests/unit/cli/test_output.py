@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from tenancy_orm.cli.app import _show_housekeeping
-from tenancy_orm.cli.output import Column, cell, fit, note, print_json, print_report, print_table
+from tenancy_orm.cli.output import Column, cell, fit, note, print_json, print_report, print_table, size_text
 from tenancy_orm.cli.runtime import fail
 from tenancy_orm.housekeeping import HousekeepingReport
 from tenancy_orm.provisioning import Difference, ReconcileReport
@@ -132,3 +132,12 @@ def test_housekeeping_prints_differences_as_lines(capsys: pytest.CaptureFixture[
     assert [line.split() for line in lines[2:4]] == [["reconcile", "-"], ["errors", "-"]]
     assert lines[5].split()[:4] == ["acme", "database.owner", "yes", "no"]
     assert lines[6:] == ["a superuser has to run, in database db:", "ALTER y;"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1_500, "1.5 kB"), (12_340_000, "12.3 MB"), (5e15, "5000.0 TB")],
+)
+def test_a_number_of_bytes_is_shown_with_one_place(count: float, text: str) -> None:
+    """Every command writes a size alike."""
+    assert size_text(count) == text

@@ -156,8 +156,16 @@ CREATE TRIGGER tenants_guard BEFORE INSERT OR UPDATE OR DELETE ON tenancy.tenant
 
 CREATE FUNCTION tenancy.notify_tenant() RETURNS trigger
 LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+DECLARE
+    v_kind text := 'tenant';
 BEGIN
-    PERFORM pg_notify('tenancy', jsonb_build_object('t', OLD.id, 'k', NULL, 'c', 'tenant')::text);
+    -- a tenant becomes active in its database, as its role, with its password: what a process has opened is right
+    IF TG_OP = 'UPDATE' AND OLD.status = 'provisioning' AND NEW.status <> 'provisioning'
+        AND (OLD.slug, OLD.tier, OLD.server, OLD.database_name, OLD.role_name, OLD.sealed_password)
+            = (NEW.slug, NEW.tier, NEW.server, NEW.database_name, NEW.role_name, NEW.sealed_password) THEN
+        v_kind := 'created';
+    END IF;
+    PERFORM pg_notify('tenancy', jsonb_build_object('t', OLD.id, 'k', NULL, 'c', v_kind)::text);
     RETURN NULL;
 END $$;
 -- only columns that another process may have cached; the progress of a creation is not among them

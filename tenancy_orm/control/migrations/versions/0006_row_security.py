@@ -25,6 +25,24 @@ BEGIN
         'CREATE POLICY tenant_rows ON %s FOR SELECT USING (%I = tenancy.viewing_tenant())', p_table, p_column);
 END $$;
 REVOKE ALL ON FUNCTION tenancy.protect_rows FROM PUBLIC;
+
+-- Whoever reads every row of the log reads those of a partition that is named, as pg_dump names it.
+CREATE FUNCTION tenancy.audit_share_partition(p_table regclass) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_policy record;
+BEGIN
+    FOR v_policy IN
+        SELECT p.polname, r.rolname FROM pg_policy AS p JOIN pg_roles AS r ON r.oid = ANY (p.polroles)
+        WHERE p.polrelid = 'tenancy.audit_log'::regclass AND p.polname LIKE 'application\\_%'
+            AND NOT EXISTS (SELECT FROM pg_policy AS o WHERE o.polrelid = p_table AND o.polname = p.polname)
+    LOOP
+        EXECUTE format('GRANT SELECT ON %s TO %I', p_table, v_policy.rolname);
+        EXECUTE format(
+            'CREATE POLICY %I ON %s FOR SELECT TO %I USING (true)', v_policy.polname, p_table, v_policy.rolname);
+    END LOOP;
+END $$;
+REVOKE ALL ON FUNCTION tenancy.audit_share_partition FROM PUBLIC;
 """
 
 TABLES = """
@@ -88,10 +106,14 @@ BEGIN
 END $$;
 """
 
+# with the months that retention has detached
+_MONTHS = "relnamespace = 'tenancy'::regnamespace AND relkind = 'r' AND relname LIKE 'audit\\_log\\_y%'"
+PARTITIONS = f"SELECT tenancy.audit_share_partition(oid::regclass) FROM pg_class WHERE {_MONTHS};"  # noqa: S608
+
 
 def upgrade() -> None:
     """Protect the rows of every table that holds tenants' rows; ``audit_ensure_partitions`` protects new partitions."""
-    run_script(VIEWER + TABLES + VIEWS + APPLICATION)
+    run_script(VIEWER + TABLES + VIEWS + APPLICATION + PARTITIONS)
 
 
 # the viewer loses its rights first: they were safe only under the policies
@@ -124,13 +146,30 @@ BEGIN
 END $$;
 """
 
+# before the policies are dropped, which name the roles
+UNSHARE = """
+DO $$
+DECLARE
+    v_policy record;
+BEGIN
+    FOR v_policy IN
+        SELECT c.oid::regclass AS month, r.rolname
+        FROM pg_policy AS p JOIN pg_class AS c ON c.oid = p.polrelid JOIN pg_roles AS r ON r.oid = ANY (p.polroles)
+        WHERE {months} AND p.polname LIKE 'application\\_%'
+    LOOP
+        EXECUTE format('REVOKE SELECT ON %s FROM %I', v_policy.month, v_policy.rolname);
+    END LOOP;
+END $$;
+"""
+
 
 def downgrade() -> None:
     """Remove the policies, and the viewer's rights with them; the role stays, and can be dropped."""
     run_script(
-        DOWNGRADE
+        UNSHARE.replace("{months}", _MONTHS)
+        + DOWNGRADE
         + """
-        DROP FUNCTION tenancy.protect_rows, tenancy.viewing_tenant;
+        DROP FUNCTION tenancy.audit_share_partition, tenancy.protect_rows, tenancy.viewing_tenant;
         ALTER TABLE tenancy.installation DROP COLUMN viewer;
         """
     )

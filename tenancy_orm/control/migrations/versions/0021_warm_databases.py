@@ -29,40 +29,11 @@ CREATE INDEX warm_databases_server_idx ON tenancy.warm_databases (server, recipe
 """
 
 
-# A tenant becomes active in its database, as its role, with its password: what a process has opened for it is right.
-FUNCTIONS = """
-CREATE OR REPLACE FUNCTION tenancy.notify_tenant() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog AS $$
-DECLARE
-    v_kind text := 'tenant';
-BEGIN
-    IF TG_OP = 'UPDATE' AND OLD.status = 'provisioning' AND NEW.status <> 'provisioning'
-        AND (OLD.slug, OLD.tier, OLD.server, OLD.database_name, OLD.role_name, OLD.sealed_password)
-            = (NEW.slug, NEW.tier, NEW.server, NEW.database_name, NEW.role_name, NEW.sealed_password) THEN
-        v_kind := 'created';
-    END IF;
-    PERFORM pg_notify('tenancy', jsonb_build_object('t', OLD.id, 'k', NULL, 'c', v_kind)::text);
-    RETURN NULL;
-END $$;
-"""
-
-FORMER_FUNCTIONS = """
-CREATE OR REPLACE FUNCTION tenancy.notify_tenant() RETURNS trigger
-LANGUAGE plpgsql SET search_path = pg_catalog AS $$
-BEGIN
-    PERFORM pg_notify('tenancy', jsonb_build_object('t', OLD.id, 'k', NULL, 'c', 'tenant')::text);
-    RETURN NULL;
-END $$;
-"""
-
-
 def upgrade() -> None:
-    """Add the table, and tell a creation from other changes of a tenant."""
-    run_script(
-        TABLES + FUNCTIONS + for_applications("GRANT SELECT, INSERT, UPDATE, DELETE ON tenancy.warm_databases TO %1$I")
-    )
+    """Add the table."""
+    run_script(TABLES + for_applications("GRANT SELECT, INSERT, UPDATE, DELETE ON tenancy.warm_databases TO %1$I"))
 
 
 def downgrade() -> None:
     """Drop it: what is left on the servers is removed by reconcile."""
-    run_script("DROP TABLE tenancy.warm_databases;" + FORMER_FUNCTIONS)
+    run_script("DROP TABLE tenancy.warm_databases")
