@@ -40,16 +40,15 @@ from .operations import OperationManager, Operations
 from .postgres.dsn import Dsn
 from .protocols import KeyWrapper, SecretProvider
 from .provisioning import Provisioner
-from .provisioning.preparation_plan import PreparationPlan
-from .provisioning.public_access import refuse_loss
-from .provisioning.rotation import SecretManager
-from .provisioning.server_manager import ServerManager
+from .provisioning.preparation.plan import PreparationPlan
+from .provisioning.rights.public_access import refuse_loss
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .registry.registry import Registry
 from .restores import RegistryRebuilding, RestoreManager
 from .restores.recovery import RecoveryManager
 from .restores.tombstones import Tombstones
+from .rotation import SecretManager
 from .routing import Router
 from .routing.consistency import ConsistencyTokens
 from .routing.sessions import detours
@@ -71,6 +70,7 @@ from .seeds import Seed, SeedManager
 from .seeds.creation import NewTenantSeeds
 from .seeds.loading import SeedSet
 from .seeds.schema import SeededSchema
+from .server_management.manager import ServerManager
 from .servers import Servers
 from .servers.placement import Placer
 from .servers.sealed import SealedAddresses

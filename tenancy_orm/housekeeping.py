@@ -32,10 +32,10 @@ from .moves import MoveManager
 from .postgres.failures import SERVER_FAILURES
 from .postgres.login import reason_of
 from .provisioning import Provisioner
-from .provisioning.rotation import SecretManager
 from .quotas.manager import QuotaManager
 from .registry.registry import Registry
 from .restores import RestoreManager
+from .rotation import SecretManager
 from .runs.catch_up import CatchUp
 from .runs.records import RunRecords
 from .tenant import Tenant

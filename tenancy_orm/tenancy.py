@@ -34,13 +34,12 @@ from .metering.metrics import TenantMetrics
 from .moves import MoveManager
 from .operations import OperationManager
 from .provisioning import TemplateManager, WarmPool
-from .provisioning.rotation import SecretManager
-from .provisioning.server_manager import ServerManager
 from .queries import DEFAULT_CONCURRENCY, DEFAULT_MAX_ROWS, DEFAULT_TIMEOUT, Chosen, FleetQuery, Query
 from .quotas.manager import QuotaManager
 from .quotas.rates import Rates
 from .restores import RegistryRebuilding, RestoreManager
 from .restores.recovery import RecoveryManager
+from .rotation import SecretManager
 from .routing.consistency import noting_writes
 from .routing.replicas import ReplicaDemand
 from .routing.sessions import replica_demand
@@ -48,6 +47,7 @@ from .runs import FleetMigrator
 from .schedules import ScheduleManager
 from .scopes import BoundTenants, ResolvedSession, resolve
 from .seeds import Seed, SeedManager, seed
+from .server_management.manager import ServerManager
 from .statements import Statements
 from .sync import SyncTenancy
 from .tenant import Status, Tenant, TenantRef

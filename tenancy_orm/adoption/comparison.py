@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from ..drift.catalogue import Catalogue, Key
 from ..drift.compare import Difference, compare
-from ..provisioning import archives
+from ..provisioning.copies import archives
 
 # owners and rights are not adopted; versions of extensions are those that the server has
 _NOT_COMPARED = frozenset({"privilege", "default privileges"})

@@ -10,9 +10,9 @@ import asyncpg
 from ..errors import AdoptionError
 from ..postgres.connections import Connection
 from ..postgres.login import reason_of
-from ..provisioning.empty_databases import InstalledExtension, read_extensions
-from ..provisioning.grants import CHECKPOINTS_SCHEMA
-from ..provisioning.tenant_rights import RECORD_SCHEMA
+from ..provisioning.copies.empty_databases import InstalledExtension, read_extensions
+from ..provisioning.rights.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.rights.tenant_rights import RECORD_SCHEMA
 from .source import OpenSource
 
 _MEMBER = """NOT EXISTS (SELECT FROM pg_catalog.pg_depend e WHERE e.deptype = 'e'

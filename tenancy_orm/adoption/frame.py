@@ -20,9 +20,9 @@ from ..migrations.services import FleetServices
 from ..operations import Operation, Operations
 from ..operations.progress import StepProgress
 from ..postgres.connections import POLL_SECONDS
-from ..provisioning.empty_databases import InstalledExtension
-from ..provisioning.filled_creation import Filling
-from ..provisioning.new_databases import ContentsPolicy, NewDatabase
+from ..provisioning.copies.empty_databases import InstalledExtension
+from ..provisioning.creation.filled_creation import Filling
+from ..provisioning.creation.new_databases import ContentsPolicy, NewDatabase
 from ..tenant import Status, Tenant
 from ..tenants.manager import CreatedTenant, TenantManager
 

@@ -28,8 +28,8 @@ from ..postgres import connections as plain_connections
 from ..postgres.connections import Connection
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import advisory_locks
-from ..provisioning.takeover import Takeover
+from ..provisioning.creation.takeover import Takeover
+from ..provisioning.server_objects import advisory_locks
 from ..tenant import Tenant
 from ..tenants.manager import CreatedTenant, TenantManager
 from .comparison import comparable, differences

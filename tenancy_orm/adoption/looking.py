@@ -29,10 +29,10 @@ from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
 from ..postgres.programs import Programs, find_programs
 from ..postgres.quoting import quote_identifier
-from ..provisioning.copy_logins import CopyLogin
-from ..provisioning.database_properties import find_properties, read_properties
-from ..provisioning.empty_databases import InstalledExtension
-from ..provisioning.new_databases import SAFE_PATH
+from ..provisioning.copies.database_properties import find_properties, read_properties
+from ..provisioning.copies.empty_databases import InstalledExtension
+from ..provisioning.creation.new_databases import SAFE_PATH
+from ..provisioning.logins.copy_logins import CopyLogin
 from ..tenant import Tenant
 from .comparison import comparable, differences
 from .contents import Contents, SourceTable, read_contents

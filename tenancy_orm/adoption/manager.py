@@ -20,7 +20,7 @@ from ..migrations.scripts import Environment
 from ..operations import Operation, Operations
 from ..operations.progress import StepProgress, silent
 from ..postgres import connections
-from ..provisioning.new_databases import NewDatabase
+from ..provisioning.creation.new_databases import NewDatabase
 from ..runs import FleetMigrator
 from ..servers.placement import Placer
 from ..tenant import Status

@@ -22,10 +22,10 @@ from ..operations.progress import StepProgress
 from ..postgres import connections
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.login import reason_of
-from ..provisioning.empty_databases import InstalledExtension
-from ..provisioning.grants import CHECKPOINTS_SCHEMA
-from ..provisioning.new_databases import NewDatabase
-from ..provisioning.tenant_rights import RECORD_SCHEMA
+from ..provisioning.copies.empty_databases import InstalledExtension
+from ..provisioning.creation.new_databases import NewDatabase
+from ..provisioning.rights.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.rights.tenant_rights import RECORD_SCHEMA
 from ..runs import FleetMigrator
 from ..servers.placement import Placer
 from ..tenant import Tenant

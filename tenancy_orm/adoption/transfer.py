@@ -16,11 +16,12 @@ from ..errors import AdoptionError, ProvisioningError
 from ..postgres import connections
 from ..postgres.programs import SCHEMA_ONLY, Programs, run_piped, run_program
 from ..postgres.quoting import quote_identifier, quote_pattern
-from ..provisioning import archives, event_trigger
-from ..provisioning.copy_logins import CopyLogin
-from ..provisioning.grants import CHECKPOINTS_SCHEMA
-from ..provisioning.materialized_views import fill_views
-from ..provisioning.tenant_rights import RECORD_SCHEMA
+from ..provisioning.copies import archives
+from ..provisioning.copies.materialized_views import fill_views
+from ..provisioning.logins.copy_logins import CopyLogin
+from ..provisioning.rights import event_trigger
+from ..provisioning.rights.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.rights.tenant_rights import RECORD_SCHEMA
 from .contents import Contents
 from .source import OpenSource
 

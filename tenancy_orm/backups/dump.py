@@ -25,7 +25,7 @@ from ..postgres.connections import Connection
 from ..postgres.programs import Programs, running
 from ..postgres.quoting import quote_pattern
 from ..postgres.snapshots import LOCK_WAIT, begin_snapshot
-from ..provisioning.restoring import count_rows
+from ..provisioning.copies.restoring import count_rows
 from .archive import Digest, pack
 from .encryption import encrypt
 from .manifest import BackupExtension, BackupFile

@@ -27,7 +27,7 @@ from ..migrations.failures import describe
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
-from ..provisioning.restoring import programs_for
+from ..provisioning.copies.restoring import programs_for
 from ..registry.registry import Registry
 from ..registry.rows import uuid7
 from ..runs import FleetMigrator

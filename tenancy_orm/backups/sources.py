@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from ..postgres import login
 from ..postgres.connections import Connection
 from ..postgres.dsn import Dsn
-from ..provisioning import event_trigger
+from ..provisioning.rights import event_trigger
 from .dump import Scope
 
 TENANT_SCOPE = Scope(left_out=(event_trigger.NAME,))

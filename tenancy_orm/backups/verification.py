@@ -22,9 +22,9 @@ from ..events import BackupVerified
 from ..migrations.failures import describe
 from ..postgres.connections import Connection
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning.empty_databases import InstalledExtension
-from ..provisioning.restoring import check_rows, connected, programs_for, restore_archive
-from ..provisioning.scratch import ScratchDatabase
+from ..provisioning.copies.empty_databases import InstalledExtension
+from ..provisioning.copies.restoring import check_rows, connected, programs_for, restore_archive
+from ..provisioning.templates.scratch import ScratchDatabase
 from .key_objects import check_store
 from .making import BackupServices
 from .manifest import Manifest

@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from ..errors import TenancyError, counted
 from ..postgres.parameters import ENVIRONMENT
-from ..provisioning.temporary_logins import DEFAULT_CONNECTIONS, LONGEST_SECONDS, TemporaryLogin
+from ..provisioning.logins.temporary_logins import DEFAULT_CONNECTIONS, LONGEST_SECONDS, TemporaryLogin
 from ..tenancy import Tenancy
 from ..tenant import Tenant
 from .output import note, print_json

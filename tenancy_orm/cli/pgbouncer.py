@@ -14,7 +14,7 @@ import typer
 from ..control.names import Names
 from ..errors import ConfigurationError, MissingExtraError
 from ..postgres import connections
-from ..provisioning.scram import scram_verifier
+from ..provisioning.server_objects.scram import scram_verifier
 from ..servers.pgbouncer import PgBouncerFiles, files, new_password, parse_version
 from ..servers.pgbouncer_check import Caller, Finding, check_function, check_logins, check_settings
 from ..servers.server import Server

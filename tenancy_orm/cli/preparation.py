@@ -13,8 +13,8 @@ from typing import Any
 import typer
 
 from ..config import ServerAddresses, TenancyConfig, sources
-from ..provisioning.preparation_plan import PreparationPlan
-from ..provisioning.public_access import Closing
+from ..provisioning.preparation.plan import PreparationPlan
+from ..provisioning.rights.public_access import Closing
 from ..secrets.keyring import Keyring
 from .output import console, print_json
 from .runtime import exit_on_error, fail, load_tenancy

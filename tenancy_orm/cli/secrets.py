@@ -15,7 +15,7 @@ from ..audit.log import AuditLog
 from ..config import TenancyConfig
 from ..control.database import ControlDatabase
 from ..errors import ConfigurationError
-from ..provisioning.rotation import CONCURRENCY, RotationReport
+from ..rotation import CONCURRENCY, RotationReport
 from ..secrets.key_checks import check_keys
 from ..secrets.providers import read_secrets
 from ..secrets.sealed import ResealReport

@@ -18,8 +18,8 @@ from ..connections.rows import ServerLeases
 from ..control.database import ControlDatabase
 from ..errors import ConfigurationError, SettingError
 from ..postgres.dsn import Dsn
-from ..provisioning.known_servers import KnownServer
-from ..provisioning.server_fields import UNSET, Unset
+from ..server_management.fields import UNSET, Unset
+from ..server_management.known_servers import KnownServer
 from ..servers import Servers
 from ..servers.placement import PlacementExplanation
 from ..servers.rows import ServerRow, set_maintenance_database

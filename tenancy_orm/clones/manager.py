@@ -38,15 +38,15 @@ from ..postgres.connections import Connection
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.snapshots import begin_snapshot
-from ..provisioning import clone_marks
-from ..provisioning.clone_marks import METADATA, CloneMark
-from ..provisioning.database_properties import DatabaseProperties, read_properties
-from ..provisioning.empty_databases import InstalledExtension, read_extensions
-from ..provisioning.filled_creation import Filling
-from ..provisioning.grants import CHECKPOINTS_SCHEMA
-from ..provisioning.new_databases import NewDatabase
-from ..provisioning.restoring import programs_for
-from ..provisioning.tenant_rights import RECORD_SCHEMA
+from ..provisioning.copies.database_properties import DatabaseProperties, read_properties
+from ..provisioning.copies.empty_databases import InstalledExtension, read_extensions
+from ..provisioning.copies.restoring import programs_for
+from ..provisioning.creation import clone_marks
+from ..provisioning.creation.clone_marks import METADATA, CloneMark
+from ..provisioning.creation.filled_creation import Filling
+from ..provisioning.creation.new_databases import NewDatabase
+from ..provisioning.rights.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.rights.tenant_rights import RECORD_SCHEMA
 from ..registry.lifecycle import check_database_in_use
 from ..runs import FleetMigrator
 from ..tenant import Tenant, TenantRef

@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import AnonymisationError
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_qualified
-from ..provisioning.event_trigger import NAME as GUARD_SCHEMA
-from ..provisioning.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.rights.event_trigger import NAME as GUARD_SCHEMA
+from ..provisioning.rights.grants import CHECKPOINTS_SCHEMA
 from .rules import AnonymisationRules, ColumnRule, TableRules, is_pattern, matches
 
 _TABLES = """

@@ -23,10 +23,11 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import SCHEMA_ONLY, Programs, run_piped, run_program
 from ..postgres.quoting import quote_identifier, quote_pattern
-from ..provisioning import archives, event_trigger
-from ..provisioning.copy_logins import HIDES_ROWS, CopyLogin
-from ..provisioning.readers import Reader
-from ..provisioning.restoring import check_rows, connected
+from ..provisioning.copies import archives
+from ..provisioning.copies.restoring import check_rows, connected
+from ..provisioning.logins.copy_logins import HIDES_ROWS, CopyLogin
+from ..provisioning.logins.readers import Reader
+from ..provisioning.rights import event_trigger
 from .plan import Table
 from .values import Replacement, Replacing, replace_rows
 

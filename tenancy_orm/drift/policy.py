@@ -18,9 +18,9 @@ from ..migrations.services import FleetServices
 from ..postgres.connections import Connection
 from ..postgres.membership import joined
 from ..postgres.quoting import quote_identifier
-from ..provisioning import event_trigger
-from ..provisioning.grants import CHECKPOINTS_SCHEMA
-from ..provisioning.tenant_rights import RECORD_SCHEMA
+from ..provisioning.rights import event_trigger
+from ..provisioning.rights.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.rights.tenant_rights import RECORD_SCHEMA
 from . import catalogue
 from .catalogue import Catalogue, Ignored, Key, split_target
 from .compare import compare

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ..provisioning.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.rights.grants import CHECKPOINTS_SCHEMA
 
 OWNER = "<tenancy:owner>"
 TENANT = "<tenancy:tenant>"

@@ -18,8 +18,8 @@ from ..migrations.scripts import Environment
 from ..migrations.services import FleetServices
 from ..postgres.connections import Connection, finish, transaction
 from ..postgres.quoting import quote_identifier
-from ..provisioning import grants
-from ..provisioning.tenant_rights import TenantRights, grant_statements
+from ..provisioning.rights import grants
+from ..provisioning.rights.tenant_rights import TenantRights, grant_statements
 from . import catalogue
 from .catalogue import Catalogue, Ignored
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_qualified
-from ..provisioning import event_trigger
-from ..provisioning.grants import CHECKPOINTS_SCHEMA
-from ..provisioning.tenant_rights import RECORD_SCHEMA
+from ..provisioning.rights import event_trigger
+from ..provisioning.rights.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.rights.tenant_rights import RECORD_SCHEMA
 
 _OWN_SCHEMAS = (event_trigger.NAME, CHECKPOINTS_SCHEMA, RECORD_SCHEMA)  # this package's records, not the customer's
 

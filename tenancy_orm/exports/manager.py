@@ -23,7 +23,7 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning.readers import Readers
+from ..provisioning.logins.readers import Readers
 from ..registry.lifecycle import check_usable
 from ..registry.registry import Registry
 from ..routing import Router

@@ -18,7 +18,7 @@ from sqlalchemy.types import Text
 
 from ..errors import MigrationError
 from ..postgres.quoting import quote_identifier
-from ..provisioning.grants import CHECKPOINTS_SCHEMA
+from ..provisioning.rights.grants import CHECKPOINTS_SCHEMA
 from .data_migrations import DataMigration
 
 Direction = Literal["upgrade", "downgrade"]

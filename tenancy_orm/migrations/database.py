@@ -19,7 +19,7 @@ from ..postgres.connections import Connection
 from ..postgres.errors import QUERY_CANCELED, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.sqlalchemy_versions import await_
-from ..provisioning.grants import protect_version_table
+from ..provisioning.rights.grants import protect_version_table
 from ..tenant import Tenant
 from . import local
 from .adapter import ConnectionAdapter

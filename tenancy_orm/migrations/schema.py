@@ -22,7 +22,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.schema import CreateIndex, CreateSchema, CreateTable
 
 from ..config import MigrationConfig
-from ..provisioning.templates import Connect
+from ..provisioning.templates.building import Connect
 from .configuration import alembic_config, influences
 from .database import ConnectionAdapter, DatabaseMigration, Target, close
 from .inputs import Inputs, digest_of, files_below, stamps_below

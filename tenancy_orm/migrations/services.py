@@ -9,7 +9,7 @@ from ..control.database import ControlDatabase
 from ..control.names import Names
 from ..events import EventBus
 from ..provisioning import Provisioner
-from ..provisioning.templates import SchemaSource
+from ..provisioning.templates.building import SchemaSource
 from ..registry.registry import Registry
 from ..secrets.keyring import Keyring
 from ..servers import Servers

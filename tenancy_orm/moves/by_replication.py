@@ -9,7 +9,7 @@ from ..drift.catalogue import Catalogue
 from ..migrations.database import lock as lock_migrations
 from ..postgres import connections
 from ..postgres.connections import Connection
-from ..provisioning.differences import enumeration
+from ..provisioning.checks.differences import enumeration
 from . import checks, identities, making, tenant_role, way_back
 from .copying import copy_sequences
 from .pause import BothDatabases, Switched, carry, switch_to

@@ -6,7 +6,7 @@ from ..drift import catalogue
 from ..drift.catalogue import Catalogue
 from ..errors import OperationError
 from ..postgres.connections import Connection
-from ..provisioning.differences import enumeration
+from ..provisioning.checks.differences import enumeration
 from ..tenant import Tenant
 from .policy import refuse_own_objects, schema_differences
 from .record import MoveRecord

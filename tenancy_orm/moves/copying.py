@@ -16,8 +16,10 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import Programs, run_piped, run_program
 from ..postgres.quoting import quote_identifier, quote_pattern, quote_qualified
-from ..provisioning import archives, event_trigger, roles
-from ..provisioning.copy_logins import UNBOUNDED, CopyLogin
+from ..provisioning.copies import archives
+from ..provisioning.logins.copy_logins import UNBOUNDED, CopyLogin
+from ..provisioning.rights import event_trigger
+from ..provisioning.server_objects import roles
 
 _SPOOLED_BYTES = 16 * 1024**2
 _BATCH = 200

@@ -19,10 +19,10 @@ from ..postgres.connections import Connection
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier
-from ..provisioning import removal
-from ..provisioning.blockers import Blockers
-from ..provisioning.copy_logins import end_login
-from ..provisioning.pipeline import ProvisioningServices
+from ..provisioning.creation.pipeline import ProvisioningServices
+from ..provisioning.logins.copy_logins import end_login
+from ..provisioning.server_objects import removal
+from ..provisioning.server_objects.blockers import Blockers
 from ..servers import Server
 from .streams import drop_slot
 

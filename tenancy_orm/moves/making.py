@@ -10,9 +10,9 @@ from ..errors import OperationError
 from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.programs import find_programs
-from ..provisioning.copy_logins import CopyLogin
-from ..provisioning.database_properties import read_properties
-from ..provisioning.empty_databases import read_extensions
+from ..provisioning.copies.database_properties import read_properties
+from ..provisioning.copies.empty_databases import read_extensions
+from ..provisioning.logins.copy_logins import CopyLogin
 from . import tenant_role
 from .copying import Copying
 from .policy import SamePolicy

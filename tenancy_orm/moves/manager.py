@@ -19,7 +19,7 @@ from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
 from ..provisioning.provisioner import services_of
-from ..provisioning.replaced_databases import refuse_stale
+from ..provisioning.server_objects.replaced_databases import refuse_stale
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry
 from ..servers.placement import Placer

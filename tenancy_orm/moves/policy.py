@@ -11,7 +11,7 @@ from ..drift.mending import TENANT_ROLE
 from ..errors import OperationError
 from ..postgres.connections import Connection
 from ..postgres.quoting import quote_identifier
-from ..provisioning import event_trigger
+from ..provisioning.rights import event_trigger
 
 _RIGHTS = frozenset({"privilege", "default privileges"})
 # what the stream of a move, or the server's administration, adds

@@ -6,7 +6,8 @@ from ..cancellation import run_to_completion
 from ..errors import OperationError
 from ..operations.progress import StepProgress
 from ..postgres import connections
-from ..provisioning import Provisioner, roles
+from ..provisioning import Provisioner
+from ..provisioning.server_objects import roles
 from .room import look
 from .streams import MORE_WORKERS
 

@@ -16,7 +16,7 @@ from ..operations import Operation, Operations, Switch
 from ..operations.progress import StepProgress, silent
 from ..postgres.errors import describe
 from ..provisioning import Provisioner
-from ..provisioning.pipeline import ProvisioningServices
+from ..provisioning.creation.pipeline import ProvisioningServices
 from ..registry.databases import TenantDatabase
 from ..tenant import Placement, Tenant, placement_of
 from ..tenants.manager import TenantManager

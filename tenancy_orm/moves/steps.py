@@ -21,7 +21,7 @@ from ..operations import Operation, Operations
 from ..postgres import connections
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning.replaced_databases import refuse_stale
+from ..provisioning.server_objects.replaced_databases import refuse_stale
 from ..routing.marker import replaced_text
 from ..tenant import Placement, Status, Tenant
 from . import identities, way_back

@@ -23,12 +23,12 @@ from ..postgres.connections import Connection
 from ..postgres.errors import describe, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier, quote_literal
-from ..provisioning import databases, removal, roles
-from ..provisioning.admin_connections import HOLDING
-from ..provisioning.blockers import Blockers
-from ..provisioning.copy_logins import CopyLogin, create_login, end_login, extend_login, see_all_rows
-from ..provisioning.pipeline import ProvisioningServices
-from ..provisioning.scram import scram_verifier
+from ..provisioning.creation.pipeline import ProvisioningServices
+from ..provisioning.logins.copy_logins import CopyLogin, create_login, end_login, extend_login, see_all_rows
+from ..provisioning.server_objects import databases, removal, roles
+from ..provisioning.server_objects.admin_connections import HOLDING
+from ..provisioning.server_objects.blockers import Blockers
+from ..provisioning.server_objects.scram import scram_verifier
 from ..servers import Server
 from ..tenant import Placement
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import OperationError
 from ..postgres.connections import Connection
-from ..provisioning.differences import enumeration
+from ..provisioning.checks.differences import enumeration
 
 # A deferrable key identifies no rows for replication, nor does one with a generated column, which is not replicated.
 _TABLES = """

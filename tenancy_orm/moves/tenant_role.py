@@ -7,10 +7,10 @@ from contextlib import suppress
 from ..cancellation import run_to_completion
 from ..errors import DatabaseExistsError
 from ..postgres import connections
-from ..provisioning import roles
-from ..provisioning.pipeline import ProvisioningServices
+from ..provisioning.creation.pipeline import ProvisioningServices
 from ..provisioning.provisioner import settings_of
-from ..provisioning.scram import scram_verifier
+from ..provisioning.server_objects import roles
+from ..provisioning.server_objects.scram import scram_verifier
 from ..tenant import Placement, Tenant
 from .record import MoveRecord
 

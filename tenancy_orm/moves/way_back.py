@@ -16,7 +16,7 @@ from ..operations import Operation
 from ..postgres import connections
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import databases
+from ..provisioning.server_objects import databases
 from ..routing.marker import marker_text
 from . import checks, tenant_role
 from .copying import copy_sequences

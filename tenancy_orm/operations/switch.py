@@ -28,12 +28,13 @@ from ..postgres import connections
 from ..postgres.connections import Connection
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import access, databases, guests, roles
-from ..provisioning.blockers import Blockers
-from ..provisioning.differences import enumeration
-from ..provisioning.pipeline import ProvisioningServices, tenant_key
-from ..provisioning.replaced_databases import refuse_replaced
-from ..provisioning.standbys import end_in_database_on_replicas
+from ..provisioning.checks.differences import enumeration
+from ..provisioning.creation.pipeline import ProvisioningServices, tenant_key
+from ..provisioning.logins import guests
+from ..provisioning.logins.standbys import end_in_database_on_replicas
+from ..provisioning.server_objects import access, databases, roles
+from ..provisioning.server_objects.blockers import Blockers
+from ..provisioning.server_objects.replaced_databases import refuse_replaced
 from ..registry.lifecycle import LOGIN_BLOCKED
 from ..tenant import Placement, Status, Tenant
 

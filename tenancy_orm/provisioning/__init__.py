@@ -1,10 +1,10 @@
 """Tenants' databases and roles: templates, creation step by step, removal, reconciling after a crash, the watchdog."""
 
-from .differences import Difference
+from .checks.differences import Difference
+from .checks.report import ReconcileReport
 from .provisioner import Provisioner
-from .reconcile_report import ReconcileReport
-from .template_manager import Template, TemplateManager, TemplatePruneReport
-from .templates import SchemaSource, TemplateInfo
+from .templates.building import SchemaSource, TemplateInfo
+from .templates.manager import Template, TemplateManager, TemplatePruneReport
 from .warm_pool import WarmPool, WarmReport, WarmStatus
 from .watchdog import EndedSession, WatchReport
 

@@ -27,34 +27,34 @@ from ..registry.rows import TenantDraft
 from ..secrets.keyring import Keyring
 from ..servers import Server, Servers
 from ..tenant import Tenant
-from . import purging
-from .admin_connections import AdminConnections
-from .alignment import align
-from .blockers import Blockers
-from .copies import Copies
-from .databases import Strategy
-from .extensions import Extensions
-from .filled_creation import FilledCreation, Filling
-from .grant_hook import apply_hook
-from .new_databases import NewDatabases
-from .pipeline import Creation, CreationRequest, FirstConnections, ProvisioningServices, TenantSeeds
-from .prepared_servers import PreparedServers
-from .readers import Readers
-from .reconcile import Reconciler
-from .reconcile_report import Findings, ReconcileReport
-from .role_settings import RoleSettings
-from .scratch import ScratchDatabases
-from .taken_creation import TakenCreation
-from .takeover import DatabaseTakeover, Takeover, TakeoverFacts, undo_takeover
-from .template_manager import TemplateManager
-from .template_records import TemplateRecords
-from .templates import SchemaSource, TemplateInfo, Templates
-from .temporary_logins import TemporaryLogins
-from .tenant_rights import TenantRights
-from .unfinished import UnfinishedWork
-from .warm_creation import WarmCreation
+from .checks.report import Findings, ReconcileReport
+from .copies.extensions import Extensions
+from .copies.making import Copies
+from .creation import purging
+from .creation.filled_creation import FilledCreation, Filling
+from .creation.grant_hook import apply_hook
+from .creation.new_databases import NewDatabases
+from .creation.pipeline import Creation, CreationRequest, FirstConnections, ProvisioningServices, TenantSeeds
+from .creation.taken_creation import TakenCreation
+from .creation.takeover import DatabaseTakeover, Takeover, TakeoverFacts, undo_takeover
+from .creation.unfinished import UnfinishedWork
+from .creation.warm_creation import WarmCreation
+from .creation.warm_records import WarmRecords
+from .logins.readers import Readers
+from .logins.temporary_logins import TemporaryLogins
+from .preparation.prepared_servers import PreparedServers
+from .reconciling.alignment import align
+from .reconciling.reconcile import Reconciler
+from .rights.role_settings import RoleSettings
+from .rights.tenant_rights import TenantRights
+from .server_objects.admin_connections import AdminConnections
+from .server_objects.blockers import Blockers
+from .server_objects.databases import Strategy
+from .templates.building import SchemaSource, TemplateInfo, Templates
+from .templates.manager import TemplateManager
+from .templates.records import TemplateRecords
+from .templates.scratch import ScratchDatabases
 from .warm_pool import WarmPool
-from .warm_records import WarmRecords
 from .watchdog import Watchdog, WatchReport
 
 

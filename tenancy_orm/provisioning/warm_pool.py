@@ -36,15 +36,16 @@ from ..postgres.failures import SERVER_FAILURES
 from ..registry.rows import uuid7
 from ..routing import marker
 from ..servers.server import Server
-from . import databases, grants, removal, roles
-from .blockers import Blockers
-from .pipeline import ProvisioningServices, tenant_key
-from .prepared_servers import PreparedServers
-from .role_settings import RoleSettings
-from .templates import TemplateInfo
-from .tenant_rights import TenantRights
-from .warm_creation import recipe
-from .warm_records import WarmRecord
+from .creation.pipeline import ProvisioningServices, tenant_key
+from .creation.warm_creation import recipe
+from .creation.warm_records import WarmRecord
+from .preparation.prepared_servers import PreparedServers
+from .rights import grants
+from .rights.role_settings import RoleSettings
+from .rights.tenant_rights import TenantRights
+from .server_objects import databases, removal, roles
+from .server_objects.blockers import Blockers
+from .templates.building import TemplateInfo
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 

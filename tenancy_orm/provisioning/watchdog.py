@@ -36,9 +36,9 @@ from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..postgres.quoting import quote_identifier
 from ..servers.server import Server
-from . import roles
-from .blockers import Blockers, PreparedTransaction
-from .pipeline import ProvisioningServices
+from .creation.pipeline import ProvisioningServices
+from .server_objects import roles
+from .server_objects.blockers import Blockers, PreparedTransaction
 
 logger = logging.getLogger("tenancy_orm.provisioning")
 

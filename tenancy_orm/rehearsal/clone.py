@@ -22,8 +22,8 @@ from ..migrations.plan import Heads, MigrationStep, Plan, format_revision
 from ..migrations.scripts import Environment
 from ..operations.progress import StepProgress
 from ..postgres.connections import Connection
-from ..provisioning.copies import DatabaseCopy
-from ..provisioning.copy_logins import UNBOUNDED
+from ..provisioning.copies.making import DatabaseCopy
+from ..provisioning.logins.copy_logins import UNBOUNDED
 from ..tenant import Tenant
 from .contents import lost, read_digests
 from .recorder import Recorder, RecordingAdapter, read_relations

@@ -24,8 +24,8 @@ from ..migrations.services import FleetServices
 from ..operations.progress import StepProgress, silent
 from ..postgres import connections as plain_connections
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import databases
-from ..provisioning.copies import Content
+from ..provisioning.copies.making import Content
+from ..provisioning.server_objects import databases
 from ..tenant import Tenant, TenantRef, placement_of
 from .choice import Candidate, choose, is_behind
 from .clone import CloneRehearsal, Findings

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import RehearsalError, counted
-from ..provisioning.copies import Content
+from ..provisioning.copies.making import Content
 
 PhaseName = Literal["upgrade", "downgrade", "upgrade again"]
 

@@ -19,10 +19,17 @@ from ..migrations.scripts import Environment
 from ..postgres import connections as postgres_connections
 from ..postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, describe, sqlstate_of
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning.database_properties import DatabaseProperties, find_properties
-from ..provisioning.empty_databases import InstalledExtension, read_extensions
-from ..provisioning.new_databases import NewDatabase
-from ..provisioning.restoring import Restored, check_rows, connected, extensions_in, programs_for, restore_archive
+from ..provisioning.copies.database_properties import DatabaseProperties, find_properties
+from ..provisioning.copies.empty_databases import InstalledExtension, read_extensions
+from ..provisioning.copies.restoring import (
+    Restored,
+    check_rows,
+    connected,
+    extensions_in,
+    programs_for,
+    restore_archive,
+)
+from ..provisioning.creation.new_databases import NewDatabase
 from ..runs import FleetMigrator
 from ..tenant import Placement, Tenant, placement_of
 from .sources import Archive, RestoreSource

@@ -16,12 +16,12 @@ from ..events import EventBus
 from ..migrations.connections import Connections
 from ..operations import Operations
 from ..operations.progress import StepProgress, silent
-from ..provisioning.filled_creation import Filling
-from ..provisioning.new_databases import NewDatabase
+from ..provisioning.copies.restoring import Restored
+from ..provisioning.creation.filled_creation import Filling
+from ..provisioning.creation.new_databases import NewDatabase
+from ..provisioning.logins.readers import Reader
 from ..provisioning.provisioner import services_of
-from ..provisioning.readers import Reader
-from ..provisioning.replaced_databases import refuse_stale
-from ..provisioning.restoring import Restored
+from ..provisioning.server_objects.replaced_databases import refuse_stale
 from ..registry.databases import TenantDatabase
 from ..registry.lifecycle import check_database_in_use
 from ..runs import FleetMigrator

@@ -39,12 +39,12 @@ from ..operations import Operations
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
 from ..provisioning import Provisioner
-from ..provisioning.clone_marks import METADATA
-from ..provisioning.marked_databases import MarkedDatabase, MarkedDatabases
+from ..provisioning.creation.clone_marks import METADATA
 from ..provisioning.provisioner import services_of
-from ..provisioning.rotation import SecretManager
+from ..provisioning.reconciling.marked_databases import MarkedDatabase, MarkedDatabases
 from ..registry.registry import Registry
 from ..registry.rows import TENANT_COLUMNS, tenant_from_row
+from ..rotation import SecretManager
 from ..secrets.data_keys import DataKeys
 from ..tenant import Placement, Status, Tenant
 from ..tenants.fields import check_slug

@@ -31,9 +31,10 @@ from ..operations import Operation
 from ..operations.switch import PAUSE_SECONDS, Paused, Switch
 from ..postgres.errors import describe
 from ..postgres.failures import SERVER_FAILURES
-from ..provisioning import Provisioner, databases
+from ..provisioning import Provisioner
 from ..provisioning.provisioner import services_of
-from ..provisioning.replaced_databases import refuse_stale
+from ..provisioning.server_objects import databases
+from ..provisioning.server_objects.replaced_databases import refuse_stale
 from ..registry.databases import TenantDatabase
 from ..registry.lifecycle import LOGIN_BLOCKED, check_database_in_use
 from ..registry.registry import Registry

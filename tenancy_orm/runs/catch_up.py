@@ -13,7 +13,7 @@ from alembic.util.exc import CommandError
 from ..audit.actor import SYSTEM, Actor
 from ..errors import MigrationError
 from ..migrations.plan import Plan, format_revision
-from ..provisioning.templates import SchemaSource
+from ..provisioning.templates.building import SchemaSource
 from ..tenant import Tenant
 from .migrator import FleetMigrator
 from .report import FleetReport

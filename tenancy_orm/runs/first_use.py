@@ -17,7 +17,7 @@ from ..errors import ControlUnavailableError, JobLostError, NotOpenError, Tenant
 from ..jobs import Claimant, keep_claims
 from ..migrations.failures import describe
 from ..postgres.errors import sqlstate_of
-from ..provisioning.templates import SchemaSource
+from ..provisioning.templates.building import SchemaSource
 from ..tenant import Status, Tenant
 from .attempts import UpgradeAttempts
 from .catch_up import CatchUp

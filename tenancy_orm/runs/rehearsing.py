@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from ..audit.actor import SYSTEM, Actor
 from ..context import refuse_while_bound
 from ..operations.progress import StepProgress
-from ..provisioning.copies import Content
+from ..provisioning.copies.making import Content
 from ..rehearsal.rehearsal import DEFAULT_CLONES, Rehearsal
 from ..rehearsal.report import RehearsalReport
 from ..tenant import TenantRef

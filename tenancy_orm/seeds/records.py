@@ -19,7 +19,7 @@ from ..errors import MarkerMismatchError
 from ..postgres.connections import Connection, transaction
 from ..postgres.locks import lock_key
 from ..postgres.quoting import quote_identifier
-from ..provisioning.tenant_rights import RECORD_SCHEMA, REFERENCE_RECORD
+from ..provisioning.rights.tenant_rights import RECORD_SCHEMA, REFERENCE_RECORD
 from .definition import Seed
 
 SEEDS = f"{RECORD_SCHEMA}.seeds"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from sqlalchemy.engine import URL
 
 from ..migrations.database import ConnectionAdapter, close
-from ..provisioning.templates import Connect, SchemaSource
+from ..provisioning.templates.building import Connect, SchemaSource
 from . import records, reference, running
 from .loading import SeedSet
 

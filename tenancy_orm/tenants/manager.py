@@ -28,8 +28,8 @@ from ..errors import (
 from ..events import EventBus, TenantCreated, TenantUpdated
 from ..keys.format import KeyDigester, generate_key
 from ..provisioning import Provisioner
-from ..provisioning.filled_creation import Filling
-from ..provisioning.takeover import Takeover
+from ..provisioning.creation.filled_creation import Filling
+from ..provisioning.creation.takeover import Takeover
 from ..quotas.overrides import check_overrides
 from ..registry.reading import TenantFilter
 from ..registry.registry import Registry

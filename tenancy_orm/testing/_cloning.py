@@ -19,7 +19,7 @@ import asyncpg
 from ..postgres import connections, login
 from ..postgres.dsn import Dsn
 from ..postgres.quoting import quote_identifier, quote_literal
-from ..provisioning import databases
+from ..provisioning.server_objects import databases
 from ..routing.marker import marker_text
 from ..tenancy import Tenancy
 from ..tenant import Placement, Tenant

@@ -23,7 +23,7 @@ from ..postgres.connections import Connection
 from ..postgres.dsn import Dsn
 from ..postgres.poolers import connect_directly
 from ..postgres.quoting import quote_identifier, quote_literal
-from ..provisioning import databases
+from ..provisioning.server_objects import databases
 from ._cloning import SNAPSHOTS
 from ._server import DSN_SETTINGS
 

@@ -41,7 +41,7 @@ from types import TracebackType
 from typing import IO
 
 from ..errors import ConfigurationError, NotOpenError, TenancyError
-from ..provisioning.scram import scram_verifier
+from ..provisioning.server_objects.scram import scram_verifier
 from . import _watchdog
 from ._programs import SYSTEM_DATA, Account, find_binary, installations, may, reachable_programs, system_account
 

@@ -18,7 +18,9 @@ import asyncpg
 import pytest
 
 from tenancy_orm.keys.format import generate_key
-from tenancy_orm.provisioning import databases, grants, pipeline, roles
+from tenancy_orm.provisioning.creation import pipeline
+from tenancy_orm.provisioning.rights import grants
+from tenancy_orm.provisioning.server_objects import databases, roles
 from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.secrets.keyring import new_password
 from tenancy_orm.servers.server import Server

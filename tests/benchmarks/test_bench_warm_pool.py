@@ -17,8 +17,8 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.provisioning.scram import scram_verifier
-from tenancy_orm.provisioning.warm_creation import WarmCreation
+from tenancy_orm.provisioning.creation.warm_creation import WarmCreation
+from tenancy_orm.provisioning.server_objects.scram import scram_verifier
 from tenancy_orm.secrets.keyring import new_password
 from tests.benchmarks.test_bench_provisioning import Stopwatch, report
 from tests.support.models import Base

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tenancy_orm.provisioning import ReconcileReport, roles
+from tenancy_orm.provisioning import ReconcileReport
+from tenancy_orm.provisioning.server_objects import roles
 from tenancy_orm.tenant import Status
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, names_of, open_workshop, placement

@@ -43,13 +43,13 @@ from tenancy_orm.internals import Internals
 from tenancy_orm.jobs import Claimant, ClaimedJob
 from tenancy_orm.protocols import UsageRecord
 from tenancy_orm.provisioning import TemplateManager
-from tenancy_orm.provisioning.copies import Copies
-from tenancy_orm.provisioning.copy_logins import CopyLogin
-from tenancy_orm.provisioning.extensions import Extensions
-from tenancy_orm.provisioning.new_databases import NewDatabase, NewDatabases
-from tenancy_orm.provisioning.readers import Reader, Readers
-from tenancy_orm.provisioning.scratch import ScratchDatabases
-from tenancy_orm.provisioning.temporary_logins import TemporaryLogins
+from tenancy_orm.provisioning.copies.extensions import Extensions
+from tenancy_orm.provisioning.copies.making import Copies
+from tenancy_orm.provisioning.creation.new_databases import NewDatabase, NewDatabases
+from tenancy_orm.provisioning.logins.copy_logins import CopyLogin
+from tenancy_orm.provisioning.logins.readers import Reader, Readers
+from tenancy_orm.provisioning.logins.temporary_logins import TemporaryLogins
+from tenancy_orm.provisioning.templates.scratch import ScratchDatabases
 from tenancy_orm.provisioning.watchdog import Watchdog
 from tenancy_orm.queries import FleetQuery
 from tenancy_orm.quotas import holds

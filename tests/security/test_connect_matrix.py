@@ -11,8 +11,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tenancy_orm.provisioning import databases
-from tenancy_orm.provisioning.pipeline import Creation
+from tenancy_orm.provisioning.creation.pipeline import Creation
+from tenancy_orm.provisioning.server_objects import databases
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import VERSIONS, Workshop, intercept, open_workshop, placement, running_server

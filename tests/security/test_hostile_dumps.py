@@ -15,8 +15,8 @@ from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import ContentsRefusedError, ProvisioningError
 from tenancy_orm.postgres.connections import version
 from tenancy_orm.postgres.programs import Programs, find_programs
-from tenancy_orm.provisioning import databases
-from tenancy_orm.provisioning.restoring import restore_archive
+from tenancy_orm.provisioning.copies.restoring import restore_archive
+from tenancy_orm.provisioning.server_objects import databases
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.restores import DumpSource
 from tenancy_orm.tenant import Placement

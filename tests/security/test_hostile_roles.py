@@ -19,9 +19,10 @@ from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ProvisioningError
 from tenancy_orm.postgres.failures import SERVER_FAILURES
 from tenancy_orm.postgres.quoting import quote_identifier
-from tenancy_orm.provisioning import event_trigger, removal, roles
-from tenancy_orm.provisioning.rotation import SecretManager
-from tenancy_orm.provisioning.scram import scram_verifier
+from tenancy_orm.provisioning.rights import event_trigger
+from tenancy_orm.provisioning.server_objects import removal, roles
+from tenancy_orm.provisioning.server_objects.scram import scram_verifier
+from tenancy_orm.rotation import SecretManager
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.arena import PURGE_SECONDS, Arena, hostile, open_arena

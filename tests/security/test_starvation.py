@@ -18,8 +18,9 @@ from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.config import TenancyConfig, WatchdogConfig
 from tenancy_orm.errors import TenancyError
 from tenancy_orm.events import SessionTerminated
-from tenancy_orm.provisioning import WatchReport, advisory_locks, databases
-from tenancy_orm.provisioning.template_records import TemplateRecords
+from tenancy_orm.provisioning import WatchReport
+from tenancy_orm.provisioning.server_objects import advisory_locks, databases
+from tenancy_orm.provisioning.templates.records import TemplateRecords
 from tenancy_orm.provisioning.watchdog import Session, excessive
 from tests.support.postgres import ENDED, Postgres
 from tests.support.provisioning import (

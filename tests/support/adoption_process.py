@@ -14,8 +14,8 @@ import sys
 from typing import Any
 
 from tenancy_orm import Tenancy, TenancyConfig
-from tenancy_orm.provisioning import pipeline
-from tenancy_orm.provisioning.takeover import DatabaseTakeover
+from tenancy_orm.provisioning.creation import pipeline
+from tenancy_orm.provisioning.creation.takeover import DatabaseTakeover
 
 
 def die() -> None:

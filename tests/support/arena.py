@@ -12,7 +12,7 @@ import asyncpg
 
 from tenancy_orm.postgres.errors import sqlstate_of
 from tenancy_orm.postgres.quoting import quote_identifier
-from tenancy_orm.provisioning import roles
+from tenancy_orm.provisioning.server_objects import roles
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, Workshops, placement

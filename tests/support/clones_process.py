@@ -13,8 +13,10 @@ from tenancy_orm.clones import manager
 from tenancy_orm.clones.transfer import CloneTransfer
 from tenancy_orm.operations import Operations
 from tenancy_orm.postgres import programs
-from tenancy_orm.provisioning import databases, grants, new_databases, removal
-from tenancy_orm.provisioning.new_databases import NewDatabase
+from tenancy_orm.provisioning.creation import new_databases
+from tenancy_orm.provisioning.creation.new_databases import NewDatabase
+from tenancy_orm.provisioning.rights import grants
+from tenancy_orm.provisioning.server_objects import databases, removal
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.tenants.manager import TenantManager
 from tests.support.killed import run_until_killed

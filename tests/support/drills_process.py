@@ -10,7 +10,7 @@ from typing import Any
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.backups import opening, verification
 from tenancy_orm.backups.records import BackupRecords
-from tenancy_orm.provisioning import scratch
+from tenancy_orm.provisioning.templates import scratch
 from tests.support.killed import run_until_killed
 from tests.support.models import Base
 

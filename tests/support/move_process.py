@@ -11,7 +11,7 @@ from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.moves import making
 from tenancy_orm.moves.streams import Stream
 from tenancy_orm.operations import Switch
-from tenancy_orm.provisioning.new_databases import NewDatabase
+from tenancy_orm.provisioning.creation.new_databases import NewDatabase
 from tenancy_orm.registry.registry import Registry
 from tests.support.killed import run_until_killed
 from tests.support.models import Base

@@ -23,8 +23,8 @@ from tenancy_orm.errors import AdministratorNeededError
 from tenancy_orm.events import EventBus
 from tenancy_orm.postgres.quoting import quote_identifier, quote_literal
 from tenancy_orm.provisioning import Provisioner, ReconcileReport, SchemaSource
-from tenancy_orm.provisioning.blockers import Blockers
-from tenancy_orm.provisioning.pipeline import Creation, Step
+from tenancy_orm.provisioning.creation.pipeline import Creation, Step
+from tenancy_orm.provisioning.server_objects.blockers import Blockers
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.secrets.keyring import Keyring, new_password

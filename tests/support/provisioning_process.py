@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tenancy_orm.provisioning import access, databases, grants, removal, roles
-from tenancy_orm.provisioning.templates import Templates
-from tenancy_orm.provisioning.warm_records import WarmRecords
+from tenancy_orm.provisioning.creation.warm_records import WarmRecords
+from tenancy_orm.provisioning.rights import grants
+from tenancy_orm.provisioning.server_objects import access, databases, removal, roles
+from tenancy_orm.provisioning.templates.building import Templates
 from tenancy_orm.registry.registry import Registry
 from tests.support.provisioning import ScriptSchema, Workshop, intercept, open_workshop
 

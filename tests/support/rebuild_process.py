@@ -12,7 +12,8 @@ from tenancy_orm import Tenancy
 from tenancy_orm.control import installation
 from tenancy_orm.control.database import ControlDatabase
 from tenancy_orm.operations import Operations
-from tenancy_orm.provisioning import marked_databases, roles
+from tenancy_orm.provisioning.reconciling import marked_databases
+from tenancy_orm.provisioning.server_objects import roles
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.restores import RegistryRebuilding
 from tenancy_orm.secrets.sealed import SealedPasswords

@@ -10,8 +10,10 @@ from typing import Any
 
 from tenancy_orm import Tenancy
 from tenancy_orm.operations import Operations
-from tenancy_orm.provisioning import access, grants, new_databases
-from tenancy_orm.provisioning.new_databases import NewDatabase, NewDatabases
+from tenancy_orm.provisioning.creation import new_databases
+from tenancy_orm.provisioning.creation.new_databases import NewDatabase, NewDatabases
+from tenancy_orm.provisioning.rights import grants
+from tenancy_orm.provisioning.server_objects import access
 from tenancy_orm.registry.registry import Registry
 from tenancy_orm.restores import DumpSource, making
 from tests.support.killed import run_until_killed

@@ -30,11 +30,12 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"registry", "connections", "jobs"}),
     frozenset({"authentication", "quotas", "routing"}),
     frozenset({"provisioning"}),
-    frozenset({"migrations", "tenants", "operations", "schedules"}),
+    frozenset({"migrations", "tenants", "operations", "schedules", "server_management"}),
     frozenset({"metering", "seeds", "drift"}),
     frozenset({"rehearsal"}),
     frozenset({"runs"}),
     frozenset({"backups"}),
+    frozenset({"rotation"}),
     frozenset({"restores", "exports", "adoption", "clones", "moves"}),
     frozenset({"housekeeping", "warming"}),
     frozenset({"internals", "opening", "worker"}),
@@ -220,6 +221,31 @@ def test_the_page_says_where_to_look_for_each_room() -> None:
 def test_no_two_files_import_each_other() -> None:
     """Not by way of others, for the type checker alone, or inside a function: a reader follows them all the same."""
     assert circles(files_imported()) == []
+
+
+def folders_imported(graph: Mapping[Path, set[Path]]) -> dict[Path, set[Path]]:
+    """The folders of the package, each with those that files in it import from."""
+    folders: dict[Path, set[Path]] = {}
+    for file, targets in graph.items():
+        others = {target.parent for target in targets if target.name != "__init__.py"} - {file.parent}
+        folders.setdefault(file.parent, set()).update(others)
+    return folders
+
+
+def test_the_folders_of_a_large_room_import_one_way() -> None:
+    """What a room's own files import from its folders goes down, and what the folders import from each other."""
+    graph = files_imported()
+    for room in {file.parent.parent for file in graph if file.parent.parent != PACKAGE and file.parent != PACKAGE}:
+        inside = {file: {one for one in graph[file] if room in one.parents} for file in graph if room in file.parents}
+        faces = {file for file in inside if file.name == "__init__.py"}
+        assert circles(folders_imported({file: inside[file] for file in inside if file not in faces})) == [], room
+
+
+def test_a_circle_of_folders_is_found() -> None:
+    """Of two files that do not import each other."""
+    a, b, c, d = (Path(name) for name in ("x/a.py", "x/b.py", "y/c.py", "y/d.py"))
+    assert circles(folders_imported({a: {c}, b: set(), c: set(), d: set()})) == []
+    assert circles(folders_imported({a: {c}, b: set(), c: set(), d: {b}}))
 
 
 def test_a_circle_is_found() -> None:

@@ -20,9 +20,9 @@ from ...postgres.connections import Connection
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.programs import find_programs, run_program
 from ...postgres.snapshots import LOCK_WAIT, begin_snapshot
-from ...provisioning.empty_databases import read_extensions
-from ...provisioning.new_databases import SAFE_PATH
-from ...provisioning.restoring import count_rows
+from ...provisioning.copies.empty_databases import read_extensions
+from ...provisioning.copies.restoring import count_rows
+from ...provisioning.creation.new_databases import SAFE_PATH
 from ..sources import Archive
 from .base_backups import check_space
 from .providers import Recovery, RecoveryRequest

@@ -19,8 +19,8 @@ from ...postgres.dsn import Dsn
 from ...postgres.errors import INVALID_CATALOG_NAME, NOT_IN_PREREQUISITE_STATE, sqlstate_of
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.quoting import quote_identifier
-from ...provisioning import advisory_locks
-from ...provisioning.copy_logins import HIDES_ROWS, create_login, see_all_rows
+from ...provisioning.logins.copy_logins import HIDES_ROWS, create_login, see_all_rows
+from ...provisioning.server_objects import advisory_locks
 from ...routing import marker
 from ...servers import Servers
 from .accounts import Account

@@ -27,8 +27,8 @@ from ...postgres.dsn import Dsn
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.programs import Programs
 from ...postgres.quoting import quote_identifier, quote_literal
-from ...provisioning.scram import scram_verifier
-from ...provisioning.server_state import HALF_DROPPED
+from ...provisioning.checks.server_state import HALF_DROPPED
+from ...provisioning.server_objects.scram import scram_verifier
 from ...routing.marker import marker_text
 from ...secrets.keyring import new_password
 from .keeper import Keeper

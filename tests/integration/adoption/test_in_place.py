@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from tenancy_orm.adoption.in_place import InPlace
 from tenancy_orm.errors import AdoptionError, OperationStateError, ProvisioningError, TenantNotFoundError
-from tenancy_orm.provisioning import pipeline
+from tenancy_orm.provisioning.creation import pipeline
 from tenancy_orm.routing.marker import marker_text
 from tests.integration.adoption.test_databases import OLD
 from tests.support.fleet import Fleet

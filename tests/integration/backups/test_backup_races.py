@@ -21,7 +21,7 @@ from tenancy_orm.backups.manifest import Manifest
 from tenancy_orm.errors import BackupError, BackupNotFoundError, BackupUnderWayError
 from tenancy_orm.jobs import Claimant
 from tenancy_orm.postgres.programs import run_program
-from tenancy_orm.provisioning import archives, restoring
+from tenancy_orm.provisioning.copies import archives, restoring
 from tenancy_orm.registry.rows import uuid7
 from tests.support.postgres import Postgres
 from tests.support.processes import opened

@@ -26,7 +26,7 @@ from tenancy_orm.errors import (
 )
 from tenancy_orm.events import TenantCloned
 from tenancy_orm.postgres import snapshots
-from tenancy_orm.provisioning.readers import Reader
+from tenancy_orm.provisioning.logins.readers import Reader
 from tenancy_orm.tenant import Status
 from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.own_objects import MAKE, NAMES, OWNERS, watched_sandbox

@@ -14,8 +14,8 @@ from tenancy_orm import Tenancy
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import OperationError, TenantPausedError
 from tenancy_orm.operations.switch import Paused, Switch
-from tenancy_orm.provisioning import databases
 from tenancy_orm.provisioning.provisioner import services_of
+from tenancy_orm.provisioning.server_objects import databases
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.routing.marker import marker_text
 from tenancy_orm.tenant import Placement, Tenant

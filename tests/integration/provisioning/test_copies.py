@@ -19,7 +19,7 @@ from tenancy_orm.errors import ConfigurationError, ProvisioningError
 from tenancy_orm.postgres import snapshots
 from tenancy_orm.postgres.programs import find_programs
 from tenancy_orm.postgres.quoting import quote_identifier
-from tenancy_orm.provisioning.copies import Copies, DatabaseCopy
+from tenancy_orm.provisioning.copies.making import Copies, DatabaseCopy
 from tests.support import waiting
 from tests.support.fleet import Fleet, fleet_config, open_fleet
 from tests.support.postgres import Postgres
@@ -235,7 +235,7 @@ async def test_the_program_that_failed_is_the_one_in_the_message(
     async def refuse(connection: Any, role: str) -> None:
         """Leave the login without the right to read all rows."""
 
-    monkeypatch.setattr("tenancy_orm.provisioning.copies.see_all_rows", refuse)
+    monkeypatch.setattr("tenancy_orm.provisioning.copies.making.see_all_rows", refuse)
     await as_owner(fleet, "ALTER TABLE notes ENABLE ROW LEVEL SECURITY; ALTER TABLE notes FORCE ROW LEVEL SECURITY")
     with pytest.raises(ProvisioningError, match=r"pg_dump: .*row-level security policy for table \"notes\""):
         async with copies.open(fleet.tenants["acme"], timeout=60, valid_for=60):
@@ -274,7 +274,7 @@ async def test_a_table_that_is_emptied_and_filled_again_is_not_empty_in_the_copy
                 await other.execute("BEGIN; TRUNCATE notes CASCADE; INSERT INTO notes (body) VALUES ('new'); COMMIT")
 
     await fleet.execute("acme", "INSERT INTO notes (body) VALUES ('old')")
-    monkeypatch.setattr("tenancy_orm.provisioning.copies.begin_snapshot", beginning)
+    monkeypatch.setattr("tenancy_orm.provisioning.copies.making.begin_snapshot", beginning)
     async with copies.open(fleet.tenants["acme"], timeout=60, valid_for=60) as copy:
         found = await fetch(copy, "SELECT body FROM notes WHERE body IN ('old', 'new')")
     assert found == ([("old",)] if locked else [])

@@ -8,7 +8,8 @@ import pytest
 from sqlalchemy import text
 
 from tenancy_orm.errors import OperationStateError
-from tenancy_orm.provisioning import databases, new_databases
+from tenancy_orm.provisioning.creation import new_databases
+from tenancy_orm.provisioning.server_objects import databases
 from tenancy_orm.registry.databases import TenantDatabase
 from tenancy_orm.routing.marker import marker_text
 from tenancy_orm.tenant import Status, Tenant

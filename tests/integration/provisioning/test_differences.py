@@ -16,7 +16,7 @@ from sqlalchemy import text
 from tenancy_orm.events import IsolationIncident
 from tenancy_orm.postgres import locks
 from tenancy_orm.provisioning import ReconcileReport
-from tenancy_orm.provisioning.pipeline import tenant_key
+from tenancy_orm.provisioning.creation.pipeline import tenant_key
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.control_databases import create_control_database
 from tests.support.postgres import ENDED, Postgres
@@ -503,7 +503,7 @@ async def test_what_the_administrator_may_not_mend_is_told_with_its_statement(ow
 
 async def test_a_tenant_that_cannot_be_checked_is_listed(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are checked."""
-    from tenancy_orm.provisioning.blockers import Blockers
+    from tenancy_orm.provisioning.server_objects.blockers import Blockers
 
     original = Blockers.connect
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenancy_orm.postgres.quoting import MAX_IDENTIFIER_BYTES
-from tenancy_orm.provisioning import databases, removal, roles
-from tenancy_orm.provisioning.scram import scram_verifier
+from tenancy_orm.provisioning.server_objects import databases, removal, roles
+from tenancy_orm.provisioning.server_objects.scram import scram_verifier
 from tenancy_orm.secrets.keyring import new_password
 from tests.support.postgres import Postgres
 from tests.support.provisioning import ScriptSchema, Workshop, set_marker

@@ -29,8 +29,9 @@ from tenancy_orm.errors import (
 from tenancy_orm.events import TenantCreationFailed
 from tenancy_orm.keys.format import generate_key
 from tenancy_orm.postgres import locks
-from tenancy_orm.provisioning import Provisioner, ReconcileReport, databases
-from tenancy_orm.provisioning.pipeline import Creation, tenant_key
+from tenancy_orm.provisioning import Provisioner, ReconcileReport
+from tenancy_orm.provisioning.creation.pipeline import Creation, tenant_key
+from tenancy_orm.provisioning.server_objects import databases
 from tenancy_orm.servers import Servers
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.provisioning import Workshop, intercept, names_of, placement, set_marker

@@ -8,7 +8,7 @@ import secrets
 import pytest
 
 from tenancy_orm.errors import ProvisioningError, ServerUnavailableError, UnknownServerError
-from tenancy_orm.provisioning import databases, roles
+from tenancy_orm.provisioning.server_objects import databases, roles
 from tests.support.postgres import Postgres
 from tests.support.provisioning import Workshop, open_workshop
 

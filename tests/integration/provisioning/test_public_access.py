@@ -20,7 +20,7 @@ import pytest
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import ConfigurationError, ControlUnavailableError
 from tenancy_orm.postgres.quoting import quote_literal
-from tenancy_orm.provisioning.preparation_plan import PreparationPlan
+from tenancy_orm.provisioning.preparation.plan import PreparationPlan
 from tests.support.models import Base
 from tests.support.postgres import Postgres
 from tests.support.shell import ROOT, environment, python_path

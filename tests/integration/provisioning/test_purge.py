@@ -19,9 +19,9 @@ from tenancy_orm.errors import (
 from tenancy_orm.keys.format import generate_key
 from tenancy_orm.postgres import locks
 from tenancy_orm.postgres.failures import SERVER_FAILURES
-from tenancy_orm.provisioning import removal, roles
-from tenancy_orm.provisioning.blockers import PreparedTransaction
-from tenancy_orm.provisioning.pipeline import tenant_key
+from tenancy_orm.provisioning.creation.pipeline import tenant_key
+from tenancy_orm.provisioning.server_objects import removal, roles
+from tenancy_orm.provisioning.server_objects.blockers import PreparedTransaction
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import ENDED
 from tests.support.provisioning import Workshop, names_of, placement

@@ -18,9 +18,12 @@ from sqlalchemy import text
 from tenancy_orm.errors import ControlUnavailableError, ProvisioningError, ServerUnavailableError
 from tenancy_orm.postgres import connections, locks
 from tenancy_orm.protocols import GrantTarget
-from tenancy_orm.provisioning import ReconcileReport, databases, grants, roles, unfinished
-from tenancy_orm.provisioning.pipeline import Creation, tenant_key
-from tenancy_orm.provisioning.unfinished import UnfinishedWork
+from tenancy_orm.provisioning import ReconcileReport
+from tenancy_orm.provisioning.creation import unfinished
+from tenancy_orm.provisioning.creation.pipeline import Creation, tenant_key
+from tenancy_orm.provisioning.creation.unfinished import UnfinishedWork
+from tenancy_orm.provisioning.rights import grants
+from tenancy_orm.provisioning.server_objects import databases, roles
 from tenancy_orm.registry.rows import TenantDraft, Unfinished
 from tenancy_orm.routing import marker
 from tenancy_orm.tenant import Status, Tenant

@@ -14,9 +14,11 @@ import pytest_asyncio
 from tenancy_orm.audit.log import AuditLog
 from tenancy_orm.errors import ConfigurationError, ProvisioningError
 from tenancy_orm.postgres import connections, locks
-from tenancy_orm.provisioning import ReconcileReport, role_settings, roles
-from tenancy_orm.provisioning.pipeline import tenant_key
-from tenancy_orm.provisioning.rotation import SecretManager
+from tenancy_orm.provisioning import ReconcileReport
+from tenancy_orm.provisioning.creation.pipeline import tenant_key
+from tenancy_orm.provisioning.rights import role_settings
+from tenancy_orm.provisioning.server_objects import roles
+from tenancy_orm.rotation import SecretManager
 from tenancy_orm.secrets.sealed import SealedPasswords
 from tenancy_orm.tenant import Status, Tenant
 from tests.support.postgres import ENDED, Postgres

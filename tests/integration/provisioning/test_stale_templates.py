@@ -18,7 +18,8 @@ from tenancy_orm import TenancyConfig
 from tenancy_orm.errors import TemplateError
 from tenancy_orm.migrations import AlembicSchema, inputs
 from tenancy_orm.postgres import connections
-from tenancy_orm.provisioning import Template, templates
+from tenancy_orm.provisioning import Template
+from tenancy_orm.provisioning.templates import building as templates
 from tests.support.fleet import Fleet, fleet_config, open_fleet, until
 from tests.support.postgres import Postgres
 from tests.support.projects import Project

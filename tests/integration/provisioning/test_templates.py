@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from tenancy_orm import Tenancy
 from tenancy_orm.errors import ConfigurationError, MigrationError, TemplateError
 from tenancy_orm.migrations import MetadataSchema
-from tenancy_orm.provisioning import databases
+from tenancy_orm.provisioning.server_objects import databases
 from tests.support.provisioning import Connect, ScriptSchema, Workshop, placement
 from tests.support.waiting import HANGS, until
 

@@ -14,9 +14,9 @@ import psycopg
 import pytest
 
 from tenancy_orm.errors import ConfigurationError, DatabaseExistsError, TenantSuspendedError
-from tenancy_orm.provisioning import databases, roles
-from tenancy_orm.provisioning.scram import scram_verifier
-from tenancy_orm.provisioning.temporary_logins import TemporaryLogin
+from tenancy_orm.provisioning.logins.temporary_logins import TemporaryLogin
+from tenancy_orm.provisioning.server_objects import databases, roles
+from tenancy_orm.provisioning.server_objects.scram import scram_verifier
 from tenancy_orm.provisioning.watchdog import WatchReport
 from tenancy_orm.secrets.keyring import new_password
 from tenancy_orm.tenant import Status

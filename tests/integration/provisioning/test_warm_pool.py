@@ -13,9 +13,10 @@ from sqlalchemy import text
 from tenancy_orm.errors import ProvisioningError
 from tenancy_orm.postgres.connections import version
 from tenancy_orm.protocols import GrantTarget
-from tenancy_orm.provisioning import ReconcileReport, grants, warm_pool
+from tenancy_orm.provisioning import ReconcileReport, warm_pool
+from tenancy_orm.provisioning.creation.warm_creation import recipe
 from tenancy_orm.provisioning.provisioner import settings_of
-from tenancy_orm.provisioning.warm_creation import recipe
+from tenancy_orm.provisioning.rights import grants
 from tenancy_orm.provisioning.warm_pool import WarmReport
 from tenancy_orm.registry.rows import uuid7
 from tenancy_orm.tenant import Status
@@ -148,7 +149,7 @@ async def test_a_damaged_warm_database_that_cannot_be_dropped_fails_no_creation(
         raise ProvisioningError("it is in use")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tenancy_orm.provisioning.removal.drop_database", fail)
+        patch.setattr("tenancy_orm.provisioning.server_objects.removal.drop_database", fail)
         tenant = await workshop.create("acme")
     assert placement(tenant).database == workshop.names.tenant(tenant.id)
     async with workshop.connect(tenant) as connection:

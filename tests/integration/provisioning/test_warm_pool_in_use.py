@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from tenancy_orm import Tenancy, TenancyConfig
 from tenancy_orm.errors import ConfigurationError
-from tenancy_orm.provisioning.reconcile import Reconciler
+from tenancy_orm.provisioning.reconciling.reconcile import Reconciler
 from tenancy_orm.registry.rows import TenantDraft, uuid7
 from tenancy_orm.tenant import Tenant
 from tests.support.postgres import Postgres

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from tenancy_orm import TenancyConfig
 from tenancy_orm.postgres.programs import find_programs
-from tenancy_orm.provisioning.copies import Content
+from tenancy_orm.provisioning.copies.making import Content
 from tests.support.fleet import open_fleet
 from tests.support.postgres import ENDED, Postgres
 from tests.support.projects import NOTES, Project

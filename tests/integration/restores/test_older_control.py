@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from tenancy_orm.config import TenancyConfig
 from tenancy_orm.errors import OperationStateError, ProvisioningError, TenancyError
-from tenancy_orm.provisioning.new_databases import NewDatabases
+from tenancy_orm.provisioning.creation.new_databases import NewDatabases
 from tenancy_orm.restores import DumpSource
 from tenancy_orm.tenant import Placement, Status
 from tests.integration.restores.test_restores import add, databases, notes

@@ -18,7 +18,7 @@ from tenancy_orm.errors import (
     TenantNotFoundError,
 )
 from tenancy_orm.protocols import GrantHook
-from tenancy_orm.provisioning import restoring
+from tenancy_orm.provisioning.copies import restoring
 from tenancy_orm.restores import BackupSource, DumpSource, making
 from tenancy_orm.restores.manager import READ_ONLY
 from tests.integration.restores.test_restores import add, databases, notes

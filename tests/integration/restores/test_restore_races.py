@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from tenancy_orm.config import BackupConfig
 from tenancy_orm.errors import JobLostError, OperationError, TenantDeletedError
-from tenancy_orm.provisioning import restoring as restoring_module
+from tenancy_orm.provisioning.copies import restoring as restoring_module
 from tenancy_orm.restores import DumpSource, RestoreReport, making
 from tenancy_orm.tenant import Status
 from tests.integration.restores.test_restores import ADD_COLUMN, add, databases, notes

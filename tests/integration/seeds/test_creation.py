@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from tenancy_orm import Tenancy, Tenant
 from tenancy_orm.context import current_tenant_or_none
 from tenancy_orm.errors import ConfigurationError, CrossTenantError, SeedError, TenantNotFoundError
-from tenancy_orm.provisioning.pipeline import Creation
+from tenancy_orm.provisioning.creation.pipeline import Creation
 from tenancy_orm.seeds import running, seed
 from tests.integration.seeds.conftest import COUNTRIES, ROLES, Configure, Opened
 

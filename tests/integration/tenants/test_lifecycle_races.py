@@ -17,8 +17,8 @@ from tenancy_orm import Status, Tenancy, Tenant
 from tenancy_orm.errors import InvalidTransitionError, LoginNotBlockedError, TenantDeletedError, TenantNotFoundError
 from tenancy_orm.events import TenantCreated, TenantEvent, TenantPurged, TenantStatusChanged, TenantUpdated
 from tenancy_orm.postgres import locks
-from tenancy_orm.provisioning import roles
-from tenancy_orm.provisioning.pipeline import tenant_key
+from tenancy_orm.provisioning.creation.pipeline import tenant_key
+from tenancy_orm.provisioning.server_objects import roles
 from tests.support.waiting import until
 
 

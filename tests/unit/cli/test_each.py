@@ -16,7 +16,7 @@ from psycopg import pq
 from tenancy_orm.cli.each import _pass_on, environment_for
 from tenancy_orm.errors import ConfigurationError
 from tenancy_orm.postgres.dsn import Dsn
-from tenancy_orm.provisioning.temporary_logins import TemporaryLogin
+from tenancy_orm.provisioning.logins.temporary_logins import TemporaryLogin
 
 
 def login(dsn: Dsn) -> TemporaryLogin:

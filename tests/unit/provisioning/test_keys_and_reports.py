@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from tenancy_orm.provisioning import ReconcileReport
-from tenancy_orm.provisioning.pipeline import tenant_key
+from tenancy_orm.provisioning.creation.pipeline import tenant_key
 
 
 def test_tenants_have_different_keys() -> None:

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tenancy_orm.provisioning.scram import scram_verifier
+from tenancy_orm.provisioning.server_objects.scram import scram_verifier
 from tenancy_orm.secrets.keyring import new_password
 
 

@@ -1,0 +1,1 @@
+"""What databases and servers are compared with."""

@@ -1,0 +1,1 @@
+"""A database that is copied from another one, with pg_dump and pg_restore."""

@@ -1,0 +1,1 @@
+"""How a tenant's database comes, step by step, and goes."""

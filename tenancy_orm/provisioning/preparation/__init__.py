@@ -1,0 +1,1 @@
+"""What a server needs before the first tenant is on it."""

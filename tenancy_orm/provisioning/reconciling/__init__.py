@@ -1,0 +1,1 @@
+"""Servers and databases are brought to the state that the registry has."""

@@ -1,0 +1,1 @@
+"""What is on a server: databases, roles and sessions, and what is done to them one by one."""

@@ -1,0 +1,1 @@
+"""The databases that tenants' databases are cloned from."""

@@ -1,0 +1,1 @@
+"""Servers are added, changed, drained and removed."""
