@@ -160,9 +160,7 @@ class InPlace:
     def _refuse_shared(self, opened: OpenSource, server: str) -> None:
         shared = {*_SHARED_DATABASES, self._services.servers[server].dsn.database}
         if opened.database in shared:
-            raise AdoptionError(
-                f"{opened.source} is a database that server {server!r} uses itself, so it cannot become a tenant's"
-            )
+            raise AdoptionError(f"{opened.source} is shared by server {server!r}, so it cannot become a tenant's")
         if (opened.marker or "").startswith(("tenancy:", "tenancy-")):
             raise AdoptionError(f"{opened.source} is the database of a tenant, or a template: it has its marker")
 

@@ -161,8 +161,8 @@ async def test_what_is_nobodys_own_is_refused(fleet: Fleet, postgres: Postgres) 
     adopt = fleet.tenancy.adoption.adopt
     await fleet.create("globex")
     for url, reason in (
-        (postgres.url("postgres"), "shares"),
-        (postgres.url("template1"), "shares"),
+        (postgres.url("postgres"), "is shared by server"),
+        (postgres.url("template1"), "is shared by server"),
         (fleet.tenancy.config.control_url, "control database"),
         (postgres.url(fleet.database("globex")), "the database of tenant 'globex' already"),
     ):
