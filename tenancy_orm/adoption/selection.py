@@ -273,12 +273,12 @@ class Selection:
             outside = f"({self._reach.belongs(reached, alias)}) IS NOT TRUE AND {self._reach.refers(key, alias)}"
             text = await self._sample(reached.relation, alias, f"{reached.relation.rows(alias)} WHERE {outside}")
             if text:
-                whose, remedy = "are reached by no other way", 'give the table a where, or set strays = "leave"'
+                what, remedy = "are reached by no other way", 'give the table a where, or set strays = "leave"'
                 if reached.way is Way.COLUMN:
                     choices = '"leave"' if said == "follow" else '"leave" or "follow"'
-                    whose, remedy = "do not belong to this customer", f"correct them, or set strays = {choices}"
+                    what, remedy = "do not belong to this customer", f"correct them, or set strays = {choices}"
                 found.append(
-                    f"{text} {whose}, and refer by {', '.join(key.columns)} to its rows of "
+                    f"{text} {what}, and refer by {', '.join(key.columns)} to its rows of "
                     f"{self._reach.tables[key.target].relation.label}: {remedy}"
                 )
         return iter(found)

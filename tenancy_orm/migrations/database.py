@@ -312,7 +312,7 @@ class DatabaseMigration:
         return state
 
     async def _run_data(self, data: DataRunner, state: State) -> None:
-        """Run data migrations. The schema does not change in that time, which may be long; every process is told."""
+        """Run data migrations, which may take long. Every process is notified that the schema stays as it is."""
         if self._reached is not None:
             await self._reached(format_revision(state.heads))
             self.announced = False

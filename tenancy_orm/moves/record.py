@@ -139,7 +139,7 @@ class MoveRecord:
 
     async def is_switched(self) -> bool:
         """Whether the tenant's row names the new database."""
-        # what is undone or finished hangs on this: a switch whose commit is in doubt has ended by then
+        # what is undone or finished depends on this: a switch with a commit in doubt has ended by then
         place = (await self.provisioning.registry.get_after_pending_commits(self.tenant.id)).placement
         return place is not None and (place.server, place.database) == (self.new.server, self.new.database)
 

@@ -23,7 +23,7 @@ class ReconcileReport:
             that could not be dropped before, and temporary logins that have expired.
         unknown: Databases that the registry does not know, but that have belonged to a tenant: kept, since they may
             hold data. Register them again (``tenancy rebuild``), or drop them by ``reconcile(drop_unknown=True)``,
-            which drops none that a tenant may use whose row is older than a restore or a move.
+            which spares those of tenants with rows that are older than a restore or a move.
         differences: How tenants' databases and roles differed from what provisioning makes, mended or not.
         errors: What could not be done or checked, and why. Everything else was.
     """
