@@ -644,7 +644,7 @@ async def test_a_claim_with_the_providers_own_id_is_logged(tenancy: Tenancy, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"authenticators": [object()]}, "no authenticator"),
+        ({"authenticators": [object()]}, "is not an authenticator"),
         ({"authenticators": [LoginAs]}, "an instance"),
         ({"authenticators": [ApiKeyAuthenticator(), ApiKeyAuthenticator()]}, "one ApiKeyAuthenticator"),
         ({"authenticators": [tokens_of("https://a.example"), tokens_of("https://b.example")]}, "subject_prefix"),
