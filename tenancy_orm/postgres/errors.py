@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import TypeVar
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 
 from ..errors import TenancyError
 
@@ -82,17 +83,18 @@ def describe(error: BaseException) -> str:
     """
     if isinstance(error, TenancyError):
         return str(error)
-    state = sqlstate_of(error)
+    is_postgres = isinstance(error, asyncpg.PostgresError | DBAPIError) or getattr(error, "sqlstate", None) is not None
+    state = sqlstate_of(error) if is_postgres else None
     if state is not None:
         message = _message(error)
         if state.startswith(_DATA_EXCEPTION):
             message = _QUOTED.sub('"..."', message)
         return f"{message} (SQLSTATE {state})"
-    if isinstance(error, DBAPIError):
-        return _line(f"{type(error).__name__}: {error.orig}")
+    # of a wrapper without its statement
+    text = str((error.orig or error.args[0]) if isinstance(error, StatementError) else error).partition(_DETAIL)[0]
     if isinstance(error, TimeoutError):
-        return _line(f"timed out: {error}" if str(error) else "timed out")
-    return _line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        return _line(f"timed out: {text}" if text else "timed out")
+    return _line(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 def _message(error: BaseException) -> str:
@@ -109,19 +111,25 @@ def _message(error: BaseException) -> str:
 def without_detail(error: E) -> E:
     """Remove DETAIL, which quotes rows, from an error and its causes, and return it: for a log with its traceback.
 
-    Only for an error that ends there: whoever raised it may want to read it.
+    Only for an error that ends there: whoever raised it may want to read it. It may be of any class, and is left as it
+    is if that refuses.
     """
-    cause: BaseException | None = error
+    found: list[BaseException | None] = [error]
     seen: set[int] = set()
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        for one in (cause, cause.orig if isinstance(cause, DBAPIError) else None):
+    while found:
+        one = found.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        with suppress(Exception):
             if isinstance(one, asyncpg.PostgresError):
                 one.detail = None
-            elif one is not None:
+            elif any(isinstance(arg, str) and _DETAIL in arg for arg in one.args):
                 # the text of a wrapper, which some releases of SQLAlchemy take from the driver's error
                 one.args = tuple(arg.partition(_DETAIL)[0] if isinstance(arg, str) else arg for arg in one.args)
-        cause = cause.__cause__ or cause.__context__
+        found += [one.__cause__, one.__context__, one.orig if isinstance(one, DBAPIError) else None]
+        if isinstance(one, BaseExceptionGroup):
+            found += one.exceptions
     return error
 
 

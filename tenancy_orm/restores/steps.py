@@ -221,7 +221,8 @@ class Restore:
                 await self._take_back(operation)
                 await operations.finish(operation, self._claimant, "failed", error=describe(error))
         except FAILURES as exc:
-            logger.error("operation %d could not be taken back, housekeeping will do it: %s", number, exc)
+            reason = describe(exc)
+            logger.error("operation %d could not be taken back, housekeeping will do it: %s", number, reason)
 
     async def _take_back(self, operation: Operation) -> None:
         """Let the tenant use what it used before, and drop what was made.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..audit.actor import Actor
 from ..errors import TenancyError
 from ..operations import Operation
+from ..postgres.errors import describe
 from ..registry.databases import TenantDatabase
 from ..tenant import Status
 from .report import UpkeepReport
@@ -40,7 +41,7 @@ class RestoreUpkeep:
         try:
             await self._tombstones.write()
         except FAILURES as exc:
-            errors.append(f"tombstones in the store of backups: {exc}")
+            errors.append(f"tombstones in the store of backups: {describe(exc)}")
         for operation in await self._operations.list(kinds=("restore",), states=("running", "waiting"), limit=_LISTED):
             if not operation.is_abandoned and not await self._is_over(operation):
                 continue
@@ -48,7 +49,7 @@ class RestoreUpkeep:
                 await self._end(operation, actor)
                 ended.append(operation.id)
             except FAILURES as exc:
-                errors.append(f"operation {operation.id}: {exc}")
+                errors.append(f"operation {operation.id}: {describe(exc)}")
         for beside in await self._registry.databases_to_drop():
             try:
                 if await self._is_needed(beside):
@@ -56,7 +57,7 @@ class RestoreUpkeep:
                 await self._new_databases.drop(beside)
                 dropped.append(beside.name)
             except FAILURES as exc:
-                errors.append(f"database {beside.name}: {exc}")
+                errors.append(f"database {beside.name}: {describe(exc)}")
         return UpkeepReport(ended=tuple(ended), dropped=tuple(dropped), errors=tuple(errors))
 
     async def _is_over(self, operation: Operation) -> bool:

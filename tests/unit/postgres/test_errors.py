@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
 import tenancy_orm
 from tenancy_orm.errors import ProvisioningError
@@ -72,25 +73,74 @@ def test_a_traceback_that_is_logged_has_no_detail(caplog: pytest.LogCaptureFixtu
     assert DETAIL not in caplog.text
 
 
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    """An error of an application that refuses to be changed."""
+
+    text: str
+
+
+def test_an_error_that_refuses_to_be_changed_is_left_as_it_is() -> None:
+    """Wherever it is in the chain: what follows the log entry still happens."""
+    detail = f"no\nDETAIL:  {DETAIL}"
+    inner, frozen = unique_violation(), FrozenError(detail)
+    assert without_detail(frozen) is frozen
+    outer = RuntimeError("outer")
+    outer.__cause__, outer.__context__ = FrozenError(detail), inner
+    group = ExceptionGroup("some", [outer])
+    assert without_detail(group) is group
+    assert DETAIL not in str(inner)
+
+
+def test_an_applications_explanation_is_kept() -> None:
+    """PostgreSQL's own message is its cause; the text of a wrapper has neither statement nor parameters."""
+    explained = RuntimeError("could not seed the roles")
+    explained.__cause__ = unique_violation()
+    assert describe(explained) == "RuntimeError: could not seed the roles"
+    assert (
+        describe(RuntimeError(f"failed: {unique_violation()}"))
+        == 'RuntimeError: failed: duplicate key value violates "k"'
+    )
+    assert describe(StatementError("no value", "SELECT :a", {"a": "secret"}, None)) == "StatementError: no value"
+
+
 def test_no_handler_prints_an_error_that_may_be_postgresqls() -> None:
     """It would print DETAIL. ``describe``, ``reason_of`` and ``without_detail`` do not."""
     planted = "try:\n    pass\nexcept asyncpg.PostgresError as exc:\n    raise ValueError(f'it failed: {exc}')\n"
     assert list(printed(ast.parse(planted))) == [4]
+    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    named = {name for tree in trees.values() for name in names_of_errors(tree) if not name.startswith("_")}
+    assert "FAILURES" in named, "the tuple of a module, which others import"
     found = [
         f"{path.relative_to(PACKAGE)}:{line}"
-        for path in sorted(PACKAGE.rglob("*.py"))
+        for path, tree in trees.items()
         if str(path.relative_to(PACKAGE)) not in SHOWN
-        for line in printed(ast.parse(path.read_text()))
+        for line in printed(tree, named)
     ]
     assert not found, found
 
 
-def printed(tree: ast.AST) -> Iterator[int]:
+def names_of_errors(tree: ast.Module) -> set[str]:
+    """The names that a module gives to tuples of errors which may be PostgreSQL's."""
+    return {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Tuple)
+        and POSTGRES.search(ast.unparse(node.value))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def printed(tree: ast.Module, names: Collection[str] = ()) -> Iterator[int]:
     """The lines on which a handler of PostgreSQL's errors uses the text of the error itself."""
+    known = {*names, *names_of_errors(tree)}
     for handler in ast.walk(tree):
         if not isinstance(handler, ast.ExceptHandler) or not handler.name or handler.type is None:
             continue
-        if POSTGRES.search(ast.unparse(handler.type)):
+        caught = ast.unparse(handler.type)
+        if POSTGRES.search(caught) or known & set(re.findall(r"\w+", caught)):
             yield from (node.lineno for node in ast.walk(handler) if prints(node, handler.name))  # type: ignore[attr-defined]
 
 
