@@ -450,7 +450,7 @@ class TenantExistsError(TenantError):
                 f"slug {slug!r} still redirects to a renamed tenant; choose another, or wait until the redirect ends"
             )
         else:
-            message = f"tenant {slug!r} already exists; choose another slug, or purge that tenant first"
+            message = f"tenant {slug!r} already exists; choose another slug"
         super().__init__(message, tenant=slug)
         self.reserved = reserved
 

@@ -89,7 +89,7 @@ async def prepare_servers(servers: Servers, provisioner: Provisioner, *, is_new:
         if isinstance(error, (ServerUnavailableError, ProvisioningError)) and not is_new:
             provisioner.unprepared[name] = error
             logger.warning(
-                "server %s is not prepared now, and is before the next tenant is created on it: %s", name, error
+                "server %s could not be prepared; it is before the next tenant is created there: %s", name, error
             )
         elif isinstance(error, BaseException):
             failed.append(error)

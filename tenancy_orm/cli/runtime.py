@@ -153,7 +153,7 @@ def confirm(question: str) -> bool:
         if sys.stdin.isatty():
             raise
         print(file=sys.stderr)
-        fail("nothing was changed: the question got no answer; answer it with --yes")
+        fail("nothing was changed: this needs a confirmation; give it with --yes")
 
 
 def given_url(url: str) -> str:

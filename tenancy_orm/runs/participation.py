@@ -233,7 +233,8 @@ class Participation:
                     await self._claims.leave(self._finished)
             except Exception as exc:  # noqa: BLE001 - whatever it is, it hides no other error
                 logger.error(
-                    "run %d: what has ended here could not be recorded (%s); continue with: tenancy migrate resume %d",
+                    "run %d: outcomes of this process could not be recorded (%s); continue with: "
+                    "tenancy migrate resume %d",
                     self._claims.run,
                     describe(exc),
                     self._claims.run,
@@ -272,12 +273,13 @@ class Participation:
     def _give_up(self, error: Exception, now: float) -> bool:
         if self._failing_since is None:
             self._failing_since = now
-            logger.warning("run %d: the control database cannot be used now: %s", self._claims.run, describe(error))
+            logger.warning("run %d: the control database cannot be reached: %s", self._claims.run, describe(error))
         if self._tasks or now - self._failing_since < patience.PATIENCE_SECONDS:
             return False
         run = self._claims.run
         self._failure = ControlUnavailableError(
-            f"the control database does not answer; to see what run {run} has done, run: tenancy migrate resume {run}"
+            f"the control database does not answer; once it does, look at run {run} with: tenancy migrate show {run}; "
+            f"and continue with: tenancy migrate resume {run}"
         )
         self._failure.__cause__ = error
         return True
@@ -383,7 +385,7 @@ class Participation:
         for server in before - awaited:
             self._has_more = True
             if self._health.has_gone(server):
-                logger.error("run %d: server %s is waited for no longer; its tenants fail", self._claims.run, server)
+                logger.error("run %d: server %s has not come back in time; its tenants fail", self._claims.run, server)
             else:
                 logger.info("run %d: server %s answers again", self._claims.run, server)
         for server in awaited | self._health.unreached:

@@ -529,13 +529,13 @@ async def _refuse_to_pass(
         return
     end = f"end it (tenancy migrate cancel {other.id})"
     choice = (
-        f"{end}, or start another run all the same with --beside (beside=True in Python, -x beside=true for alembic)"
+        f"{end}, or start another run anyway with --beside (beside=True in Python, -x beside=true for alembic)"
         if run is None
         else f"or {end}, before run {run} goes on"
     )
     message = (
-        f"run {other.id} ({other.command} {other.target}) is paused: {other.reason}. {counted(other.number)} would not "
-        f"wait for it; nothing was started. Continue it (tenancy migrate resume {other.id}), {choice}"
+        f"run {other.id} ({other.command} {other.target}) is paused: {other.reason}. {counted(other.number)} of it are "
+        f"still to be migrated; nothing was started. Continue it (tenancy migrate resume {other.id}), {choice}"
     )
     raise RunStateError(other.id, "paused", "passed by", message=message)
 

@@ -110,7 +110,8 @@ class FleetReport:
         if self.skipped:
             found.append(f"tenancy migrate resume {self.run} (those that were not started)")
         reason = f": {self.reason}" if self.reason else ""
-        return f"run {self.run} is {self.state}{reason}; continue with: {', or '.join(found)}"
+        state = "has failed" if self.state == "failed" else f"is {self.state}"
+        return f"run {self.run} {state}{reason}; continue with: {', or '.join(found)}"
 
     def summary(self) -> str:
         """Return one line: how many tenants, how many of them migrated or failed, and how long it took."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import asyncpg
 
 from ..errors import ServerIdentityError, ServerUnavailableError
+from ..postgres.errors import describe
 from .identity import differ
 from .rows import ServerRow
 from .server import Server, ServerFacts
@@ -35,7 +36,7 @@ async def inspect_servers(servers: Mapping[str, Server], *, timeout: float) -> d
         if isinstance(answer, ServerIdentityError):
             logger.error("the address of server %s leads to another cluster, and is not used: %s", name, answer)
         elif isinstance(answer, (ServerUnavailableError, asyncpg.PostgresError)):
-            logger.warning("server %s cannot be checked now, and is checked by its first connection: %s", name, answer)
+            logger.warning("server %s could not be checked; its first connection is: %s", name, describe(answer))
         elif isinstance(answer, BaseException):
             raise answer
         else:

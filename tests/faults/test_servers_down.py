@@ -411,7 +411,7 @@ async def test_an_opening_that_initialises_goes_on_without_a_server(
                 await tenancy.tenants.create("frank", server="other")
         finally:
             await tenancy.close()
-    [said] = [record.getMessage() for record in caplog.records if "is not prepared now" in record.getMessage()]
+    [said] = [record.getMessage() for record in caplog.records if "could not be prepared" in record.getMessage()]
     assert "CREATEDB" not in said
     assert ("servers update other --admin ... --password-stdin" in said) is (how == "password")
 

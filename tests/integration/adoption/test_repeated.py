@@ -34,7 +34,7 @@ async def test_a_deleted_tenant_is_not_said_to_be_complete(fleet: Fleet, postgre
             await adopt("acme", source.url)
         await operations.finish(begun, claimant, "failed")
         await fleet.tenancy.tenants.delete("acme")
-        with pytest.raises(TenantExistsError, match="purge that tenant first"):
+        with pytest.raises(TenantExistsError, match="already exists; choose another slug"):
             await adopt("acme", source.url)
         await fleet.tenancy.tenants.purge("acme")
         assert (await adopt("acme", source.url)).api_key is not None

@@ -32,7 +32,7 @@ async def test_runs_from_the_shell(cli: Cli, tmp_path: Path) -> None:
     upgraded = await cli("migrate", "upgrade", TENANCY_MIGRATION_CODE_VERSION="v1.2")
     assert upgraded.status == 1
     assert upgraded.err.startswith("run 1\n")
-    following = "run 1 is failed: 1 of 2 tenants failed; continue with: tenancy migrate retry 1 (its failed tenants)"
+    following = "run 1 has failed: 1 of 2 tenants failed; continue with: tenancy migrate retry 1 (its failed tenants)"
     assert following in upgraded.err
     assert upgraded.out.splitlines()[0].endswith("s (run 1)")
 
