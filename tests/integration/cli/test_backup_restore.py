@@ -20,7 +20,7 @@ async def test_a_backup_is_inspected_swapped_undone_and_made_another_tenant(cli:
     assert made.status == 0, made.err
     backup = made.json["done"][0]["id"]
     unanswered = await cli("backup", "restore", "acme", backup, stdin="", **store)
-    assert (unanswered.status, "answer it with --yes" in unanswered.err) == (1, True)
+    assert (unanswered.status, "give it with --yes" in unanswered.err) == (1, True)
     latest = await cli("backup", "restore", "acme", "latest", stdin="n", **store)
     assert (latest.status, f"by backup {backup} of 20" in latest.out) == (1, True), latest
     unknown = await cli("backup", "restore", "nosuch", "latest", stdin="y", **store)

@@ -102,7 +102,7 @@ async def test_a_tenants_life_by_command(cli: Cli, tmp_path: Path) -> None:
     assert (await cli("restore", "acme-corp", "--json")).json["status"] == "active"
     await cli("delete", "acme-corp")
     unanswered = await cli("purge", "acme-corp", stdin="")
-    assert (unanswered.status, "answer it with --yes" in unanswered.err) == (1, True)
+    assert (unanswered.status, "give it with --yes" in unanswered.err) == (1, True)
     declined = await cli("purge", "acme-corp", stdin="n\n")
     assert declined.status == 1
     assert (await cli("purge", "acme-corp", "--yes", "--json")).json["status"] == "purged"
