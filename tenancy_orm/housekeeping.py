@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from .audit.actor import SYSTEM, Actor
 from .audit.checkpoints import Checkpoint
 from .audit.log import AuditLog
@@ -29,7 +27,7 @@ from .metering.metrics import StorageSampler, TenantMetrics
 from .metering.policies import TierPolicies
 from .metering.usage import UsageExporter
 from .moves import MoveManager
-from .postgres.failures import SERVER_FAILURES
+from .postgres.failures import FAILURES
 from .postgres.login import reason_of
 from .provisioning import Provisioner
 from .quotas.manager import QuotaManager
@@ -49,7 +47,6 @@ _SAMPLE_SECONDS = 240.0  # the tenants' databases are sampled unless this was do
 _Due = tuple[Tenant, str, str | None]
 
 # what a server may answer, or fail to; a mistake in the code is none of them and ends the run
-_FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +166,7 @@ class Housekeeping:
 
 def _reason(error: BaseException) -> str:
     # without DETAIL, which may quote a row
-    return reason_of(error) if isinstance(error, SQLAlchemyError) else str(error)
+    return str(error) if isinstance(error, TenancyError) else reason_of(error)
 
 
 class _Run:
@@ -186,7 +183,7 @@ class _Run:
     async def do(self, name: str, chore: Awaitable[Any]) -> None:
         try:
             result = self.chores[name] = await chore
-        except _FAILURES as exc:
+        except FAILURES as exc:
             logger.error("housekeeping could not do %s: %s", name, _reason(exc))
             self.errors.append(f"{name}: {_reason(exc)}")
         else:
@@ -199,7 +196,7 @@ class _Run:
             except (InvalidTransitionError, TenantNotFoundError) as exc:
                 # another run, or an operator, was faster
                 logger.debug("housekeeping does not %s tenant %s: %s", what, tenant.slug, exc)
-            except _FAILURES as exc:
+            except FAILURES as exc:
                 logger.error("housekeeping could not %s tenant %s: %s", what, tenant.slug, _reason(exc))
                 self.errors.append(f"{what} {tenant.slug}: {_reason(exc)}")
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from uuid import UUID
 
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.checkpoints import Signer, Verifier
@@ -32,7 +31,7 @@ from ..errors import ErasureError, OperationStateError, TenancyError
 from ..jobs.claims import Claimant
 from ..operations import Operation, Operations
 from ..postgres.errors import describe
-from ..postgres.failures import SERVER_FAILURES
+from ..postgres.failures import FAILURES
 from ..registry.databases import FORGET_DATABASE
 from ..registry.registry import Registry
 from ..tenant import Status, Tenant, TenantRef
@@ -208,7 +207,7 @@ class ErasureManager:
                 tried.append(tenant_id)
                 try:
                     completed.append((await self.complete(tenant_id, actor=actor)).slug)
-                except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
+                except FAILURES as exc:
                     logger.error("the erasure of tenant %s is not complete: %s", tenant_id, describe(exc))
                     errors.append(f"{tenant_id}: {describe(exc)}")
             if len(completed) == before:

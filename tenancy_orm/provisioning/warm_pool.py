@@ -23,8 +23,6 @@ from functools import partial
 from typing import Final
 from uuid import UUID
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from ..cancellation import run_to_completion
 from ..context import refuse_while_bound
 from ..control.names import Names
@@ -32,7 +30,7 @@ from ..errors import DatabaseExistsError, TenancyError
 from ..postgres import connections, locks
 from ..postgres.connections import Connection, version
 from ..postgres.errors import describe
-from ..postgres.failures import SERVER_FAILURES
+from ..postgres.failures import FAILURES, SERVER_FAILURES
 from ..registry.rows import uuid7
 from ..routing import marker
 from ..servers.server import Server
@@ -214,7 +212,7 @@ class WarmPool:
                     await self._on_each([name], partial(self._refill, replace=False))
                 if name not in self._again:
                     return
-        except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
+        except FAILURES as exc:
             logger.warning("the warm pool of server %s is not refilled now: %s", name, describe(exc))
         finally:
             del self._refilling[name]
@@ -269,7 +267,7 @@ class WarmPool:
         async def attempt(name: str) -> None:
             try:
                 await work(name, found)
-            except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
+            except FAILURES as exc:
                 logger.warning("the warm pool of server %s: %s", name, describe(exc))
                 found.errors.append(f"{name}: {describe(exc)}")
 

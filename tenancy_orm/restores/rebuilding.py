@@ -23,7 +23,6 @@ from typing import Literal
 from uuid import UUID
 
 from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
 
 from ..audit.actor import SYSTEM, Actor
 from ..audit.log import AuditLog
@@ -34,10 +33,10 @@ from ..context import refuse_while_bound
 from ..control import installation
 from ..control.database import ControlDatabase
 from ..control.models import former_slugs, tenants
-from ..errors import ConfigurationError, InvalidSlugError, TenancyError
+from ..errors import ConfigurationError, InvalidSlugError
 from ..operations import Operations
 from ..postgres.errors import describe
-from ..postgres.failures import SERVER_FAILURES
+from ..postgres.failures import FAILURES
 from ..provisioning import Provisioner
 from ..provisioning.creation.clone_marks import METADATA
 from ..provisioning.provisioner import services_of
@@ -57,8 +56,6 @@ REASON = "the control database is being rebuilt"
 
 FoundState = Literal["found", "taken", "beside", "refused"]
 """Whether a database can be taken, was taken, is kept beside the one in use, or is refused."""
-
-_FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +204,7 @@ class RegistryRebuilding:
         async def on(server: str) -> list[MarkedDatabase]:
             try:
                 return await self._marked.on(server)
-            except _FAILURES as exc:
+            except FAILURES as exc:
                 unknown[server] = describe(exc)
                 return []
 
@@ -255,7 +252,7 @@ class RegistryRebuilding:
         found = set()
         for tenant_id, place in places.items():
             # where the server does not answer, or is not configured, its databases are not known either
-            with suppress(*_FAILURES):
+            with suppress(*FAILURES):
                 if await self._marked.is_stale(place):
                     found.add(tenant_id)
         return frozenset(found)
@@ -325,7 +322,7 @@ class RegistryRebuilding:
                 reason = f"its tenant was purged ({purged_at}), as the store of backups says, and remains purged"
                 return replace(found, state="refused", reason=reason)
             revision, mark = await self._marked.revision(one), await self._marked.clone_mark(one)
-        except _FAILURES as exc:
+        except FAILURES as exc:
             return replace(found, state="refused", reason=describe(exc))
         if mark is None:
             return replace(found, revision=revision)
@@ -436,7 +433,7 @@ class RegistryRebuilding:
             await self._secrets.rotate_password(one.tenant_id, actor=actor)
             beside = all_found.beside(one)
             tenant, differences = await self._marked.finish(marked, beside=beside, switched=switched, actor=actor)
-        except _FAILURES as exc:
+        except FAILURES as exc:
             logger.error("tenant %s cannot be registered again: %s", one.tenant_id, describe(exc))
             return replace(one, state="refused", reason=describe(exc))
         for difference in differences:

@@ -12,8 +12,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from ..audit.actor import Actor
 from ..cancellation import run_to_completion
 from ..errors import JobLostError, OperationError, OperationStateError, TenancyError
@@ -22,7 +20,7 @@ from ..jobs import Claimant
 from ..operations import Operation, Operations
 from ..operations.progress import StepProgress, silent
 from ..postgres.errors import describe
-from ..postgres.failures import SERVER_FAILURES
+from ..postgres.failures import FAILURES, SERVER_FAILURES
 from ..provisioning import Provisioner
 from ..registry.databases import TenantDatabase
 from ..registry.lifecycle import check_database_in_use
@@ -37,9 +35,6 @@ logger = logging.getLogger("tenancy_orm.restores")
 
 UNDO = "tenant.undo_restore_backup"
 """The action of a restore that swaps back to the database which an earlier one has replaced."""
-
-FAILURES = (TenancyError, SQLAlchemyError, *SERVER_FAILURES)
-"""What can keep a restore from being taken back now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,4 +300,4 @@ async def claim(services: RestoreServices, number: int, *, progress: StepProgres
     return Restore(services, claimant, await services.operations.claim(number, claimant), progress=progress)
 
 
-__all__ = ["FAILURES", "UNDO", "Restore", "RestoreServices", "begin", "claim"]
+__all__ = ["UNDO", "Restore", "RestoreServices", "begin", "claim"]

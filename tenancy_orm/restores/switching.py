@@ -15,22 +15,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from ..audit.actor import Actor
 from ..cancellation import run_to_completion
 from ..config import TenancyConfig
 from ..errors import (
     OperationStateError,
     ProvisioningError,
-    TenancyError,
 )
 from ..migrations.connections import Connections, Health
 from ..migrations.database import close, lock
 from ..operations import Operation
 from ..operations.switch import PAUSE_SECONDS, Paused, Switch
 from ..postgres.errors import describe
-from ..postgres.failures import SERVER_FAILURES
+from ..postgres.failures import FAILURES, SERVER_FAILURES
 from ..provisioning import Provisioner
 from ..provisioning.provisioner import services_of
 from ..provisioning.server_objects import databases
@@ -192,7 +189,7 @@ class Switching:
             if current.placement is not None and current.placement.database == database:
                 return current
             await self.go_back(operation, database)
-        except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
+        except FAILURES as exc:
             logger.error(
                 "operation %d could not be taken back, housekeeping will do it: %s", operation.id, describe(exc)
             )

@@ -6,10 +6,11 @@ from ..audit.actor import Actor
 from ..errors import TenancyError
 from ..operations import Operation
 from ..postgres.errors import describe
+from ..postgres.failures import FAILURES
 from ..registry.databases import TenantDatabase
 from ..tenant import Status
 from .report import UpkeepReport
-from .steps import FAILURES, RestoreServices, claim
+from .steps import RestoreServices, claim
 from .tombstones import Tombstones
 
 _LISTED = 1_000

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import Context
 from typing import TypeVar, overload
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from ..config import ServerAddresses, TenancyConfig
 from ..config.sections import ROLE_SETTINGS
-from ..errors import SecretError, TenancyError, UnknownServerError
+from ..errors import SecretError, UnknownServerError
 from ..postgres.errors import describe
-from ..postgres.failures import SERVER_FAILURES
+from ..postgres.failures import FAILURES
 from .rows import ServerRow
 from .sealed import SealedAddresses
 from .server import Server
@@ -133,7 +131,7 @@ class Servers(Mapping[str, Server]):
                 self._again = False
                 try:
                     await self.refresh()
-                except (TenancyError, SQLAlchemyError, *SERVER_FAILURES) as exc:
+                except FAILURES as exc:
                     logger.warning(
                         "the rows of the servers cannot be read (%s); they are read again later", describe(exc)
                     )

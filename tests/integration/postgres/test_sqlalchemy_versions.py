@@ -14,6 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from tenancy_orm.cli.runtime import exit_on_error
 from tenancy_orm.housekeeping import _Run
+from tenancy_orm.postgres.errors import postgres_error
 from tenancy_orm.postgres.login import reason_of
 from tenancy_orm.postgres.sqlalchemy_versions import SQLALCHEMY_2_0, await_, forget_transaction, has_begun, roll_back
 from tests.support.postgres import Postgres
@@ -81,11 +82,17 @@ async def test_a_reason_quotes_no_row(postgres: Postgres, capsys: pytest.Capture
 
     run: Any = _Run(None, None)  # type: ignore[arg-type]
 
-    async def chore() -> None:
+    async def chore(error: Exception) -> None:
         raise error
 
-    await run.do("prune", chore())
+    await run.do("prune", chore(error))
     assert run.errors == [f"prune: {reason}"]
+    # as a chore on a server fails, without SQLAlchemy around it
+    own = postgres_error(error)
+    assert own is not None
+    assert "ada@example" in str(own)
+    await run.do("prune", chore(own))
+    assert run.errors == [f"prune: {reason}"] * 2
 
 
 async def roll_back_again(adapted: Any) -> None:
