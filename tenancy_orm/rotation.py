@@ -32,7 +32,7 @@ from .secrets.keyring import Keyring
 from .secrets.sealed import ResealReport, SealedPasswords
 from .servers import Servers
 from .servers.sealed import SealedAddresses
-from .tenant import Placement, Status, Tenant
+from .tenant import Placement, Status, Tenant, placement_of
 
 logger = logging.getLogger("tenancy_orm.secrets")
 
@@ -101,12 +101,11 @@ class SecretManager:
             ServerUnavailableError, ControlUnavailableError: a server does not answer.
         """
         tenant = await self._registry.find(tenant)
-        if tenant.placement is None:
-            raise TenantNotFoundError(tenant.slug)
+        placement = placement_of(tenant)
         try:
             deadline = asyncio.get_running_loop().time() + self._timeout
             async with asyncio.timeout_at(deadline):
-                await run_unbound(self._rotate(tenant.id, tenant.placement, deadline, actor))
+                await run_unbound(self._rotate(tenant.id, placement, deadline, actor))
         except SERVER_FAILURES as exc:
             raise ProvisioningError(
                 f"the password of tenant {tenant.slug!r} was not rotated ({describe(exc)}); try again",

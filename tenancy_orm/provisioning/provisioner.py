@@ -16,7 +16,7 @@ from ..config import TenancyConfig
 from ..context import refuse_other_tenant, refuse_while_bound, run_unbound
 from ..control.database import ControlDatabase
 from ..control.names import Names
-from ..errors import ProvisioningError, TenancyError, TenantNotFoundError
+from ..errors import ProvisioningError, TenancyError
 from ..events import EventBus
 from ..keys.format import NewKey
 from ..postgres.connections import Connection
@@ -26,7 +26,7 @@ from ..registry.registry import Registry
 from ..registry.rows import TenantDraft
 from ..secrets.keyring import Keyring
 from ..servers import Server, Servers
-from ..tenant import Tenant
+from ..tenant import Tenant, placement_of
 from .checks.report import Findings, ReconcileReport
 from .copies.extensions import Extensions
 from .copies.making import Copies
@@ -300,9 +300,7 @@ class Provisioner:
             TenantNotFoundError: the tenant has been purged.
         """
         refuse_other_tenant(tenant)
-        if tenant.placement is None:
-            raise TenantNotFoundError(tenant.slug)
-        return self._services.keyring.open_password(tenant.id, tenant.placement.sealed_password)
+        return self._services.keyring.open_password(tenant.id, placement_of(tenant).sealed_password)
 
     async def align(self, tenant: Tenant, *, timeout: float = 5.0) -> None:
         """Make the tenant's role agree with the registry: whether it can log in, and its tier's connection limit.

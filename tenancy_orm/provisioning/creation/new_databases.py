@@ -35,7 +35,7 @@ from ...registry.databases import TenantDatabase
 from ...registry.rows import uuid7
 from ...routing import marker
 from ...servers import Server
-from ...tenant import Placement, Status, Tenant
+from ...tenant import Placement, Status, Tenant, placement_of
 from ..checks.contents_check import ContentsCheck
 from ..checks.differences import enumeration
 from ..copies.database_properties import DatabaseProperties
@@ -381,11 +381,10 @@ class NewDatabases:
         """
         refuse_while_bound("changing a tenant's database")
         self._home.check()
-        if tenant.placement is None:
-            raise TenantNotFoundError(tenant.slug)
+        place = placement_of(tenant)
         timeout = self._services.config.provisioning.timeout
         try:
-            async with self._locked(tenant, tenant.placement.server, held=False, timeout=timeout):
+            async with self._locked(tenant, place.server, held=False, timeout=timeout):
                 yield await self._services.registry.get(tenant.id)
         except TimeoutError as exc:
             raise ProvisioningError(

@@ -13,14 +13,13 @@ from ...cancellation import run_to_completion
 from ...config import TenancyConfig
 from ...context import refuse_while_bound
 from ...control.names import Names
-from ...errors import TenantNotFoundError
 from ...loops import HomeLoop
 from ...postgres import connections, locks
 from ...postgres.connections import Connection
 from ...postgres.failures import SERVER_FAILURES
 from ...postgres.quoting import quote_identifier, quote_literal
 from ...servers import Server, Servers
-from ...tenant import Tenant
+from ...tenant import Tenant, placement_of
 from ..server_objects import removal
 from ..server_objects.admin_connections import AdminConnections
 from ..server_objects.blockers import Blockers
@@ -116,18 +115,15 @@ class Readers:
         """
         refuse_while_bound("reading a tenant's whole database")
         self._home.check()
-        if tenant.placement is None:
-            raise TenantNotFoundError(tenant.slug)
-        server, timeout = self._servers[tenant.placement.server], self._config.provisioning.timeout
+        place = placement_of(tenant)
+        server, timeout = self._servers[place.server], self._config.provisioning.timeout
         name = self._names.scratch(secrets.token_hex(8))
         # its lock tells reconcile that the login is in use
         connection = await self._admin_connections.acquire(server, locks.lock_key(name), timeout=timeout)
         try:
             async with asyncio.timeout(timeout):
-                await refuse_replaced(connection, tenant.placement.database)
-                login = await create_reader(
-                    connection, server.dsn, self._names, name, tenant.placement, seconds=seconds
-                )
+                await refuse_replaced(connection, place.database)
+                login = await create_reader(connection, server.dsn, self._names, name, place, seconds=seconds)
             yield Reader(login, connection)
         finally:
             await run_to_completion(self._remove(connection, server, name))

@@ -26,7 +26,7 @@ from ...cancellation import run_to_completion
 from ...config import TenancyConfig
 from ...context import refuse_other_tenant
 from ...control.names import Names
-from ...errors import ConfigurationError, DatabaseExistsError, ProvisioningError, TenancyError, TenantNotFoundError
+from ...errors import ConfigurationError, DatabaseExistsError, ProvisioningError, TenancyError
 from ...loops import HomeLoop
 from ...postgres import connections
 from ...postgres.connections import Connection
@@ -38,7 +38,7 @@ from ...registry.lifecycle import check_usable
 from ...registry.registry import Registry
 from ...secrets.keyring import new_password
 from ...servers import Server, Servers
-from ...tenant import Tenant
+from ...tenant import Tenant, placement_of
 from ..rights import role_settings
 from ..server_objects import removal, roles
 from ..server_objects.blockers import Blockers
@@ -161,9 +161,7 @@ class TemporaryLogins:
             raise ConfigurationError("connection_limit must be 1 to 1000")
         current = await self._registry.get(tenant.id)
         check_usable(current, operator=True)
-        if current.placement is None:
-            raise TenantNotFoundError(tenant.slug)
-        place, password = current.placement, new_password()
+        place, password = placement_of(current), new_password()
         # the login's programs get none of the administrator's credentials
         dsn = self._servers[place.server].dsn.without_service()
         verifier = scram_verifier(password)
@@ -258,9 +256,7 @@ class TemporaryLogins:
     @asynccontextmanager
     async def _connected(self, tenant: Tenant) -> AsyncIterator[tuple[Connection, Blockers]]:
         """An administrative connection to the tenant's server, for a limited time."""
-        if tenant.placement is None:
-            raise TenantNotFoundError(tenant.slug)
-        blockers = self._blockers(self._servers[tenant.placement.server])
+        blockers = self._blockers(self._servers[placement_of(tenant).server])
         timeout = self._config.provisioning.timeout
         try:
             async with asyncio.timeout(timeout):

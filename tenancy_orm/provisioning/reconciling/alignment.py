@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from functools import partial
 
 from ...cancellation import run_to_completion
-from ...errors import ProvisioningError, TenantNotFoundError
+from ...errors import ProvisioningError
 from ...postgres import locks
 from ...postgres.connections import Connection
 from ...postgres.errors import describe
 from ...postgres.failures import SERVER_FAILURES
 from ...registry.lifecycle import LOGIN_BLOCKED
 from ...servers import Server
-from ...tenant import Status, Tenant
+from ...tenant import Status, Tenant, placement_of
 from ..creation.pipeline import ProvisioningServices, tenant_key
 from ..logins import guests
 from ..logins.standbys import end_on_replicas
@@ -61,9 +61,8 @@ async def align(services: ProvisioningServices, tenant: Tenant, *, timeout: floa
         ServerUnavailableError: the server does not answer.
         TenantNotFoundError: the tenant has been purged.
     """
-    if tenant.placement is None:
-        raise TenantNotFoundError(tenant.slug)
-    server, key = services.servers[tenant.placement.server], tenant_key(tenant.id)
+    place = placement_of(tenant)
+    server, key = services.servers[place.server], tenant_key(tenant.id)
     deadline = asyncio.get_running_loop().time() + timeout
     try:
         async with asyncio.timeout_at(deadline):
@@ -73,11 +72,11 @@ async def align(services: ProvisioningServices, tenant: Tenant, *, timeout: floa
                     await _block_early(services, connection, server, tenant, deadline=deadline)
                     await locks.lock(connection, key, timeout=timeout)
                 current = await services.registry.get(tenant.id)
-                moved = current.placement is not None and current.placement.server != tenant.placement.server
+                moved = current.placement is not None and current.placement.server != place.server
                 if not moved:
                     await align_role(services, connection, current, deadline=deadline)
                 if not moved and current.status in LOGIN_BLOCKED:
-                    await end_on_replicas(server, tenant.placement.role, deadline=deadline)
+                    await end_on_replicas(server, place.role, deadline=deadline)
             finally:
                 await run_to_completion(services.admin_connections.release(server, connection, key))
             if moved:  # while this waited for the lock
