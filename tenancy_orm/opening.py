@@ -99,11 +99,11 @@ async def prepare_servers(servers: Servers, provisioner: Provisioner, *, is_new:
 
 async def ensure_tiers(tiers: TierRegistry, config: TenancyConfig, *, initialise: bool) -> Mapping[str, float]:
     """Put the configured tiers in force where that was asked for, or where there are none yet."""
-    in_force = {} if initialise else await tiers.in_force()
-    if not in_force:
+    in_force, weights = await tiers.limits_and_weights()
+    if initialise or not in_force:
         await tiers.apply(config.tiers)
-    weights = await tiers.weights()
-    if in_force and (names := differing(in_force, config.tiers, weights)):
+        weights = await tiers.weights()
+    elif names := differing(in_force, config.tiers, weights):
         logger.warning(
             "the configured tiers %s are not the ones in force, which stay; run tenancy tiers apply to change them",
             ", ".join(names),

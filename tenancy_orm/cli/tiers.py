@@ -19,7 +19,7 @@ def list_tiers(as_json: Json = False) -> None:
     async def command(
         tenancy: Tenancy,
     ) -> tuple[dict[str, dict[str, dict[str, object]]], dict[str, float], tuple[str, ...]]:
-        in_force, weights = await tenancy.tiers.in_force(), await tenancy.tiers.weights()
+        in_force, weights = await tenancy.tiers.limits_and_weights()
         return in_force, weights, differing(in_force, tenancy.config.tiers, weights)
 
     found, weights, names = run(command)

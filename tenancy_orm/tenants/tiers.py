@@ -46,13 +46,16 @@ class TierRegistry:
 
     async def in_force(self) -> dict[str, dict[str, Any]]:
         """Return the limits of each tier, as JSON values, in ascending order of the tiers."""
-        async with self._control.connect() as connection:
-            return (await _read(connection))[0]
+        return (await self.limits_and_weights())[0]
 
     async def weights(self) -> dict[str, float]:
         """Return the weight of each tier, by which its tenants share connections."""
+        return (await self.limits_and_weights())[1]
+
+    async def limits_and_weights(self) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+        """Return both, as ``in_force`` and ``weights``, by one query."""
         async with self._control.connect() as connection:
-            return (await _read(connection))[1]
+            return await _read(connection)
 
     async def apply(self, configured: Mapping[str, Tier], *, actor: Actor = SYSTEM) -> TierChanges:
         """Put the configured tiers in force, in every process at once.

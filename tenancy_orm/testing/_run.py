@@ -242,8 +242,8 @@ async def _remove_leftovers(assembly: Assembly) -> None:
 async def _apply_tiers(assembly: Assembly) -> None:
     """Put the configured tiers in force: they have changed since the last run, or a test of it has applied others."""
     tiers, configured = assembly.tiers, assembly.config.tiers
-    in_force = await tiers.in_force()
-    if [*in_force] != [*configured] or differing(in_force, configured, await tiers.weights()):
+    in_force, weights = await tiers.limits_and_weights()
+    if [*in_force] != [*configured] or differing(in_force, configured, weights):
         await tiers.apply(configured)
 
 
